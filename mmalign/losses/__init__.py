@@ -1,0 +1,31 @@
+"""Preference losses: pure functions of `(batch, k)` log-likelihoods.
+
+What stands before the star of a signature is data, which the loop supplies by name; what stands after it are settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mmalign.losses.links import PreferenceLoss
+from mmalign.losses.listwise import rank_dpo
+from mmalign.losses.pairwise import dpo, dro, hinge, ipo, mapo, robust, spo
+from mmalign.losses.pointwise import batch_mean_ratio, kto, sft
+
+__all__ = ["LOSSES", "STATISTICS", "PreferenceLoss"]
+
+LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
+    "dpo": dpo,
+    "robust": robust,
+    "ipo": ipo,
+    "hinge": hinge,
+    "dro": dro,
+    "mapo": mapo,
+    "rank_dpo": rank_dpo,
+    "spo": spo,
+    "kto": kto,
+    "sft": sft,
+}
+
+# Data that are means over the batch of all processes: name -> the values of (policy, reference) to average.
+STATISTICS = {"anchor": batch_mean_ratio}

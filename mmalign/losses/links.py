@@ -1,0 +1,61 @@
+"""The result type of every loss, and the pieces that several losses share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """What every loss returns.
+
+    Args:
+        losses: one unreduced loss per prompt; the caller reduces, over all processes.
+        rewards: implicit reward of every candidate, detached, in the loss's own reward units.
+    """
+
+    losses: Float[Tensor, " batch"]
+    rewards: Float[Tensor, "batch k"]
+
+
+def pair_delta(policy: Float[Tensor, "batch 2"], reference: Float[Tensor, "batch 2"]) -> Float[Tensor, " batch"]:
+    """How much more than the reference the policy prefers the best candidate, in nats."""
+    ratios = policy - reference
+    return ratios[:, 0] - ratios[:, 1]
+
+
+def two_sided(
+    link_won: Float[Tensor, " batch"],
+    link_lost: Float[Tensor, " batch"],
+    prob: Float[Tensor, " batch"] | None,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """Expected link value when the first candidate is better with probability `prob` and labels flip by chance.
+
+    q * link(won) + (1 - q) * link(lost),  q = prob (1 - label_smoothing) + (1 - prob) label_smoothing
+    """
+    if prob is None and label_smoothing == 0.0:
+        return link_won
+    probability = torch.ones_like(link_won) if prob is None else prob.to(link_won)
+    target = probability * (1 - label_smoothing) + (1 - probability) * label_smoothing
+    # A side that counts for nothing must not spoil the sum when it has overflowed.
+    won = torch.where(target > 0, target * link_won, torch.zeros_like(link_won))
+    lost = torch.where(target < 1, (1 - target) * link_lost, torch.zeros_like(link_lost))
+    return won + lost
+
+
+def logistic(
+    logit: Float[Tensor, " batch"], prob: Float[Tensor, " batch"] | None, label_smoothing: float = 0.0
+) -> Float[Tensor, " batch"]:
+    """-q log sigma(logit) - (1 - q) log sigma(-logit), the negative log-likelihood under Bradley-Terry."""
+    return two_sided(-logsigmoid(logit), -logsigmoid(-logit), prob, label_smoothing)
+
+
+def weighted(losses: Float[Tensor, " batch"], weight: Float[Tensor, " batch"] | None) -> Float[Tensor, " batch"]:
+    """Losses times their per-example weight; no weight means one."""
+    return losses if weight is None else losses * weight.to(losses)

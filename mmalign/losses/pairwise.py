@@ -1,0 +1,233 @@
+"""Losses on one pair a prompt: logps `(batch, 2)`, the preferred candidate first.
+
+Every one honours a per-pair `weight` and a soft `prob`, the probability that the first candidate is better (a tie is 0.5).
+For diffusion and flow, logps are -1/2 * mean squared error, so Diffusion-DPO's "beta 5000 with the half" is `beta=5000`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+from mmalign.losses.links import PreferenceLoss, logistic, pair_delta, two_sided, weighted
+
+
+def dpo(
+    policy: Float[Tensor, "batch 2"],
+    reference: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    margin: Float[Tensor, " batch"] | None = None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> PreferenceLoss:
+    """DPO and Diffusion-DPO: logistic loss on the implicit-reward margin of the pair.
+
+    -log sigma(r_chosen - r_rejected - margin),  r = beta * (policy - reference)
+
+    Source: Rafailov et al. 2023, eq. 7; Wallace et al. 2023 (Diffusion-DPO), eq. 14, in the published code's form: mean
+        squared error with the factor 1/2. `label_smoothing`: Mitchell 2023 (conservative DPO); `margin`: Amini et al. 2024.
+    Args:
+        policy, reference: logps, best first; mean-per-dimension nats for diffusion, summed nats for text.
+        prob: probability that the first candidate is better; 0.5 is a tie. None: 1.
+        weight: factor of each pair's loss.
+        margin: reward units that the margin must exceed, per pair.
+        beta: reward per nat. Published: 0.1 for text; 2000 (SD 1.5) and 5000 (SDXL) for diffusion.
+        label_smoothing: probability that a label is wrong, below 0.5.
+    """
+    logit = beta * pair_delta(policy, reference)
+    if margin is not None:
+        logit = logit - margin.to(logit)
+    losses = logistic(logit, prob, label_smoothing)
+    return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
+
+
+def robust(
+    policy: Float[Tensor, "batch 2"],
+    reference: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    margin: Float[Tensor, " batch"] | None = None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+) -> PreferenceLoss:
+    """Robust DPO: unbiased under labels that are flipped with a known probability.
+
+    ((1 - e) * -log sigma(z) - e * -log sigma(-z)) / (1 - 2 e),  z = r_chosen - r_rejected - margin,  e = label_smoothing
+
+    Source: Chowdhury et al. 2024 (rDPO), eq. 12. Unbounded below for e > 0, as published.
+    Args:
+        policy, reference, prob, weight, margin, beta: as in `dpo`.
+        label_smoothing: known flip probability, at least 0 and below 0.5. Published: 0.1 in the noisy-label experiments.
+    Raises:
+        ValueError: label_smoothing outside [0, 0.5).
+    """
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"robust: got label_smoothing {label_smoothing}, want at least 0 and below 0.5.")
+    logit = beta * pair_delta(policy, reference)
+    if margin is not None:
+        logit = logit - margin.to(logit)
+    kept, flipped = -logsigmoid(logit), -logsigmoid(-logit)
+    scale = 1 - 2 * label_smoothing
+    won = ((1 - label_smoothing) * kept - label_smoothing * flipped) / scale  # eq. 12
+    lost = ((1 - label_smoothing) * flipped - label_smoothing * kept) / scale
+    return PreferenceLoss(weighted(two_sided(won, lost, prob), weight), (beta * (policy - reference)).detach())
+
+
+def ipo(
+    policy: Float[Tensor, "batch 2"],
+    reference: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    margin: Float[Tensor, " batch"] | None = None,
+    *,
+    beta: float = 0.1,
+    scale_free: bool = False,
+) -> PreferenceLoss:
+    """IPO: squared distance of the log-ratio margin from a fixed target.
+
+    (delta - margin / beta - 1 / (2 beta))^2,  delta = (policy - reference)_chosen - (policy - reference)_rejected
+
+    `scale_free` multiplies by beta^2, (beta * delta - margin - 1/2)^2, which keeps the loss and its gradient of one size for
+    any beta: use it for diffusion, where delta is about 1e-3.
+
+    Source: Azar et al. 2023, eq. 17 (beta is the paper's tau).
+    Args:
+        policy, reference, prob, weight, margin: as in `dpo`.
+        beta: reward per nat. Published: 0.1 for text.
+        scale_free: the form with target 1/2 in reward units. Published: False.
+    """
+    logit = beta * pair_delta(policy, reference)
+    offset = 0.5 if margin is None else margin.to(logit) + 0.5
+    losses = two_sided((logit - offset) ** 2, (-logit - offset) ** 2, prob)
+    if not scale_free:
+        losses = losses / beta**2  # eq. 17
+    return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
+
+
+def hinge(
+    policy: Float[Tensor, "batch 2"],
+    reference: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    *,
+    beta: float = 0.1,
+    margin: float | Float[Tensor, " batch"] = 1.0,
+) -> PreferenceLoss:
+    """Hinge on the implicit-reward margin (SLiC's calibration loss on DPO's score, RSO).
+
+    max(0, margin - (r_chosen - r_rejected)),  r = beta * (policy - reference)
+
+    Source: Liu et al. 2023 (RSO), eq. 9; Zhao et al. 2023 (SLiC-HF), eq. 3.
+    Args:
+        policy, reference, prob, weight, beta: as in `dpo`.
+        margin: reward units, one number or one per pair. Published: 1.
+    """
+    logit = beta * pair_delta(policy, reference)
+    losses = two_sided(relu(margin - logit), relu(margin + logit), prob)
+    return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
+
+
+def dro(
+    policy: Float[Tensor, "batch 2"],
+    reference: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    *,
+    beta: float = 2.0,
+    margin: float | Float[Tensor, " batch"] = 0.001,
+) -> PreferenceLoss:
+    """Diffusion-DRO: hinge on the implicit-reward margin of an expert sample over the policy's own.
+
+    max(0, margin - (r_chosen - r_rejected)),  r = beta * (policy - reference)
+
+    Source: Wu et al. 2025, published train.py, where it is written on errors: error = -2 * logp. The paper's loss is this one
+        minus the constant margin: the same gradient.
+    Args:
+        policy, reference: logps; column 0 the expert image, column 1 the policy's own sample.
+        prob, weight: as in `dpo`.
+        beta: reward per nat. 2 reproduces the published code.
+        margin: reward units. Published: 0.001.
+    """
+    return hinge(policy, reference, prob, weight, beta=beta, margin=margin)
+
+
+def spo(
+    policy: Float[Tensor, "batch 2"],
+    reference: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    *,
+    beta: float = 10.0,
+    clip: float = 0.1,
+) -> PreferenceLoss:
+    """SPO: logistic loss on clamped log-ratios of one sampler step.
+
+    -log sigma(beta * (log c_chosen - log c_rejected)),  c = clamp(exp(policy - reference), 1 - clip, 1 + clip)
+
+    A clamped candidate has no gradient. Log-ratios are about 1e-3, so a loss near ln 2 is normal.
+
+    Source: Liang et al. 2024, eq. 9, with the clamp of the published train_spo.py, which the paper does not mention.
+    Args:
+        policy, reference: logps of the two successors, mean over dimensions.
+        prob, weight: as in `dpo`.
+        beta: reward per nat. Published: 10 (LPO: 500).
+        clip: half-width of the allowed ratio. Published: 0.1.
+    """
+    ratios = (policy - reference).exp().clamp(1 - clip, 1 + clip).log()
+    losses = logistic(beta * (ratios[:, 0] - ratios[:, 1]), prob)
+    return PreferenceLoss(weighted(losses, weight), (beta * ratios).detach())
+
+
+def mapo(
+    policy: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    *,
+    beta: float = 0.1,
+    snr: float = 0.5,
+    scale: float = 1000.0,
+    parametrisation: Literal["v1", "aaai"] = "v1",
+) -> PreferenceLoss:
+    """MaPO: margin-aware preference optimisation without a reference, on errors e = -2 * policy.
+
+    v1:    e_chosen - beta * log sigma(scale * (phi(e_chosen) - phi(e_rejected))),  phi(e) = snr e / (exp(snr e) - 1)
+    aaai:  e_chosen - log sigma(phi(e_chosen) - phi(e_rejected)) / beta,            phi(e) = (e / (exp(e) - 1))^beta
+
+    phi(0) is its limit 1 with slope -1/2; the published code gives 0/0 there.
+
+    Source: Hong et al. 2024. v1 is arXiv v1 and the public code; aaai is the AAAI-26 paper, which has no public code.
+    Args:
+        policy: logps, best first: -1/2 * mean squared error.
+        prob, weight: as in `dpo`; under a soft `prob` the roles of the two candidates are averaged.
+        beta: v1: weight of the margin term, published 0.1. aaai: sharpness, published 8 (general) to 1024 (personalisation).
+        snr: v1 only. Published: 0.5.
+        scale: v1 only, the number of training timesteps. Published: 1000.
+        parametrisation: which of the two.
+    """
+    error = -2 * policy
+    if parametrisation == "v1":
+        score = scale * _log_error_odds(snr * error).exp()
+        margin_weight = beta
+    else:
+        score = (beta * _log_error_odds(error)).exp()
+        margin_weight = 1 / beta
+    logit = score[:, 0] - score[:, 1]
+    won = error[:, 0] - margin_weight * logsigmoid(logit)
+    lost = error[:, 1] - margin_weight * logsigmoid(-logit)
+    return PreferenceLoss(weighted(two_sided(won, lost, prob), weight), score.detach())
+
+
+def _log_error_odds(error: Float[Tensor, "batch 2"]) -> Float[Tensor, "batch 2"]:
+    """log(x / (exp(x) - 1)) for x >= 0: its Taylor series near 0, where the quotient is 0/0; never an overflow above."""
+    near_zero = error < 0.05
+    safe = torch.where(near_zero, torch.ones_like(error), error)
+    square = torch.where(near_zero, error, torch.zeros_like(error)) ** 2
+    series = -error / 2 - square / 24 + square**2 / 2880 - square**3 / 181440
+    return torch.where(near_zero, series, safe.log() - safe - torch.log(-torch.expm1(-safe)))
