@@ -1,0 +1,203 @@
+"""The tensors of one step, and how likely a network finds the candidates in them: `.logps(network) -> (batch, k)`.
+
+All randomness (noise, timestep) is already in the fields: policy and reference, chosen and rejected see the same draw, and a
+step can be replayed. One `.logps` is one call of the network, the candidates folded into the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# network(noisy (n, *dims), timestep (n,), **condition (n, ...)) -> (n, *dims)
+Network = Callable[..., Tensor]
+Safeguard = Callable[[Float[Tensor, "batch k *dims"]], Float[Tensor, "batch k"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingInputs:
+    """k noisy candidates a prompt, whose likelihood is the quality of the network's denoising.
+
+    logp = -1/2 * error_weight * mean((network(noisy) - target)^2)
+
+    Source: the evidence lower bound of Ho et al. 2020 with its published constant weighting, mean instead of sum.
+    Args:
+        noisy: x_t of every candidate.
+        timestep: what the network is given, one per candidate.
+        target: what the network should predict.
+        condition: keyword arguments of the network, `(batch, ...)`: one per prompt, or one per candidate where listed.
+        per_candidate: names in `condition` whose tensors are `(batch, k, ...)`.
+        error_weight: factor of each candidate's error, e.g. min-SNR. None: 1.
+        safeguard: residuals -> factor of each candidate's gradient, such as `winner_guard`.
+        gradient_scale: the safeguard's settled answer; see `settle`.
+    """
+
+    noisy: Float[Tensor, "batch k *dims"]
+    timestep: Tensor
+    target: Float[Tensor, "batch k *dims"]
+    condition: Mapping[str, Tensor] = field(default_factory=dict)
+    per_candidate: frozenset[str] = frozenset()
+    error_weight: Float[Tensor, "batch k"] | None = None
+    safeguard: Safeguard | None = None
+    gradient_scale: Float[Tensor, "batch k"] | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        """k, the number of candidates a prompt."""
+        return self.noisy.shape[1]
+
+    def logps(self, network: Network) -> Float[Tensor, "batch k"]:
+        """Log-likelihood of every candidate up to a constant, in nats per dimension; float32 whatever the autocast."""
+        return self._logps_and_scale(network)[0]
+
+    def settle(self, network: Network) -> tuple[Float[Tensor, "batch k"], DenoisingInputs]:
+        """Logps without a graph, and these inputs with whatever depends on all candidates at once fixed.
+
+        The candidates of the inputs returned can be forwarded and back-propagated alone, with the exact joint gradient.
+        """
+        with torch.no_grad():
+            logps, scale = self._logps_and_scale(network)
+        return logps, replace(self, safeguard=None, gradient_scale=scale)
+
+    def candidates(self, part: slice) -> DenoisingInputs:
+        """The same inputs with only some of the k candidates.
+
+        Raises:
+            ValueError: if a safeguard, which must see all candidates, is not settled yet.
+        """
+        if self.safeguard is not None:
+            raise ValueError("candidates: the safeguard needs all candidates at once. Call settle first.")
+        return replace(
+            self,
+            noisy=self.noisy[:, part],
+            timestep=self.timestep[:, part],
+            target=self.target[:, part],
+            condition={k: v[:, part] if k in self.per_candidate else v for k, v in self.condition.items()},
+            error_weight=None if self.error_weight is None else self.error_weight[:, part],
+            gradient_scale=None if self.gradient_scale is None else self.gradient_scale[:, part],
+        )
+
+    def _logps_and_scale(self, network: Network) -> tuple[Tensor, Tensor | None]:
+        condition = _folded(self.condition, self.num_candidates, self.per_candidate)
+        output = network(self.noisy.flatten(0, 1), self.timestep.flatten(0, 1), **condition)
+        residual = _exact(output).unflatten(0, self.noisy.shape[:2]) - _exact(self.target)
+        scale = self.gradient_scale if self.safeguard is None else self.safeguard(residual.detach())
+        logps = -0.5 * residual.square().flatten(2).mean(2)
+        if self.error_weight is not None:
+            logps = logps * self.error_weight
+        if scale is not None:
+            logps = logps.detach() + scale * (logps - logps.detach())
+        return logps, scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransitionInputs:
+    """k successors of one sampler step, whose likelihood is the Gaussian density of the step.
+
+    logp = mean over dimensions of log Normal(next_noisy; sample_weight * noisy + output_weight * output, std)
+
+    Successors of one and the same x_t (an axis of size 1 in `noisy`) cost one network pass.
+
+    Source: Black et al. 2023 (DDPO), section 4.3; mean over dimensions as in the published code of SPO.
+    Args:
+        noisy: x_t, once if the successors share it, else one each.
+        next_noisy: the k successors.
+        timestep: what the network is given.
+        sample_weight, output_weight, std: the step, from `Schedule.step`.
+        condition, unconditional: keyword arguments of the network, one per prompt; with `unconditional` the output is
+            unconditional + guidance_scale * (conditional - unconditional), both in one call.
+        guidance_scale: used only with `unconditional`. Published (SPO): 5.
+    """
+
+    noisy: Float[Tensor, "batch m *dims"]
+    next_noisy: Float[Tensor, "batch k *dims"]
+    timestep: Tensor
+    sample_weight: Float[Tensor, "batch m"]
+    output_weight: Float[Tensor, "batch m"]
+    std: Float[Tensor, "batch m"]
+    condition: Mapping[str, Tensor] = field(default_factory=dict)
+    unconditional: Mapping[str, Tensor] | None = None
+    guidance_scale: float = 1.0
+
+    @property
+    def num_candidates(self) -> int:
+        """k, the number of successors."""
+        return self.next_noisy.shape[1]
+
+    def logps(self, network: Network) -> Float[Tensor, "batch k"]:
+        """Mean log-density per dimension of every successor, in nats; float32 whatever the autocast."""
+        extra = (1,) * (self.noisy.ndim - 2)
+        output = self._output(network)
+        sample_weight, output_weight, std = (
+            _exact(weight).reshape(weight.shape + extra) for weight in (self.sample_weight, self.output_weight, self.std)
+        )
+        mean = sample_weight * _exact(self.noisy) + output_weight * output
+        deviation = (_exact(self.next_noisy) - mean) / std
+        log_density = -0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        return log_density.flatten(2).mean(2)
+
+    def settle(self, network: Network) -> tuple[Float[Tensor, "batch k"], TransitionInputs]:
+        """Logps without a graph, and these inputs, whose candidates are independent already."""
+        with torch.no_grad():
+            return self.logps(network), self
+
+    def candidates(self, part: slice) -> TransitionInputs:
+        """The same inputs with only some of the k successors; a shared x_t stays shared."""
+        own = {
+            name: getattr(self, name)[:, part] if self.noisy.shape[1] > 1 else getattr(self, name)
+            for name in ("noisy", "timestep", "sample_weight", "output_weight", "std")
+        }
+        return replace(self, next_noisy=self.next_noisy[:, part], **own)
+
+    def _output(self, network: Network) -> Tensor:
+        noisy, timestep = self.noisy.flatten(0, 1), self.timestep.flatten(0, 1)
+        condition = _folded(self.condition, self.noisy.shape[1], frozenset())
+        if self.unconditional is None:
+            return _exact(network(noisy, timestep, **condition)).unflatten(0, self.noisy.shape[:2])
+        unconditional = _folded(self.unconditional, self.noisy.shape[1], frozenset())
+        both = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
+        output = _exact(network(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), **both))
+        without, with_prompt = output.chunk(2)
+        return (without + self.guidance_scale * (with_prompt - without)).unflatten(0, self.noisy.shape[:2])
+
+
+def winner_guard(
+    residual: Float[Tensor, "batch 2 *dims"], *, mu: float = 0.9, per: Literal["pair", "batch"] = "pair"
+) -> Float[Tensor, "batch 2"]:
+    """Diffusion-SDPO's safeguard: how much of the loser's gradient may pass so that the winner's error does not rise.
+
+    lambda = clip((1 - mu) |g_w|^2 / <g_w, g_l>, 0, 1) where <g_w, g_l> > 0, else 1;  g = residual of the candidate
+
+    The loss value is unchanged. The guarantee is first order, in the space of network outputs.
+
+    Source: arXiv 2511.03317 and its published code, which takes one lambda per micro-batch (`per="batch"`).
+    Args:
+        residual: network output minus target, chosen first, detached.
+        mu: how much of the winner's descent is kept. Published: 0.9 (SD 1.5), 0.6 (SDXL).
+        per: one lambda for each pair (ours, finer), or one for the batch (published).
+    """
+    chosen, rejected = residual.flatten(2).unbind(1)
+    squared_norm, inner = chosen.square().sum(1), (chosen * rejected).sum(1)
+    if per == "batch":
+        squared_norm, inner = squared_norm.sum().expand_as(inner), inner.sum().expand_as(inner)
+    ratio = (1 - mu) * squared_norm / torch.where(inner > 0, inner, torch.ones_like(inner))
+    scale = torch.where(inner > 0, ratio.clamp(0, 1), torch.ones_like(inner))
+    return torch.stack([torch.ones_like(scale), scale], dim=1)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """At least float32: differences of errors that agree to three digits are what the losses live on."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _folded(condition: Mapping[str, Tensor], num_candidates: int, per_candidate: frozenset[str]) -> dict[str, Tensor]:
+    return {
+        name: value.flatten(0, 1) if name in per_candidate else value.repeat_interleave(num_candidates, dim=0)
+        for name, value in condition.items()
+    }
