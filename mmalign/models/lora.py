@@ -1,0 +1,240 @@
+"""Low-rank weights on a denoiser: add, switch off for the reference, save for stock diffusers, load to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mmalign.errors import UserError
+
+if TYPE_CHECKING:
+    from mmalign.models.diffusion import Denoiser, Family
+
+logger = logging.getLogger(__name__)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_NAME = "default"
+
+
+def add_lora(
+    denoiser: Denoiser,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Freeze the network and put trainable low-rank weights beside its target layers: W x + (alpha / rank) B A x.
+
+    A is Gaussian (std 1 / rank), B is zero, so that the policy starts as the reference. A and B are float32 whatever the
+    dtype of the network: a bfloat16 weight near 1 cannot take a step below 0.004.
+    Source: Hu et al., arXiv 2106.09685, eq. 3; initialisation as in the diffusers training scripts (which leave A and
+    B in bfloat16 under bfloat16).
+    Args:
+        rank: published 4 to 64; diffusers' Diffusion-DPO scripts 4 (default) and 8 (README).
+        alpha: None: the rank, which makes the factor 1.
+        targets: names of layers, matched at the end of the module path. None: those of the family.
+        dropout: on the input of A. Policy and reference then differ at the start: keep 0 for preference training.
+        seed: of A; the global generator is left as it was.
+    Raises:
+        UserError: a rank below 1, or a target that no layer bears.
+        ValueError: the denoiser has LoRA already.
+    """
+    from peft import LoraConfig
+
+    if denoiser.lora_layers:
+        raise ValueError("add_lora: the denoiser has LoRA already. Open the pipeline anew.")
+    if rank < 1:
+        raise UserError(f"lora.rank: got {rank}, want 1 or more.")
+    names = tuple(denoiser.family.lora_targets if targets is None else targets)
+    _check_targets(denoiser.unet, names)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(names),
+        lora_dropout=dropout,
+    )
+    denoiser.unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser.unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+    _take_up(denoiser)
+
+
+def load_lora(denoiser: Denoiser, folder: Path | str) -> None:
+    """Freeze the network and go on training the LoRA that `save_lora` or a stock diffusers script wrote.
+
+    Rank, alpha and targets come from the file. The reference (LoRA off) is the base model, not the loaded LoRA.
+    Raises:
+        UserError: no such file, or its layers do not fit this network.
+        ValueError: the denoiser has LoRA already.
+    """
+    if denoiser.lora_layers:
+        raise ValueError("load_lora: the denoiser has LoRA already. Open the pipeline anew.")
+    folder = Path(folder)
+    if not (folder / LORA_FILE).is_file():
+        raise UserError(f"{folder}: got no {LORA_FILE}, want a folder that mmalign or diffusers saved a LoRA to.")
+    pipeline = denoiser.family.pipeline_class()
+    state, alphas, metadata = pipeline.lora_state_dict(
+        str(folder), weight_name=LORA_FILE, local_files_only=True, return_lora_metadata=True
+    )
+    denoiser.unet.requires_grad_(False)
+    try:
+        denoiser.unet.load_lora_adapter(
+            state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER_NAME
+        )
+    except (RuntimeError, ValueError) as fault:
+        text = f"{folder / LORA_FILE}: its layers do not fit this {denoiser.family.name} network ({fault})."
+        raise UserError(f"{text} Load it into the base model it was trained on.") from fault
+    _take_up(denoiser)
+    if not denoiser.lora_layers:
+        raise UserError(f"{folder / LORA_FILE}: got no layers for the UNet, want a LoRA of {denoiser.family.name}.")
+
+
+@contextlib.contextmanager
+def lora_off(denoiser: Denoiser) -> Iterator[None]:
+    """The reference: inside the block the network runs without its LoRA. Switched on again whatever happens inside.
+
+    Raises:
+        ValueError: the denoiser has no LoRA, so that the policy would pass for its own reference.
+    """
+    if not denoiser.lora_layers:
+        raise ValueError("lora_off: the denoiser has no LoRA. For full fine-tuning use frozen_copy as the reference.")
+    try:
+        for layer in denoiser.lora_layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in denoiser.lora_layers:
+            layer.enable_adapters(True)
+
+
+def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
+    """Write `pytorch_lora_weights.safetensors`, which the stock pipeline's `load_lora_weights(folder)` reads.
+
+    Rank and alpha travel in the file's metadata. Written beside and renamed, so that no half-written file can stand.
+    Returns: the path of the file.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    if not denoiser.lora_layers:
+        raise ValueError("save_lora: the denoiser has no LoRA. Use save_full.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(denoiser.unet, adapter_name=ADAPTER_NAME)
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
+        family.pipeline_class().save_lora_weights(
+            scratch,
+            unet_lora_layers=convert_state_dict_to_diffusers(weights),
+            unet_lora_adapter_metadata=_metadata(denoiser.unet.peft_config[ADAPTER_NAME]),
+        )
+        os.replace(Path(scratch) / LORA_FILE, folder / LORA_FILE)
+    return folder / LORA_FILE
+
+
+def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
+    """Write the whole pipeline, with the denoiser's network as its UNet, as a folder for `from_pretrained`.
+
+    Written beside and renamed. Replaces a pipeline that stands there.
+    Raises:
+        ValueError: the denoiser has LoRA: use save_lora.
+        UserError: the folder holds something that is no pipeline.
+    """
+    if denoiser.lora_layers:
+        raise ValueError("save_full: the denoiser has LoRA. Use save_lora.")
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: got a folder with other files, want an empty or absent one. Name another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        parts = {**pipe.components, "unet": denoiser.unet}
+        type(pipe)(**parts, **_pipeline_flags(pipe)).save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def frozen_copy(denoiser: Denoiser) -> Denoiser:
+    """The reference for full fine-tuning: a copy that takes no gradient. It costs the memory of a second network."""
+    twin = copy.deepcopy(denoiser).requires_grad_(False).eval()
+    twin.unet.disable_gradient_checkpointing()
+    return twin
+
+
+def trainable_parameters(denoiser: Denoiser) -> list[nn.Parameter]:
+    """The parameters to optimise and to clip, as a list: an iterator would be empty when clipping comes."""
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def training_plan(denoiser: Denoiser) -> str:
+    """One line for the log: what is trained, and how much of the network that is."""
+    trained = sum(parameter.numel() for parameter in trainable_parameters(denoiser))
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    share = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
+    if not denoiser.lora_layers:
+        return f"{denoiser.family.name}, full fine-tuning: {share}"
+    config = denoiser.unet.peft_config[ADAPTER_NAME]
+    targets = ", ".join(sorted(config.target_modules))
+    layers = f"{len(denoiser.lora_layers)} layers ({targets})"
+    return f"{denoiser.family.name}, LoRA rank {config.r} alpha {config.lora_alpha:g} on {layers}: {share}"
+
+
+def _take_up(denoiser: Denoiser) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    denoiser.lora_layers = [module for module in denoiser.unet.modules() if isinstance(module, BaseTunerLayer)]
+    for name, parameter in denoiser.unet.named_parameters():
+        low_rank = ".lora_" in name
+        parameter.requires_grad_(low_rank)
+        if low_rank:
+            parameter.data = parameter.data.float()
+
+
+def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [name for name, module in network.named_modules() if isinstance(module, kinds)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = sorted({_leaf(name) for name in layers})
+            near = difflib.get_close_matches(target, known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise UserError(f"lora.targets: got {target!r}, which ends no layer's name. {remedy}")
+    if not targets:
+        raise UserError("lora.targets: got an empty list, want at least one layer name.")
+
+
+def _leaf(name: str) -> str:
+    """The end of a module path from its last word on: `...attn1.to_out.0` is `to_out.0`."""
+    words = name.split(".")
+    start = max((index for index, word in enumerate(words) if not word.isdigit()), default=0)
+    return ".".join(words[start:])
+
+
+def _metadata(config: Any) -> dict[str, Any]:
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def _pipeline_flags(pipe: Any) -> dict[str, Any]:
+    """The settings of a pipeline that are no component (SD: requires_safety_checker; SDXL: zeros for no prompt)."""
+    names = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    return {name: pipe.config[name] for name in names if name in pipe.config}
