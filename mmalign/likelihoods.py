@@ -52,6 +52,10 @@ class DenoisingInputs:
         """k, the number of candidates a prompt."""
         return self.noisy.shape[1]
 
+    def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
+        """Other names under which these logps are logged: the (weighted) mean squared error."""
+        return {"mse": -2 * logps}
+
     def logps(self, network: Network) -> Float[Tensor, "batch k"]:
         """Log-likelihood of every candidate up to a constant, in nats per dimension; float32 whatever the autocast."""
         return self._logps_and_scale(network)[0]
@@ -86,7 +90,7 @@ class DenoisingInputs:
     def _logps_and_scale(self, network: Network) -> tuple[Tensor, Tensor | None]:
         condition = _folded(self.condition, self.num_candidates, self.per_candidate)
         output = network(self.noisy.flatten(0, 1), self.timestep.flatten(0, 1), **condition)
-        residual = _exact(output).unflatten(0, self.noisy.shape[:2]) - _exact(self.target)
+        residual = _exact(output).reshape(self.noisy.shape) - _exact(self.target)
         scale = self.gradient_scale if self.safeguard is None else self.safeguard(residual.detach())
         logps = -0.5 * residual.square().flatten(2).mean(2)
         if self.error_weight is not None:
@@ -130,6 +134,10 @@ class TransitionInputs:
         """k, the number of successors."""
         return self.next_noisy.shape[1]
 
+    def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
+        """Other names under which these logps are logged: none."""
+        return {}
+
     def logps(self, network: Network) -> Float[Tensor, "batch k"]:
         """Mean log-density per dimension of every successor, in nats; float32 whatever the autocast."""
         extra = (1,) * (self.noisy.ndim - 2)
@@ -159,12 +167,12 @@ class TransitionInputs:
         noisy, timestep = self.noisy.flatten(0, 1), self.timestep.flatten(0, 1)
         condition = _folded(self.condition, self.noisy.shape[1], frozenset())
         if self.unconditional is None:
-            return _exact(network(noisy, timestep, **condition)).unflatten(0, self.noisy.shape[:2])
+            return _exact(network(noisy, timestep, **condition)).reshape(self.noisy.shape)
         unconditional = _folded(self.unconditional, self.noisy.shape[1], frozenset())
         both = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}
         output = _exact(network(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), **both))
         without, with_prompt = output.chunk(2)
-        return (without + self.guidance_scale * (with_prompt - without)).unflatten(0, self.noisy.shape[:2])
+        return (without + self.guidance_scale * (with_prompt - without)).reshape(self.noisy.shape)
 
 
 def winner_guard(

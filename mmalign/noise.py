@@ -100,7 +100,8 @@ class Schedule:
     def step(self, timestep: Int[Tensor, "*shape"], previous: Int[Tensor, "*shape"], *, eta: float = 1.0) -> Step:
         """One DDIM step from `timestep` to the less noisy `previous`, as weights on x_t and on the network output.
 
-        std^2 = eta^2 (1 - a_p) / (1 - a_t) (1 - a_t / a_p),  mean = sqrt(a_p) x0-hat + sqrt(1 - a_p - std^2) epsilon-hat,  a = alpha^2
+        std^2 = eta^2 (1 - a_p) / (1 - a_t) (1 - a_t / a_p),  a = alpha^2
+        mean = sqrt(a_p) x0-hat + sqrt(1 - a_p - std^2) epsilon-hat
 
         Source: Song et al. 2020 (DDIM), eq. 12 and 16.
         Raises:
