@@ -1,0 +1,183 @@
+"""A weighted sum of losses, its demands on the data, and the only state a loss may have: an automatic beta."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.errors import UserError
+from mmalign.losses import STATISTICS, PreferenceLoss
+
+GatheredMean = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoBeta:
+    """`beta: auto`: beta follows the data so that the typical pair has a given gradient factor sigma(-margin).
+
+    beta = -logit(target) / EMA(mean |delta|),  delta = log-ratio margin of the pair in nats
+
+    Source: the auto-beta of SimpleTuner's flow DPO as described in its documentation; here gathered over processes, and with
+        the beta of this project's convention.
+    Args:
+        target: gradient factor of a pair with the mean |delta|; below 0.5. Published: 0.2.
+        decay: of the moving average, per micro-batch.
+        minimum, maximum: bounds of beta; the maximum is used until policy and reference differ.
+    """
+
+    target: float = 0.2
+    decay: float = 0.9
+    minimum: float = 1.0
+    maximum: float = 10000.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings without meaning."""
+        if not 0.0 < self.target < 0.5:
+            raise ValueError(f"target: got {self.target}, want a gradient factor between 0 and 0.5.")
+        if not 0.0 < self.minimum <= self.maximum:
+            raise ValueError(f"minimum: got {self.minimum}, want a positive number up to maximum ({self.maximum}).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One loss of the sum: a function, its settings, and its share."""
+
+    name: str
+    loss: Callable[..., PreferenceLoss]
+    settings: Mapping[str, Any]
+    weight: float = 1.0
+
+    @property
+    def data(self) -> dict[str, bool]:
+        """The positional parameters: name -> whether it must be there."""
+        parameters = inspect.signature(self.loss).parameters.values()
+        return {
+            p.name: p.default is inspect.Parameter.empty
+            for p in parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        }
+
+    @property
+    def num_candidates(self) -> int | None:
+        """The k that the signature demands (`"batch 2"`), or None for any."""
+        annotation = inspect.signature(self.loss, eval_str=True).parameters["policy"].annotation
+        last = getattr(annotation, "dim_str", "").split()[-1:]
+        return int(last[0]) if last and last[0].isdigit() else None
+
+
+class Objective:
+    """The loss of a run: `(policy, reference, side data) -> PreferenceLoss`; the rewards are the first term's."""
+
+    def __init__(self, terms: Sequence[Term], auto_beta: AutoBeta | None = None) -> None:
+        """Args:
+        terms: at least one loss; their sum, weighted, is the objective.
+        auto_beta: how `beta: auto` is found.
+        """
+        self.terms = tuple(terms)
+        self.auto_beta = auto_beta or AutoBeta()
+        self.mean_abs_delta = 0.0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any term asks for reference logps."""
+        return any("reference" in term.data for term in self.terms)
+
+    @property
+    def data(self) -> frozenset[str]:
+        """Names of all side data that any term can use."""
+        return frozenset(name for term in self.terms for name in term.data) - {"policy", "reference"} - STATISTICS.keys()
+
+    def check(self, side: Collection[str], num_candidates: int) -> None:
+        """Refuse data that the losses can't be computed on.
+
+        Raises:
+            UserError: a needed name is missing, or the number of candidates is not the loss's.
+        """
+        for term in self.terms:
+            needed = {name for name, required in term.data.items() if required} - {"policy", "reference"}
+            missing = sorted(needed - set(side))
+            if missing:
+                have = ", ".join(sorted(side)) or "none"
+                raise UserError(
+                    f"loss.{term.name}: needs the data {', '.join(missing)}, the view gives {have}. "
+                    f"Choose another data.view (ranked gives scores, unpaired gives labels) or another loss."
+                )
+            if term.num_candidates not in (None, num_candidates):
+                raise UserError(
+                    f"loss.{term.name}: got {num_candidates} candidates a prompt, want {term.num_candidates}. "
+                    f"Choose another data.view (pair gives 2, ranked all, unpaired and best 1) or another loss."
+                )
+
+    def __call__(
+        self,
+        policy: Float[Tensor, "batch k"],
+        reference: Float[Tensor, "batch k"] | None,
+        side: Mapping[str, Tensor],
+        gathered_mean: GatheredMean = torch.mean,
+    ) -> PreferenceLoss:
+        """The weighted sum of the terms' losses; `gathered_mean` averages over the values of all processes."""
+        self._follow(policy, reference, gathered_mean)
+        total: PreferenceLoss | None = None
+        for term in self.terms:
+            result = term.loss(**self._arguments(term, policy, reference, side, gathered_mean))
+            losses = term.weight * result.losses
+            total = (
+                PreferenceLoss(losses, result.rewards)
+                if total is None
+                else PreferenceLoss(total.losses + losses, total.rewards)
+            )
+        assert total is not None
+        return total
+
+    def beta(self) -> float | None:
+        """The first term's beta as it stands, None where it has none."""
+        return self._settings(self.terms[0]).get("beta")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"mean_abs_delta": self.mean_abs_delta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.mean_abs_delta = float(state["mean_abs_delta"])
+
+    def _settings(self, term: Term) -> dict[str, Any]:
+        settings = dict(term.settings)
+        if settings.get("beta") == "auto":
+            auto = self.auto_beta
+            wanted = -math.log(auto.target / (1 - auto.target))
+            beta = auto.maximum if self.mean_abs_delta == 0 else wanted / self.mean_abs_delta
+            settings["beta"] = min(max(beta, auto.minimum), auto.maximum)
+        return settings
+
+    def _arguments(
+        self, term: Term, policy: Tensor, reference: Tensor | None, side: Mapping[str, Tensor], gathered_mean: GatheredMean
+    ) -> dict[str, Any]:
+        arguments = self._settings(term)
+        for name in term.data:
+            if name == "policy":
+                arguments[name] = policy
+            elif name == "reference":
+                arguments[name] = reference
+            elif name in STATISTICS and reference is not None:
+                arguments[name] = gathered_mean(STATISTICS[name](policy, reference))
+            elif name in side:
+                arguments[name] = side[name]
+        return arguments
+
+    def _follow(self, policy: Tensor, reference: Tensor | None, gathered_mean: GatheredMean) -> None:
+        """Update the automatic beta; the only device synchronisation of a step, and only with `beta: auto`."""
+        if reference is None or all(term.settings.get("beta") != "auto" for term in self.terms):
+            return
+        ratios = (policy - reference).detach()
+        now = float(gathered_mean((ratios[:, :1] - ratios[:, -1:]).abs().flatten()))
+        if math.isfinite(now):
+            decay = self.auto_beta.decay if self.mean_abs_delta > 0 else 0.0
+            self.mean_abs_delta = decay * self.mean_abs_delta + (1 - decay) * now
