@@ -1,0 +1,40 @@
+"""Comparisons and judgements: typed rows on top of `datasets`, their media, their formats on disk, and the views."""
+
+from mmalign.records.examples import Examples
+from mmalign.records.judgements import append_judgements, read_judgements, with_judgements
+from mmalign.records.media import Media, to_rgb
+from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Sample, faults_of
+from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
+from mmalign.records.views import SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, unpaired
+
+__all__ = [
+    "COLUMNS",
+    "SIDE_DEFAULTS",
+    "VIEWS",
+    "Comparison",
+    "Content",
+    "Conversion",
+    "Dropped",
+    "Example",
+    "Examples",
+    "Fault",
+    "Judgement",
+    "Media",
+    "Sample",
+    "append_judgements",
+    "best",
+    "comparison",
+    "faults_of",
+    "features",
+    "outline_rows",
+    "outlines",
+    "pair",
+    "preference_scores",
+    "ranked",
+    "read_judgements",
+    "to_dataset",
+    "to_rgb",
+    "to_row",
+    "unpaired",
+    "with_judgements",
+]

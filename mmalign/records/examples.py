@@ -1,0 +1,71 @@
+"""Examples: a table seen through a view, as a sequence whose media are read when an item is."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, overload
+
+from mmalign.errors import UserError
+from mmalign.records.rows import Comparison, Dropped, Example
+from mmalign.records.table import comparison, outlines
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Examples(Sequence[Example]):
+    """The examples of a table under a view, in the table's order; what the view dropped is counted by reason.
+
+    Building it reads no media. Item i reads the one row it comes from.
+
+    Args:
+        dataset: a table of our schema.
+        view: a function of VIEWS with its settings bound, `functools.partial(pair, ties="soft")`.
+
+    Raises:
+        UserError: a row is faulty, or the view uses no row at all.
+    """
+
+    def __init__(self, dataset: "datasets.Dataset", view: Callable[[Comparison], tuple[Example, ...] | Dropped]) -> None:
+        """See the class."""
+        self.dataset = dataset
+        self.view = view
+        self.dropped: Counter[str] = Counter()
+        self._places: list[tuple[int, int]] = []
+        for index, row in enumerate(outlines(dataset)):
+            outcome = view(row)
+            if isinstance(outcome, Dropped):
+                self.dropped[outcome.reason] += 1
+            else:
+                self._places += [(index, n) for n in range(len(outcome))]
+        if not self._places:
+            raise UserError(f"data: got no usable row, want at least one: {self.summary()}. Check the view's settings.")
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Read one example, or a slice of them, from the table."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row, n = self._places[index]
+        outcome = self.view(comparison(self.dataset[row]))
+        assert not isinstance(outcome, Dropped)  # views do not look into media, so the outline had the same outcome
+        return outcome[n]
+
+    def row(self, index: int) -> int:
+        """Return which row of the table example `index` comes from."""
+        return self._places[index][0]
+
+    def summary(self) -> str:
+        """Say in one line how many rows became how many examples, and why the others did not."""
+        text = f"{len(self.dataset)} rows: {len(self)} examples"
+        if self.dropped:
+            reasons = ", ".join(f"{reason}: {number}" for reason, number in self.dropped.most_common())
+            text += f"; {self.dropped.total()} rows dropped ({reasons})"
+        return text

@@ -1,0 +1,174 @@
+"""Tables: the schema comparisons have in `datasets`, and reading rows of it, with or without their media."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmalign.errors import UserError
+from mmalign.records.media import Media
+from mmalign.records.rows import Comparison, Content, faults_of
+
+if TYPE_CHECKING:
+    import datasets
+
+BATCH_ROWS = 256
+
+
+def features() -> "datasets.Features":
+    """Return the table schema of comparisons. Images are stored as `datasets.Image`: bytes or path, not decoded."""
+    from datasets import Features, Image, List, Value
+
+    def content() -> dict[str, Any]:
+        return {"text": Value("string"), "images": List(Image(decode=False))}
+
+    return Features(
+        {
+            "id": Value("string"),
+            "prompt": content(),
+            "candidates": List(content()),
+            "scores": List({"judge": Value("string"), "values": List(Value("float64"))}),
+            "ranks": List(Value("float64")),
+            "prob": Value("float64"),
+            "weight": Value("float64"),
+            "margin": Value("float64"),
+            "provenance": List(Value("string")),  # one JSON object a candidate
+            "where": Value("string"),
+        }
+    )
+
+
+COLUMNS = ("id", "prompt", "candidates", "scores", "ranks", "prob", "weight", "margin", "provenance", "where")
+
+
+def to_row(comparison: Comparison) -> dict[str, Any]:
+    """Return the comparison as one row of the table schema."""
+
+    def content(value: Content) -> dict[str, Any]:
+        return {"text": value.text, "images": [{"bytes": m.data, "path": m.path} for m in value.images]}
+
+    return {
+        "id": comparison.id,
+        "prompt": content(comparison.prompt),
+        "candidates": [content(c) for c in comparison.candidates],
+        "scores": [{"judge": judge, "values": list(values)} for judge, values in comparison.scores.items()],
+        "ranks": None if comparison.ranks is None else list(comparison.ranks),
+        "prob": comparison.prob,
+        "weight": comparison.weight,
+        "margin": comparison.margin,
+        "provenance": [json.dumps(p, sort_keys=True) for p in comparison.provenance],
+        "where": comparison.where,
+    }
+
+
+def comparison(row: Mapping[str, Any], where: str = "") -> Comparison:
+    """Read one row of the table schema and check it.
+
+    Args:
+        row: a dict with the columns of `features()`; id, prompt and candidates are required.
+        where: `file:row` for messages; the row's own `where` is used when it is empty.
+
+    Raises:
+        UserError: everything that is wrong with the row, in one message that begins with `where`.
+    """
+    where = where or row.get("where") or "row"
+    missing = [name for name in ("id", "prompt", "candidates") if row.get(name) is None]
+    if missing:
+        raise UserError(f"{where}: got no {' and no '.join(missing)}. A comparison needs id, prompt and candidates.")
+    ranks, provenance = row.get("ranks"), row.get("provenance") or ()
+    value = Comparison(
+        id=str(row["id"]),
+        prompt=_content(row["prompt"], f"{where}: prompt"),
+        candidates=tuple(_content(c, f"{where}: candidate {n}") for n, c in enumerate(row["candidates"], 1)),
+        scores={s["judge"]: tuple(s["values"]) for s in row.get("scores") or ()},
+        ranks=None if ranks is None else tuple(ranks),
+        prob=row.get("prob"),
+        weight=row.get("weight"),
+        margin=row.get("margin"),
+        provenance=tuple(json.loads(p) for p in provenance),
+        where=where,
+    )
+    problems = faults_of(value)
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
+    return value
+
+
+def _content(value: Mapping[str, Any], where: str) -> Content:
+    images = (Media(data=m["bytes"], path=m["path"], where=where) for m in value.get("images") or ())
+    return Content(text=value.get("text"), images=tuple(images))
+
+
+def to_dataset(comparisons: Iterable[Comparison]) -> "datasets.Dataset":
+    """Return the comparisons as an in-memory table of our schema. For more than memory holds use `write`."""
+    from datasets import Dataset
+
+    return Dataset.from_list([to_row(c) for c in comparisons], features=features())
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Turns rows of a foreign table into our schema while they are read; media stay where they are.
+
+    `dataset.with_transform(Conversion(...))` is a table of our schema without a copy.
+
+    Args:
+        convert: (foreign row, media: bool) -> row of our schema. Without media the columns `heavy` are absent from the
+            foreign row, and images are `{"bytes": None, "path": None}`.
+        heavy: the foreign columns that hold media.
+    """
+
+    convert: Callable[..., dict[str, Any]]
+    heavy: tuple[str, ...]
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Convert a batch, as `datasets` asks for it."""
+        rows = [self.convert(row, media=True) for row in _rows(batch)]
+        return {name: [row[name] for row in rows] for name in COLUMNS}
+
+
+def outlines(dataset: "datasets.Dataset") -> Iterator[Comparison]:
+    """Read every row without its media: texts, numbers of images and judgements only, in order.
+
+    A table of a terabyte of images is counted and filtered this way in seconds; images of an outline cannot be opened.
+
+    Raises:
+        UserError: a row is faulty.
+    """
+    for row in outline_rows(dataset):
+        yield comparison(row)
+
+
+def outline_rows(dataset: "datasets.Dataset") -> Iterator[dict[str, Any]]:
+    """Read every row as a dict of our schema without media and without checks."""
+    conversion = dataset.format["format_kwargs"].get("transform")
+    if isinstance(conversion, Conversion):
+        light = dataset.with_format(None).remove_columns(list(conversion.heavy))
+        for start in range(0, len(light), BATCH_ROWS):
+            for row in _rows(light[start : start + BATCH_ROWS]):
+                yield conversion.convert(row, media=False)
+        return
+    arrow = dataset.with_format("arrow")
+    for start in range(0, len(arrow), BATCH_ROWS):
+        table = arrow[start : start + BATCH_ROWS]
+        batch = {name: table[name].to_pylist() for name in COLUMNS if name not in ("prompt", "candidates")}
+        batch["prompt"] = _contents(table["prompt"].combine_chunks())
+        candidates = table["candidates"].combine_chunks()
+        flat = iter(_contents(candidates.flatten()))
+        counts = candidates.value_lengths().to_pylist()
+        batch["candidates"] = [[next(flat) for _ in range(n or 0)] for n in counts]
+        yield from _rows(batch)
+
+
+def _contents(array: Any) -> list[dict[str, Any]]:
+    """Read an Arrow array of contents, touching the texts and the numbers of images but no image."""
+    texts = array.field("text").to_pylist()
+    counts = array.field("images").value_lengths().to_pylist()
+    empty = {"bytes": None, "path": None}
+    return [{"text": t, "images": [empty] * (n or 0)} for t, n in zip(texts, counts, strict=True)]
+
+
+def _rows(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    names = list(batch)
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(names, values, strict=True))
