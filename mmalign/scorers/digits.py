@@ -1,4 +1,4 @@
-"""Scorers for the quickstart's handwritten digits: an annotator and a held-out judge that share neither scans nor model class."""
+"""Scorers of handwritten digits: an annotator and a held-out judge that share neither scans nor model class."""
 
 import functools
 import re

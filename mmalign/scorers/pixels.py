@@ -32,7 +32,7 @@ def colourfulness() -> PixelStatistic:
 
     rg = R - G,  yb = (R + G)/2 - B,  sqrt(var(rg) + var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2),  channels 0 to 255
 
-    Source: Hasler and Suesstrunk (2003), Measuring colourfulness in natural images, section 6, metric M3 (verbal scale: table 2).
+    Source: Hasler and Suesstrunk (2003), Measuring colourfulness in natural images, metric M3 (verbal scale: table 2).
     """
     return PixelStatistic(name="colourfulness", statistic=_colourfulness)
 
