@@ -1,7 +1,5 @@
 """Low-rank weights on a denoiser: add, switch off for the reference, save for stock diffusers, load to go on."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import difflib
@@ -11,15 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from mmalign.errors import UserError
-
-if TYPE_CHECKING:
-    from mmalign.models.diffusion import Denoiser, Family
+from mmalign.models.families import Denoiser, Family
 
 logger = logging.getLogger(__name__)
 
