@@ -1,0 +1,515 @@
+"""The only training loop. It knows `.logps` of a step's inputs and a loss, and nothing of modality or method."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmalign import checkpoints, metrics
+from mmalign.config import Choice, Table, differences
+from mmalign.errors import UserError
+from mmalign.objective import Objective
+from mmalign.optimisers import OPTIMISERS
+from mmalign.sources import Order
+
+logger = logging.getLogger(__name__)
+
+TRAINABLE = "trainable.safetensors"
+METRICS = "metrics.jsonl"
+# What may differ between a checkpoint's config and the run that goes on from it.
+FREE_ON_RESUME = ("resume", "output", "overwrite", "dry_run", "training.log_every", "training.checkpoint_every")
+FREE_ON_RESUME += ("training.keep_checkpoints", "training.validate_every", "training.trackers", "source.num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One micro-batch on the device, all random draws made.
+
+    Args:
+        inputs: has `.logps(network)`, `.settle(network)`, `.candidates(slice)`, `.num_candidates`, `.readings(logps)`.
+        side: side data by the names of the losses' data parameters.
+        reference: reference logps where they are known already.
+        ids: of the examples, for messages.
+    """
+
+    inputs: Any
+    side: Mapping[str, Tensor]
+    ids: Sequence[str]
+    reference: Float[Tensor, "batch k"] | None = None
+
+
+class Policy(Protocol):
+    """What the loop asks of an opened adapter."""
+
+    network: nn.Module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, as a list."""
+
+    def prepare(self, batch: Any) -> Prepared:
+        """A collated micro-batch -> tensors on the device."""
+
+    def reference(self) -> AbstractContextManager[Callable[..., Tensor]]:
+        """The reference network, for the length of the block."""
+
+    def save(self, folder: Path) -> None:
+        """Write the trained weights in the library's own format."""
+
+    def validate(self, folder: Path) -> None:
+        """Write samples made on fixed seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long, how large and how precisely to train.
+
+    Args:
+        steps, epochs: optimiser steps, or passes over the data; exactly one of the two.
+        batch_size: examples per device and micro-batch.
+        accumulation: micro-batches per optimiser step.
+        schedule: of the learning rate, by diffusers' names.
+        max_grad_norm: global norm that gradients are clipped to; None: no clipping.
+        ema_decay: of the moving average of the weights, which is then what is saved; None: no average. Published: 0.9999.
+        candidate_microbatch: candidates back-propagated at a time: memory of that many, exact gradients, one more forward pass.
+        mixed_precision: None: what `accelerate` was configured with.
+        checkpoint_every, keep_checkpoints: steps between checkpoints, and how many to keep.
+        validate_every: steps between validation samples; None: only at the end.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 1
+    accumulation: int = 1
+    optimiser: Annotated[Choice, Table(OPTIMISERS)]
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+    candidate_microbatch: int | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    log_every: int = 1
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    validate_every: int | None = None
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse numbers without meaning."""
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("steps, epochs: got both or neither, want exactly one. Set the other to null.")
+        positive = ("steps", "epochs", "batch_size", "accumulation", "log_every", "keep_checkpoints")
+        positive += ("candidate_microbatch", "checkpoint_every", "validate_every", "max_grad_norm")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, want a positive number.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}, want a number between 0 and 1, such as 0.9999.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: got {self.warmup_steps}, want 0 or more.")
+
+    def num_steps(self, num_examples: int, per_step: int) -> int:
+        """Optimiser steps of the run; a last, partly filled step of the epochs is filled from the next epoch."""
+        return self.steps if self.steps is not None else max(1, math.ceil((self.epochs or 0) * num_examples / per_step - 1e-9))
+
+
+def start(training: Training, output: Path) -> Any:
+    """The `accelerate` state of this process; call it before models are opened."""
+    from accelerate import Accelerator
+
+    return Accelerator(
+        mixed_precision=training.mixed_precision,
+        log_with=list(training.trackers) or None,
+        project_dir=str(output),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The state of one training run."""
+
+    accelerator: Any
+    policy: Policy
+    objective: Objective
+    training: Training
+    order: Order
+    output: Path
+    config: Mapping[str, Any]
+    total: int
+    network: nn.Module = field(init=False)
+    optimiser: Any = field(init=False)
+    scheduler: Any = field(init=False)
+    parameters: list[nn.Parameter] = field(init=False)
+    ema: Any = None
+    step: int = 0
+    sums: metrics.Sums = field(default_factory=dict)
+    since: tuple[int, float] = (0, 0.0)
+
+    def __post_init__(self) -> None:
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        training = self.training
+        self.parameters = list(self.policy.parameters())
+        optimiser = training.optimiser.build(self.parameters)
+        self.network, self.optimiser = self.accelerator.prepare(self.policy.network, optimiser)
+        # The scheduler is stepped once per optimiser step, by us, whatever the number of processes.
+        self.scheduler = get_scheduler(
+            training.schedule, optimiser, num_warmup_steps=training.warmup_steps, num_training_steps=self.total
+        )
+        if training.ema_decay is not None:
+            self.ema = EMAModel(self.parameters, decay=training.ema_decay)
+            self.ema.to(self.accelerator.device)
+        for stateful in (self.scheduler, self.objective, self.ema):
+            if stateful is not None:
+                self.accelerator.register_for_checkpointing(stateful)
+        self.accelerator.register_save_state_pre_hook(self._save_trainable)
+        self.accelerator.register_load_state_pre_hook(self._load_trainable)
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def take_step(self, micro_batches: Iterable[Any]) -> None:
+        """One optimiser step over `accumulation` micro-batches."""
+        finite: list[tuple[Tensor, Sequence[str]]] = []
+        for number, batch in enumerate(micro_batches):
+            last = number == self.training.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.network):
+                finite.append(self.micro_step(self.policy.prepare(batch), sync=last))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
+        norm = torch.as_tensor(norm, device=self.accelerator.device)
+        self._stop_unless_finite(finite, norm)
+        self.optimiser.step()
+        self.scheduler.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.sums = metrics.add(self.sums, {"grad_norm": (norm.detach().double(), torch.ones_like(norm, dtype=torch.float64))})
+        self.step += 1
+
+    def micro_step(self, prepared: Prepared, *, sync: bool) -> tuple[Tensor, Sequence[str]]:
+        """Gradients of one micro-batch; returns which of its losses are finite, and their ids."""
+        inputs, training = prepared.inputs, self.training
+        reference = self._reference(prepared)
+        at_once = training.candidate_microbatch or inputs.num_candidates
+        # The mean over the step's examples, of which this process and micro-batch hold a share; DDP averages over processes.
+        scale = 1 / (len(prepared.ids) * training.accumulation)
+        if at_once >= inputs.num_candidates:
+            with self.accelerator.autocast():
+                logps = inputs.logps(self.network)
+            result = self.objective(logps, reference, prepared.side, self._gathered_mean)
+            self.accelerator.backward(result.losses.sum() * scale)
+        else:
+            with self.accelerator.autocast():
+                logps, inputs = inputs.settle(self.bare)
+            leaf = logps.detach().requires_grad_()
+            result = self.objective(leaf, reference, prepared.side, self._gathered_mean)
+            (gradient,) = torch.autograd.grad(result.losses.sum() * scale, leaf)
+            self._backward_in_parts(inputs, gradient, at_once, sync)
+        readings = {"logps": logps.detach(), **inputs.readings(logps.detach())}
+        if reference is not None:
+            readings |= {f"{name}/ref": value for name, value in {"logps": reference, **inputs.readings(reference)}.items()}
+        labels, scores = prepared.side.get("labels"), prepared.side.get("scores")
+        self.sums = metrics.add(
+            self.sums, metrics.preference_metrics(result.losses, result.rewards, readings, labels=labels, scores=scores)
+        )
+        return torch.isfinite(result.losses.detach()), prepared.ids
+
+    def _backward_in_parts(self, inputs: Any, gradient: Tensor, at_once: int, sync: bool) -> None:
+        """Back-propagate some candidates at a time: exact, because the loss sees the network only through the logps."""
+        starts = range(0, inputs.num_candidates, at_once)
+        for start in starts:
+            part = slice(start, start + at_once)
+            alone = nullcontext() if sync and start == starts[-1] else self.accelerator.no_sync(self.network)
+            with alone:
+                with self.accelerator.autocast():
+                    logps = inputs.candidates(part).logps(self.network)
+                self.accelerator.backward((logps * gradient[:, part]).sum())
+
+    def _reference(self, prepared: Prepared) -> Tensor | None:
+        if not self.objective.needs_reference:
+            return None
+        if prepared.reference is not None:
+            return prepared.reference
+        with torch.no_grad(), self.policy.reference() as network, self.accelerator.autocast():
+            logps: Tensor = prepared.inputs.logps(network)
+        return logps
+
+    @property
+    def bare(self) -> nn.Module:
+        """The network without the wrapper that synchronises gradients."""
+        module: nn.Module = self.accelerator.unwrap_model(self.network)
+        return module
+
+    def _gathered_mean(self, values: Tensor) -> Tensor:
+        gathered: Tensor = self.accelerator.gather(values) if self.accelerator.num_processes > 1 else values
+        return gathered.mean()
+
+    def _stop_unless_finite(self, finite: list[tuple[Tensor, Sequence[str]]], norm: Tensor) -> None:
+        """Stop before the optimiser has touched a weight; the one host synchronisation of a step."""
+        scaled = self.accelerator.mixed_precision == "fp16"  # whose loss scaling overflows by design, and skips the step
+        fine = torch.stack([ok.all() for ok, _ in finite] + ([] if scaled else [torch.isfinite(norm)])).all()
+        if self.accelerator.num_processes > 1:
+            fine = self.accelerator.reduce(fine.float(), reduction="sum") == self.accelerator.num_processes
+        if bool(fine):
+            return
+        bad = [name for ok, ids in finite for good, name in zip(ok.tolist(), ids, strict=True) if not good]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            bad = gather_object(bad)
+        what = f"the loss is NaN or infinite for {', '.join(bad[:8])}" if bad else "the gradient is NaN or infinite"
+        last = checkpoints.latest(self.output)
+        remedy = f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
+        raise UserError(
+            f"step {self.step + 1}: {what}. {remedy} Look at these samples; try a smaller learning_rate or beta, "
+            "mixed_precision bf16 instead of fp16, or a VAE in float32."
+        )
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """`checkpoint-N`, whole or absent, written by all processes together."""
+        from accelerate.utils import broadcast_object_list
+
+        main = self.accelerator.is_main_process
+        manager: Any = checkpoints.write_folder(self.output / f"checkpoint-{self.step}") if main else nullcontext(None)
+        with manager as folder:
+            path = broadcast_object_list([str(folder)])[0]
+            self.accelerator.save_state(path)
+            if main:
+                state = {"step": self.step, "config": self.config, "examples": self.order.num_examples}
+                checkpoints.write_state(Path(path), {**state, "per_step": self.order.per_step})
+            self.accelerator.wait_for_everyone()
+        if main:
+            checkpoints.rotate(self.output, self.training.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            UserError: the checkpoint is of another config, dataset or batch.
+        """
+        state = checkpoints.read_state(checkpoint)
+        changed = [line for line in differences(state["config"], dict(self.config)) if not line.startswith(FREE_ON_RESUME)]
+        for name, now in (("examples", self.order.num_examples), ("per_step", self.order.per_step)):
+            if state[name] != now:
+                changed.append(f"{name}: {state[name]} -> {now}")
+        if changed:
+            raise UserError(
+                f"{checkpoint}: is of another run ({'; '.join(changed[:6])}). Resume with the same config, data and effective "
+                "batch, or start a new run in another output folder."
+            )
+        self.accelerator.load_state(str(checkpoint))
+        self.step = int(state["step"])
+        if self.accelerator.is_main_process:
+            _forget_after(self.output / METRICS, self.step)
+        logger.info("resumed from %s", checkpoint)
+
+    def _save_trainable(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        from safetensors.torch import save_file
+
+        weights.clear()
+        if self.accelerator.is_main_process:
+            save_file(self._trainable(), Path(folder) / TRAINABLE)
+
+    def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
+        from safetensors.torch import load_file
+
+        models.clear()
+        saved = load_file(Path(folder) / TRAINABLE)
+        with torch.no_grad():
+            for name, parameter in self._trainable().items():
+                parameter.copy_(saved[name])
+
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.bare.named_parameters() if p.requires_grad}
+
+    # --- reporting ------------------------------------------------------------------------------------------------
+
+    def log(self) -> dict[str, float]:
+        """Write the metrics since the last call; the one collective and copy to the host they cost."""
+        names = sorted(self.sums)
+        table = torch.stack([torch.stack([v.to(torch.float64) for v in self.sums[name]]) for name in names])
+        if self.accelerator.num_processes > 1:
+            table = self.accelerator.reduce(table, reduction="sum")
+        rows = table.tolist()
+        values = {name: total / count for name, (total, count) in zip(names, rows, strict=True) if count}
+        before, then = self.since
+        self.sums, self.since = {}, (self.step, time.perf_counter())
+        seconds = self.since[1] - then
+        values["learning_rate"] = self.optimiser.param_groups[0]["lr"]
+        values["epoch"] = self.step * self.order.per_step / self.order.num_examples
+        values["throughput/examples_per_s"] = (self.step - before) * self.order.per_step / seconds
+        values["memory/peak_gb"] = _peak_memory()
+        beta = self.objective.beta()
+        if beta is not None:
+            values["dpo/beta"] = beta
+        if self.accelerator.is_main_process:
+            with (self.output / METRICS).open("a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.accelerator.log(values, step=self.step)
+        return values
+
+    def validate(self, folder: Path) -> None:
+        """Samples of the weights that would be saved now."""
+        if self.accelerator.is_main_process:
+            with self._averaged():
+                self.policy.validate(folder)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """The final weights; with a moving average that average, and the last weights in `raw/`."""
+        if self.accelerator.is_main_process:
+            if self.ema is not None:
+                self.policy.save(self.output / "raw")
+            with self._averaged():
+                self.policy.save(self.output)
+        self.accelerator.wait_for_everyone()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else _Averaged(self.ema, self.parameters)
+
+
+class _Averaged(AbstractContextManager[None]):
+    """The moving average in place of the weights, for the length of a block."""
+
+    def __init__(self, ema: Any, parameters: list[nn.Parameter]) -> None:
+        self.ema, self.parameters = ema, parameters
+
+    def __enter__(self) -> None:
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *exception: object) -> None:
+        self.ema.restore(self.parameters)
+
+
+def fit(
+    policy: Policy,
+    objective: Objective,
+    batches: Callable[[Order, int, int], Iterable[Any]],
+    training: Training,
+    *,
+    accelerator: Any,
+    num_examples: int,
+    seed: int,
+    output: Path,
+    config: Mapping[str, Any],
+    resume: Path | None = None,
+) -> Path:
+    """Train the policy; returns the output folder with the final weights.
+
+    Args:
+        policy: an opened adapter.
+        objective: the loss.
+        batches: (order, first step, last step) -> this process's micro-batches.
+        training: lengths, sizes, precision.
+        accelerator: from `start`.
+        num_examples: of the dataset, which decides epochs and order.
+        seed: of the order of the examples.
+        output: folder for checkpoints, metrics and the final weights.
+        config: the resolved config; a checkpoint of another config is not resumed.
+        resume: a checkpoint folder to go on from.
+    Raises:
+        UserError: the loss or gradient is not finite, or the checkpoint is of another run.
+    """
+    order = Order(
+        num_examples=num_examples,
+        batch_size=training.batch_size,
+        accumulation=training.accumulation,
+        seed=seed,
+        num_processes=accelerator.num_processes,
+        process=accelerator.process_index,
+    )
+    total = training.num_steps(num_examples, order.per_step)
+    _check_dropout(policy.network, training)
+    run = _Run(
+        accelerator=accelerator,
+        policy=policy,
+        objective=objective,
+        training=training,
+        order=order,
+        output=output,
+        config=config,
+        total=total,
+    )
+    if resume is not None:
+        run.resume(resume)
+    if training.trackers:
+        accelerator.init_trackers("mmalign", config={"config": json.dumps(config)})
+    _steps(run, batches)
+    run.save()
+    accelerator.end_training()
+    return output
+
+
+def _steps(run: _Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> None:
+    from tqdm import tqdm
+
+    training = run.training
+    stream = iter(batches(run.order, run.step, run.total))
+    run.network.train()
+    run.since = (run.step, time.perf_counter())
+    bar = tqdm(total=run.total, initial=run.step, desc="train", disable=not run.accelerator.is_main_process)
+    with bar:
+        while run.step < run.total:
+            run.take_step(next(stream) for _ in range(training.accumulation))
+            bar.update()
+            last = run.step == run.total
+            if last or run.step % training.log_every == 0:
+                bar.set_postfix_str(_postfix(run.log()))
+            if training.checkpoint_every and (last or run.step % training.checkpoint_every == 0):
+                run.save_checkpoint()
+            if last or (training.validate_every and run.step % training.validate_every == 0):
+                run.validate(run.output / "validation" / f"step-{run.step}")
+
+
+def _postfix(values: Mapping[str, float]) -> str:
+    shown = [f"loss {values['loss']:.4f}"]
+    if "rewards/accuracies" in values:
+        shown.append(f"accuracy {values['rewards/accuracies']:.2f}")
+    return ", ".join([*shown, f"{values['throughput/examples_per_s']:.2g} examples/s", f"{values['memory/peak_gb']:.1f} GB"])
+
+
+def _check_dropout(network: nn.Module, training: Training) -> None:
+    active = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+    if active and training.candidate_microbatch is not None:
+        raise UserError(
+            "training.candidate_microbatch: the network has dropout, whose masks would differ between the passes. "
+            "Set lora.dropout to 0, or candidate_microbatch to null."
+        )
+
+
+def _peak_memory() -> float:
+    """Peak memory of this process in GB (2^30 bytes): of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop metrics of steps that will be taken again, and a line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            logger.info("%s: dropped a line cut short", path)
+    path.write_text("".join(kept))
