@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,7 +182,7 @@ def describe(cls: type[Any]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, (*wide, 0), strict=True)).rstrip() for row in rows)
 
 
-def _rows(cls: Any, prefix: str) -> typing.Iterator[tuple[str, str, str, str]]:
+def _rows(cls: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, setting in settings_of(cls).items():
         inner = next((m for m in members(setting.annotation) if dataclasses.is_dataclass(m)), None)
         table = _table_in(setting.annotation)

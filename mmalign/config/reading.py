@@ -187,7 +187,8 @@ def _set(tree: Tree, path: KeyPath, value: Any) -> str | None:
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(node, list):
-            if not part.isdecimal() and len(node) == 1 and isinstance(node[0], dict):  # one item: its number may be left out
+            if not part.isdecimal() and len(node) == 1 and isinstance(node[0], (dict, str)):
+                node[0] = _mapping(node[0])  # one item: its number may be left out
                 node, true_path = node[0], (*true_path, "0")
             elif not part.isdecimal() or int(part) >= len(node):
                 return f"{'.'.join(path[:depth])} is a list of {len(node)}. Say which one by its number, from 0."
@@ -200,13 +201,17 @@ def _set(tree: Tree, path: KeyPath, value: Any) -> str | None:
             tree.overridden.add(true_path)
             return None
         child = node[slot] if isinstance(node, list) else node.get(slot)
-        if isinstance(child, str):
-            child = {"name": child}  # `loss: dpo` is short for `loss: {name: dpo}`
-        elif child is None:
-            child = {}
+        if child is None:
             tree.overridden.add(true_path)
-        elif not isinstance(child, (dict, list)):
+        elif not isinstance(child, (dict, list, str)):
             return f"{'.'.join(path[: depth + 1])} is {child!r}, which has no keys."
-        node[slot] = child
-        node = child
+        node[slot] = _mapping(child)
+        node = node[slot]
     return None
+
+
+def _mapping(value: Any) -> Any:
+    """`loss: dpo` is short for `loss: {name: dpo}`."""
+    if value is None:
+        return {}
+    return {"name": value} if isinstance(value, str) else value

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -116,7 +117,8 @@ def import_address(address: str) -> Any:
 def settings_of(target: Any) -> dict[str, Setting]:
     """Keyword-only fields of a dataclass, or keyword-only parameters of a function or class; positional ones are data."""
     if dataclasses.is_dataclass(target):
-        hints = typing.get_type_hints(target, include_extras=True)
+        module = sys.modules[target.__module__]  # as globals, so that a lambda inside an annotation finds its names
+        hints = typing.get_type_hints(target, vars(module), include_extras=True)
         return {f.name: _field_setting(f, hints[f.name]) for f in dataclasses.fields(target) if f.init and f.kw_only}
     if not callable(target):
         return {}
