@@ -3,12 +3,15 @@
 from mmalign.records.examples import Examples
 from mmalign.records.judgements import append_judgements, read_judgements, with_judgements
 from mmalign.records.media import Media, to_rgb
+from mmalign.records.reading import collect, fault_of, raise_faults, read
 from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Sample, faults_of
 from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
 from mmalign.records.views import SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, unpaired
+from mmalign.records.writing import FORMATS, write
 
 __all__ = [
     "COLUMNS",
+    "FORMATS",
     "SIDE_DEFAULTS",
     "VIEWS",
     "Comparison",
@@ -23,18 +26,23 @@ __all__ = [
     "Sample",
     "append_judgements",
     "best",
+    "collect",
     "comparison",
+    "fault_of",
     "faults_of",
     "features",
     "outline_rows",
     "outlines",
     "pair",
     "preference_scores",
+    "raise_faults",
     "ranked",
+    "read",
     "read_judgements",
     "to_dataset",
     "to_rgb",
     "to_row",
     "unpaired",
     "with_judgements",
+    "write",
 ]

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign.errors import UserError
 from mmalign.records.media import Media
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import datasets
 
 BATCH_ROWS = 256
+Row = TypeVar("Row")
 
 
 def features() -> "datasets.Features":
@@ -152,12 +154,19 @@ def outline_rows(dataset: "datasets.Dataset") -> Iterator[dict[str, Any]]:
     for start in range(0, len(arrow), BATCH_ROWS):
         table = arrow[start : start + BATCH_ROWS]
         batch = {name: table[name].to_pylist() for name in COLUMNS if name not in ("prompt", "candidates")}
-        batch["prompt"] = _contents(table["prompt"].combine_chunks())
-        candidates = table["candidates"].combine_chunks()
-        flat = iter(_contents(candidates.flatten()))
-        counts = candidates.value_lengths().to_pylist()
-        batch["candidates"] = [[next(flat) for _ in range(n or 0)] for n in counts]
+        batch["prompt"] = [content for chunk in table["prompt"].chunks for content in _contents(chunk)]
+        batch["candidates"] = []
+        for chunk in table["candidates"].chunks:  # chunk by chunk: joining them would copy the images
+            flat = iter(_contents(chunk.flatten()))
+            batch["candidates"] += [[next(flat) for _ in range(n or 0)] for n in chunk.value_lengths().to_pylist()]
         yield from _rows(batch)
+
+
+def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Yield the rows in lists of `size`, the last one shorter."""
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 def _contents(array: Any) -> list[dict[str, Any]]:

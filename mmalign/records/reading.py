@@ -1,0 +1,304 @@
+"""Reading comparisons from disk: Parquet, JSONL + media, imagefolder, webdataset shards, save_to_disk folders."""
+
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.errors import UserError
+from mmalign.records.media import tar_path
+from mmalign.records.rows import Fault, nearest
+from mmalign.records.table import COLUMNS, comparison, features, in_batches
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENTRY_KEYS = ("id", "prompt", "candidates", "scores", "ranks", "prob", "weight", "margin", "provenance")
+# The spellings that imagefolder metadata has in the wild; the better image of a pair stands first.
+CAPTIONS = ("prompt", "text", "caption")
+WINNERS = ("file_name", "image", "chosen_file_name")
+LOSERS = ("lose_image", "lose_file_name", "rejected_file_name")
+ROWS_IN_MEMORY = 10_000
+SHOWN_FAULTS = 5
+
+
+def read(path: str | Path, *, faults: list[Fault] | None = None) -> "datasets.Dataset":
+    """Read a table of comparisons; the format is told from the path. Images are not opened.
+
+    `x.jsonl`, `x.parquet`, `x.tar`, or a folder with Parquet files, one JSONL file, `metadata.jsonl` (imagefolder), tar
+    shards, or a table saved with `save_to_disk`. Paths of images are relative to the file that names them.
+
+    Args:
+        path: file or folder.
+        faults: where unusable rows of JSONL, imagefolder and shards are noted, and left out. None: they are an error.
+            Rows of Parquet and Arrow tables are checked when they are used.
+
+    Raises:
+        UserError: nothing there, no known format, or unusable rows (the first few are named).
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{place}: got no such file or folder, want comparisons. Check the path.")
+    reader, files = _format_of(place)
+    return reader(files, faults)
+
+
+def collect(rows: Iterable[Mapping[str, Any] | Fault], place: str | Path, faults: list[Fault] | None) -> "datasets.Dataset":
+    """Check rows one by one and gather the good ones in a table; tell or note the others.
+
+    Args:
+        rows: rows of our schema with `where` set, or faults found on the way.
+        place: what is read, for the message.
+        faults: as in `read`.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    found: list[Fault] = []
+
+    def good() -> Iterator[Mapping[str, Any]]:
+        for row in rows:
+            if isinstance(row, Fault):
+                found.append(row)
+            elif fault := fault_of(row):
+                found.append(fault)
+            else:
+                yield row
+
+    tables = [Dataset.from_list(list(rows), features=features()) for rows in in_batches(good(), ROWS_IN_MEMORY)]
+    if faults is None:
+        raise_faults(found, place)
+    else:
+        faults += found
+    return concatenate_datasets(tables) if tables else Dataset.from_list([], features=features())
+
+
+def raise_faults(faults: list[Fault], place: str | Path) -> None:
+    """Raise one error that names the first few faults and counts the others, if there are any.
+
+    Raises:
+        UserError: there are faults.
+    """
+    if faults:
+        more = f"\n{place}: and {len(faults) - SHOWN_FAULTS} rows more." if len(faults) > SHOWN_FAULTS else ""
+        raise UserError("\n".join(str(f) for f in faults[:SHOWN_FAULTS]) + more)
+
+
+def fault_of(row: Mapping[str, Any]) -> Fault | None:
+    """Return what is wrong with a row of our schema, missing image files included; None when it is good."""
+    where = row["where"]
+    try:
+        value = comparison(row, where)
+    except UserError as error:
+        return Fault(where, str(error).removeprefix(f"{where}: "))
+    for content in (value.prompt, *value.candidates):
+        for media in content.images:
+            if media.data is None and media.path and "://" not in media.path and not os.path.isfile(media.path):
+                return Fault(where, f"the image {media.path} is missing. Put it there or remove the row.")
+    return None
+
+
+Reader = Callable[[list[Path], list[Fault] | None], "datasets.Dataset"]
+
+
+def _format_of(place: Path) -> tuple[Reader, list[Path]]:
+    if place.is_file():
+        reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".tar": _read_shards}.get(place.suffix)
+        if place.name == "metadata.jsonl":
+            reader = _read_imagefolder
+        if reader is not None:
+            return reader, [place]
+        raise UserError(f"{place}: got a file ending in {place.suffix!r}, want .jsonl, .parquet or .tar. Convert it.")
+    if (place / "state.json").exists() and (place / "dataset_info.json").exists():
+        return _read_arrow, [place]
+    if (place / "metadata.jsonl").exists():
+        return _read_imagefolder, [place / "metadata.jsonl"]
+    for pattern, reader in (("*.parquet", _read_parquet), ("*.tar", _read_shards), ("*.jsonl", _read_jsonl)):
+        files = sorted(place.glob(pattern))
+        if files:
+            return reader, files
+    raise UserError(
+        f"{place}: got a folder without comparisons, want *.parquet, *.jsonl, metadata.jsonl, *.tar or a table written "
+        "by save_to_disk. Check the path, or name an importer for another layout."
+    )
+
+
+def _read_parquet(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import load_dataset
+
+    try:
+        counts = [pq.ParquetFile(file).metadata.num_rows for file in files]
+    except pa.ArrowInvalid as fault:
+        raise UserError(f"{files[0].parent}: got a damaged Parquet file ({fault}). Copy it again.") from fault
+    names = pq.read_schema(files[0]).names
+    _check_columns(names, files[0])
+    table = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+    where = [f"{file}:{n}" for file, count in zip(files, counts, strict=True) for n in range(1, count + 1)]
+    return _complete(table, where)
+
+
+def _read_arrow(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+    from datasets import load_from_disk
+
+    table = load_from_disk(str(files[0]))
+    _check_columns(table.column_names, files[0])
+    return _complete(table, [f"{files[0]}:{n}" for n in range(1, len(table) + 1)])
+
+
+def _check_columns(names: list[str], place: Path) -> None:
+    missing = [name for name in ("id", "prompt", "candidates") if name not in names]
+    if missing:
+        raise UserError(
+            f"{place}: got the columns {', '.join(names)} and no {', '.join(missing)}, want a table of comparisons. "
+            "For a public data set name its importer."
+        )
+
+
+def _complete(table: "datasets.Dataset", where: list[str]) -> "datasets.Dataset":
+    """Bring a table to our schema: absent optional columns are empty, others go, `where` says file and row."""
+    table = table.remove_columns([name for name in table.column_names if name not in COLUMNS or name == "where"])
+    for name in COLUMNS:
+        if name not in table.column_names:
+            column = where if name == "where" else [None] * len(table)
+            table = table.add_column(name, column, feature=features()[name])
+    return table.select_columns(list(COLUMNS)).cast(features()) if table.features != features() else table
+
+
+def _read_jsonl(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+    def rows() -> Iterator[Mapping[str, Any] | Fault]:
+        for file in files:
+            for where, entry in json_lines(file):
+                if isinstance(entry, Fault):
+                    yield entry
+                else:
+                    number = where.rpartition(":")[2]
+                    yield row_of(entry, where, f"{file.stem}-{number}", _beside(file))
+
+    return collect(rows(), files[0].parent if len(files) > 1 else files[0], faults)
+
+
+def _read_imagefolder(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+    def rows() -> Iterator[Mapping[str, Any] | Fault]:
+        for where, entry in json_lines(files[0]):
+            if not isinstance(entry, Fault):
+                entry = metadata_entry(entry, where)
+            if isinstance(entry, Fault):
+                yield entry
+            else:
+                number = where.rpartition(":")[2]
+                yield row_of(entry, where, f"{files[0].parent.name}-{number}", _beside(files[0]))
+
+    return collect(rows(), files[0], faults)
+
+
+def metadata_entry(entry: dict[str, Any], where: str) -> dict[str, Any] | Fault:
+    """Translate a line of imagefolder metadata to a line of our JSONL.
+
+    `file_names` lists k candidates; `file_name` (or `image`) with `lose_image` is a pair whose first image won.
+    """
+    rest = {k: v for k, v in entry.items() if k in ENTRY_KEYS and k not in ("prompt", "candidates")}
+    prompt = next((entry[k] for k in CAPTIONS if entry.get(k) is not None), None)
+    winner, loser = (next((entry[k] for k in keys if entry.get(k)), None) for keys in (WINNERS, LOSERS))
+    names = entry.get("file_names") or [name for name in (winner, loser) if name]
+    if loser is not None and not any(k in rest for k in ("ranks", "prob", "scores")):
+        rest["ranks"] = [1, 2]
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        return Fault(where, f"got file_names {names!r}, want a list of paths.")
+    return {**rest, "prompt": prompt or "", "candidates": [{"image": name} for name in names]}
+
+
+def _read_shards(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+    def rows() -> Iterator[Mapping[str, Any] | Fault]:
+        for shard in files:
+            try:
+                yield from _shard_rows(shard)
+            except tarfile.TarError as fault:
+                raise UserError(f"{shard}: got no plain tar file ({fault}), want an uncompressed one.") from fault
+
+    return collect(rows(), files[0].parent if len(files) > 1 else files[0], faults)
+
+
+def _shard_rows(shard: Path) -> Iterator[Mapping[str, Any] | Fault]:
+    samples: dict[str, tuple[bytes | None, list[str]]] = {}
+    with tarfile.open(shard, "r:") as tar:
+        for info in tar:
+            folder, _, name = info.name.rpartition("/")
+            key = f"{folder}/{name.partition('.')[0]}".strip("/")
+            text, images = samples.setdefault(key, (None, [])) if info.isfile() else (None, [])
+            file = tar.extractfile(info) if name.endswith(".json") else None
+            if file is not None:
+                samples[key] = (file.read(), images)
+            elif name.lower().endswith(IMAGE_SUFFIXES):
+                images.append(info.name)
+    for key, (text, images) in samples.items():
+        where = f"{shard}:{key}"
+        entry = parse_object(text.decode(errors="replace"), where) if text is not None else Fault(where, "has no .json.")
+        if isinstance(entry, Fault):
+            yield entry
+        else:
+            if "candidates" not in entry:  # a foreign shard: the sample's images in the order of their names
+                entry["candidates"] = [{"image": name} for name in sorted(images)]
+            yield row_of(entry, where, key, lambda member: tar_path(str(shard.absolute()), member))
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    """Yield (`file:line`, object) for every line that is not blank; a line that is no object becomes a Fault."""
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{file}:{number}"
+                yield where, parse_object(line, where)
+
+
+def parse_object(text: str, where: str) -> dict[str, Any] | Fault:
+    """Parse one JSON object; anything else is a Fault."""
+    try:
+        value = json.loads(text)
+    except ValueError as fault:
+        return Fault(where, f"got no valid JSON ({fault}), want one object a line. Correct the line.")
+    return value if isinstance(value, dict) else Fault(where, f"got a JSON {type(value).__name__}, want an object.")
+
+
+def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable[[str], str]) -> dict[str, Any] | Fault:
+    """Turn a line of our JSONL into a row of our schema.
+
+    `{"prompt": "a cat", "candidates": [{"image": "a.png"}, {"image": "b.png"}], "ranks": [1, 2]}`; further keys: id, scores
+    ({judge: [...]}), prob, weight, margin, provenance. A prompt or candidate is a text, or an object with text, image, images.
+    """
+    unknown = [key for key in entry if key not in ENTRY_KEYS]
+    if unknown:
+        return Fault(where, f"got the unknown key {unknown[0]}.{nearest(unknown[0], ENTRY_KEYS)}")
+    try:
+        return {
+            "id": str(entry.get("id", default_id)),
+            "prompt": _content(entry.get("prompt", ""), resolve),
+            "candidates": [_content(c, resolve) for c in entry.get("candidates", [])],
+            "scores": [
+                {"judge": str(judge), "values": [float(v) for v in values]}
+                for judge, values in (entry.get("scores") or {}).items()
+            ],
+            "ranks": None if entry.get("ranks") is None else [float(r) for r in entry["ranks"]],
+            **{k: None if entry.get(k) is None else float(entry[k]) for k in ("prob", "weight", "margin")},
+            "provenance": [json.dumps(p, sort_keys=True) for p in entry.get("provenance") or ()],
+            "where": where,
+        }
+    except (TypeError, ValueError, AttributeError) as fault:
+        return Fault(where, f"got a value of the wrong type ({fault}). Correct the line.")
+
+
+def _content(value: Any, resolve: Callable[[str], str]) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"text": value, "images": []}
+    if not isinstance(value, dict) or set(value) - {"text", "image", "images"}:
+        raise TypeError(f"{json.dumps(value)[:60]}, want a text or an object with text, image or images")
+    paths = [value["image"]] if "image" in value else value.get("images", [])
+    return {"text": value.get("text"), "images": [{"bytes": None, "path": resolve(path)} for path in paths]}
+
+
+def _beside(file: Path) -> Callable[[str], str]:
+    folder = file.absolute().parent
+    return lambda name: str(folder / name)
