@@ -65,7 +65,7 @@ GUARDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ipo": lambda policy, reference: ipo(policy, reference, beta=0.1).losses,
     "hinge": lambda policy, reference: hinge(policy, reference, beta=1.0).losses,
     "dro": lambda policy, reference: dro(policy, reference, margin=5.0).losses,
-    "mapo": lambda policy, reference: mapo(policy, beta=50.0).losses,
+    "mapo": lambda policy, reference: mapo(policy, beta=50.0, scale=10.0).losses,
     "spo": lambda policy, reference: spo(policy, reference, clip=0.9).losses,
 }
 
