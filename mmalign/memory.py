@@ -1,0 +1,187 @@
+"""How much memory a diffusion training step needs: an arithmetic of parameter counts and options, in GB of 2^30 bytes.
+
+Source: parameter counts from the public configs; activations counted with saved-tensor hooks in bf16 with fused
+attention (SD 1.5 and SDXL). What is scaled from those, rather than counted, is said where it stands.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from mmalign.errors import UserError
+
+GB = 2**30
+# State per trained weight. adafactor, counted on the UNets' shapes: 2.1 for SD 1.5 (its 3 x 3 kernels hardly factor), 0.4
+# for SDXL; the larger stands here.
+OPTIMISER_BYTES: Mapping[str, float] = MappingProxyType({"adamw": 8, "adamw_8bit": 2, "adafactor": 2.1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A family at its native resolution: weights by part, and GB of activations per image (half a pair) in bf16."""
+
+    denoiser: int
+    encoders: int
+    lora_per_rank: int
+    latent_side: int
+    full: float
+    full_checkpointed: float
+    lora: float
+    lora_checkpointed: float
+
+
+def _sd(denoiser: int, encoders: int, lora_per_rank: int, latent_side: int) -> Size:
+    """SD 1.x and 2.x: counted for full tuning of SD 1.5 at 64 x 64; LoRA by SDXL's ratio; sides by latent area."""
+    area = (latent_side / 64) ** 2
+    full, checkpointed = 1.7 / 2 * area, 0.29 / 2 * area
+    return Size(
+        denoiser=denoiser,
+        encoders=encoders,
+        lora_per_rank=lora_per_rank,
+        latent_side=latent_side,
+        full=full,
+        full_checkpointed=checkpointed,
+        lora=full * 14.5 / 12.8,
+        lora_checkpointed=checkpointed * 0.91 / 1.1,
+    )
+
+
+SIZES: Mapping[str, Size] = MappingProxyType(
+    {
+        "sd15": _sd(859_520_964, 83_653_863 + 123_060_480, 199_296, 64),
+        "sd2": _sd(865_910_724, 83_653_863 + 340_387_840, 207_488, 96),
+        "sdxl": Size(
+            denoiser=2_567_463_684,
+            encoders=83_653_863 + 123_060_480 + 694_659_840,
+            lora_per_rank=1_451_520,
+            latent_side=128,
+            full=12.8 / 2,
+            full_checkpointed=1.1 / 2,
+            lora=14.5 / 2,
+            lora_checkpointed=0.91 / 2,
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """GB by purpose.
+
+    Not counted: the CUDA context and workspace (about 1 GB), fragmentation, validation images, and under checkpointing
+    the one block that is being recomputed, which grows with the batch: many pairs need more than this says.
+    """
+
+    weights: float
+    gradients: float
+    optimiser: float
+    reference: float
+    encoders: float
+    ema: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """The sum, in GB."""
+        return float(sum(asdict(self).values()))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gigabytes:.2f}" for name, gigabytes in asdict(self).items() if gigabytes >= 0.005)
+        return f"about {self.total:.2f} GB ({parts or 'all parts below 0.01'})"
+
+
+def memory_estimate(
+    *,
+    num_parameters: int,
+    num_trained: int,
+    num_samples: int,
+    activations_per_sample: float,
+    num_encoder_parameters: int = 0,
+    precision: Literal["no", "bf16", "fp16"] = "bf16",
+    optimiser: str = "adamw",
+    reference_copy: bool = False,
+    ema: bool = False,
+) -> MemoryEstimate:
+    """Memory of one optimiser step.
+
+    trained weights: 4 bytes + 4 gradient + state of the optimiser; frozen weights, reference copy and encoders: 2 bytes
+    in half precision, else 4. SD 1.5 full with AdamW: 859.5 M * 16 bytes = 12.8 GB. SDXL LoRA: 4.8 GB + 0.2 GB.
+
+    Args:
+        num_parameters: weights of the denoiser, LoRA not included.
+        num_trained: weights that get gradients: equal to num_parameters for full tuning, otherwise the LoRA's.
+        num_samples: images in one backward pass: pairs * 2, or one per pair where candidates go one at a time.
+        activations_per_sample: GB in bf16, from `activations`; float32 doubles it.
+        num_encoder_parameters: VAE and text encoders kept on the device; 0 with a prepared cache.
+        precision: of the autocast, as in the train config.
+        optimiser: a name in OPTIMISER_BYTES.
+        reference_copy: whether a frozen copy of the denoiser is kept (full tuning without cached reference errors).
+        ema: whether an average of the trained weights is kept.
+    Raises:
+        UserError: unknown optimiser.
+    """
+    if optimiser not in OPTIMISER_BYTES:
+        raise UserError(f"memory estimate: got optimiser {optimiser!r}, want one of {', '.join(OPTIMISER_BYTES)}.")
+    frozen_bytes = 4 if precision == "no" else 2
+    num_frozen = 0 if num_trained == num_parameters else num_parameters
+    return MemoryEstimate(
+        weights=(4 * num_trained + frozen_bytes * num_frozen) / GB,
+        gradients=4 * num_trained / GB,
+        optimiser=OPTIMISER_BYTES[optimiser] * num_trained / GB,
+        reference=frozen_bytes * num_parameters / GB if reference_copy else 0.0,
+        encoders=frozen_bytes * num_encoder_parameters / GB,
+        ema=4 * num_trained / GB if ema else 0.0,
+        activations=num_samples * activations_per_sample * (2 if precision == "no" else 1),
+    )
+
+
+def activations(family: str, *, lora: bool, checkpointing: bool, latent_side: float | None = None) -> float:
+    """GB of activations per image in bf16; grows with the latent's area (None: the family's native side).
+
+    Raises:
+        UserError: a family whose activations were not counted.
+    """
+    if family not in SIZES:
+        raise UserError(f"memory estimate: got family {family!r}, want one of {', '.join(SIZES)}.")
+    size = SIZES[family]
+    by_options = {
+        (False, False): size.full,
+        (False, True): size.full_checkpointed,
+        (True, False): size.lora,
+        (True, True): size.lora_checkpointed,
+    }
+    return by_options[lora, checkpointing] * ((latent_side or size.latent_side) / size.latent_side) ** 2
+
+
+def family_estimate(
+    family: str,
+    *,
+    lora_rank: int | None,
+    checkpointing: bool,
+    pairs: int,
+    precision: Literal["no", "bf16", "fp16"] = "bf16",
+    optimiser: str = "adamw",
+    cached: bool = False,
+) -> MemoryEstimate:
+    """The estimate for a stock model of a family, at its native resolution.
+
+    Args:
+        lora_rank: None for full tuning.
+        pairs: in one backward pass.
+        cached: latents, text embeddings and reference errors are prepared: no encoders, no reference copy.
+    Raises:
+        UserError: unknown family or optimiser.
+    """
+    per_sample = activations(family, lora=lora_rank is not None, checkpointing=checkpointing)
+    size = SIZES[family]
+    return memory_estimate(
+        num_parameters=size.denoiser,
+        num_trained=size.denoiser if lora_rank is None else lora_rank * size.lora_per_rank,
+        num_samples=2 * pairs,
+        activations_per_sample=per_sample,
+        num_encoder_parameters=0 if cached else size.encoders,
+        precision=precision,
+        optimiser=optimiser,
+        reference_copy=lora_rank is None and not cached,
+    )
