@@ -1,0 +1,50 @@
+"""Small float64 inputs for any loss of LOSSES."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.losses import LOSSES, PreferenceLoss
+
+NUM_CANDIDATES = {"rank_dpo": 4, "kto": 1}
+# Without an anchor KTO takes the mean over the batch: the rules for single rows are tested with the anchor given.
+NEEDS_ANCHOR = {"kto"}
+
+
+def data(name: str, batch: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
+    """Logps as diffusion makes them (small, negative, close to the reference) and whatever else the loss requires."""
+    generator = torch.Generator().manual_seed(seed)
+    k = NUM_CANDIDATES.get(name, 2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    policy = -0.02 - 0.1 * draw(batch, k)
+    values = {"policy": policy, "reference": policy + 2e-3 * (draw(batch, k) - 0.5)}
+    values["scores"] = draw(batch, k).sort(dim=1, descending=True).values
+    values["labels"] = torch.ones(batch, dtype=torch.float64)
+    if name in NEEDS_ANCHOR:
+        values["anchor"] = torch.tensor(1e-4, dtype=torch.float64)
+    parameters = inspect.signature(LOSSES[name]).parameters
+    return {key: value.to(dtype) for key, value in values.items() if key in parameters}
+
+
+def call(name: str, values: dict[str, Any], **settings: Any) -> PreferenceLoss:
+    return LOSSES[name](**values, **settings)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Keyword-only parameters and their defaults."""
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def rows(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    return {key: value[part] if value.ndim else value for key, value in values.items()}
+
+
+def tensor(*values: Any) -> Tensor:
+    """A float64 tensor of these rows or values."""
+    return torch.tensor(values, dtype=torch.float64)
