@@ -1,0 +1,94 @@
+"""Sampling with the stock pipeline: one seed an image, so that an image does not depend on what else is in its batch."""
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmalign.errors import UserError
+from mmalign.models.lora import LORA_FILE
+
+SAMPLING_ADAPTER = "mmalign"
+
+
+def image_seed(seed: int, prompt: int, candidate: int) -> int:
+    """The seed of one image, from the seed of the run and the numbers of prompt and candidate: 63 bits of a sha256."""
+    digest = hashlib.sha256(f"{seed}:{prompt}:{candidate}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str | None = None,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 4,
+) -> Iterator[Image.Image]:
+    """Yield one image for each prompt with its seed, in order, `batch_size` at a time.
+
+    Noise is drawn on the CPU, so that every device starts from the same. Batch size changes an image by rounding only.
+    Args:
+        pipe: a stock pipeline; its scheduler is the sampler.
+        steps: sampler steps. Published evaluations: 50.
+        guidance_scale: 1 is no guidance. Published: 7.5 (SD 1.x), 5 (SDXL).
+        size: (height, width) in pixels, multiples of 8. None: the model's own.
+    """
+    height, width = size or (None, None)
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        yield from pipe(
+            batch,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+            generator=generators,
+        ).images
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Put another diffusers sampler in, on the model's own noise schedule.
+
+    Raises:
+        UserError: no such sampler for this model.
+    """
+    known = sorted(kind.__name__ for kind in pipe.scheduler.compatibles)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+        raise UserError(f"scheduler: got {name!r}, which this model cannot be sampled with. {remedy}")
+    import diffusers
+
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+
+
+def use_lora(pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
+    """Load a LoRA for sampling as any user of stock diffusers would.
+
+    Args:
+        lora: folder with `pytorch_lora_weights.safetensors`, or a .safetensors file.
+        scale: 0 is the base model, 1 the trained one.
+    Raises:
+        UserError: no such file, or a LoRA of another model.
+    """
+    file = Path(lora).expanduser()
+    file = file if file.is_file() else file / LORA_FILE
+    if not file.is_file():
+        raise UserError(f"lora: got {str(lora)!r}, want a folder with {LORA_FILE} or a .safetensors file.")
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=SAMPLING_ADAPTER)
+    except (RuntimeError, ValueError, KeyError) as fault:
+        raise UserError(f"{file}: its layers do not fit this model ({fault}). Name the base it was trained on.") from fault
+    if SAMPLING_ADAPTER not in getattr(pipe.unet, "peft_config", {}):
+        raise UserError(f"{file}: got no layers for the UNet of this model, want a LoRA trained on it.")
+    pipe.set_adapters([SAMPLING_ADAPTER], [scale])
