@@ -52,14 +52,10 @@ def adafactor(parameters: list[nn.Parameter], *, learning_rate: float, weight_de
     """Adafactor without parameter scaling and relative steps, as published for Diffusion-DPO SDXL."""
     from transformers.optimization import Adafactor
 
-    return Adafactor(
-        parameters,
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        scale_parameter=False,
-        relative_step=False,
-        warmup_init=False,
+    optimiser: torch.optim.Optimizer = Adafactor(
+        parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False
     )
+    return optimiser
 
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -1,0 +1,447 @@
+"""The diffusion adapter: images of a prompt -> denoising likelihoods under a UNet, for training with any preference loss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmalign.adapters.diffusion_cache import Cache, cache_key, opened_cache
+from mmalign.adapters.images import Framed, frame
+from mmalign.cache import content_key
+from mmalign.config import Choice, Table
+from mmalign.errors import UserError
+from mmalign.likelihoods import DenoisingInputs, winner_guard
+from mmalign.loop import Prepared
+from mmalign.models.diffusion import (
+    Denoiser,
+    add_lora,
+    encode_images,
+    encode_prompt,
+    find_family,
+    frozen_copy,
+    lora_off,
+    open_pipeline,
+    save_full,
+    save_lora,
+    schedule_of,
+    trainable_parameters,
+    training_plan,
+)
+from mmalign.noise import TIMESTEPS
+from mmalign.records import SIDE_DEFAULTS, Example, Media
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+UNIFORM = Choice(name="uniform", target=TIMESTEPS["uniform"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank weights instead of full fine-tuning.
+
+    Args:
+        rank: published 4 to 64.
+        alpha: scale alpha / rank; None: the rank.
+        targets: names of layers; None: the family's (attention).
+        dropout: 0 for preference training.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinnerGuard:
+    """Diffusion-SDPO's safeguard for pairs; see `likelihoods.winner_guard`."""
+
+    mu: float = 0.9
+    per: Literal["pair", "batch"] = "pair"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Images made during training, always from the same prompts and seeds."""
+
+    prompts: tuple[str, ...]
+    seed: int = 0
+    steps: int = 25
+    guidance_scale: float = 7.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionAdapter:
+    """Settings of the diffusion adapter.
+
+    Args:
+        family, model, revision, variant: what to open: a name in FAMILIES; local folder or hub id.
+        resolution: side, or (height, width), in pixels; a multiple of 8.
+        crop, flip: how images become that size; `flip` mirrors each image with probability 1/2, each on its own.
+        prompt_dropout: share of examples trained on the empty prompt. Published: 0.2 (Salesforce), 0 (diffusers).
+        timesteps: distribution of the timestep.
+        noise: `shared`: the candidates of an example see one noise and timestep; `independent`: each its own.
+        latents: a sample of the VAE's posterior, or its mean.
+        lora: None trains all weights against a frozen copy.
+        dtype: of frozen weights; auto: that of the mixed precision for LoRA, float32 for full fine-tuning.
+        cache: folder that `mmalign prepare` fills and training reads; None encodes at every step.
+        cache_dtype: of the cached tensors; float32 gives the same numbers as no cache.
+        draws: number of seeded (timestep, noise) draws per example, used in turn epoch by epoch; with a cache their reference
+            logps are computed once. None: a fresh draw every epoch.
+        validation: None makes no images.
+    """
+
+    family: str
+    model: str
+    revision: str | None = None
+    variant: str | None = None
+    resolution: int | tuple[int, int]
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    prompt_dropout: float = 0.0
+    timesteps: Annotated[Choice, Table(TIMESTEPS)] = UNIFORM
+    noise: Literal["shared", "independent"] = "shared"
+    latents: Literal["sample", "mean"] = "sample"
+    lora: Lora | None = Lora()
+    winner_guard: WinnerGuard | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    cache: str | None = None
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    draws: int | None = None
+    validation: Validation | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is loaded."""
+        find_family(self.family)
+        if not 0.0 <= self.prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout: got {self.prompt_dropout}, want a share from 0 to below 1.")
+        if any(side <= 0 or side % 8 for side in self.size):
+            raise ValueError(f"resolution: got {self.resolution}, want multiples of 8, such as 512.")
+        if self.crop == "random" and self.cache is not None:
+            raise ValueError("crop: got random with a cache, which holds one crop of an image. Use crop: center.")
+        if self.draws is not None and self.draws < 1:
+            raise ValueError(f"draws: got {self.draws}, want 1 or more, or null for fresh draws.")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    def open(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        mixed_precision: str = "no",
+        seed: int = 0,
+        num_candidates: int = 2,
+        needs_reference: bool = True,
+        caching: int | None = None,
+    ) -> DiffusionPolicy:
+        """Load the model and make it trainable.
+
+        Args:
+            device: where it runs.
+            mixed_precision: no, fp16 or bf16.
+            seed: of LoRA's initialisation and of every noise and timestep draw.
+            num_candidates: k of the data.
+            needs_reference: whether the loss asks for one; a full fine-tune then keeps a frozen copy.
+            caching: number of the process that fills the cache (`mmalign prepare`); None only reads it.
+
+        Raises:
+            UserError: no such model, wrong family, or settings that do not go together.
+        """
+        if self.winner_guard is not None and num_candidates != 2:
+            raise UserError(f"adapter.winner_guard: got {num_candidates} candidates, want pairs. Set it to null.")
+        return DiffusionPolicy(self, torch.device(device), mixed_precision, seed, needs_reference, caching)
+
+    def frozen_dtype(self, mixed_precision: str) -> torch.dtype:
+        """Of the weights that are not trained."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+class DiffusionPolicy:
+    """An opened diffusion model in training: reads examples, prepares inputs, holds policy and reference."""
+
+    def __init__(
+        self,
+        settings: DiffusionAdapter,
+        device: torch.device,
+        mixed_precision: str,
+        seed: int,
+        needs_reference: bool,
+        caching: int | None,
+    ) -> None:
+        """Use `DiffusionAdapter.open`."""
+        self.settings = settings
+        self.family = find_family(settings.family)
+        self.device = device
+        self.seed = seed
+        frozen = settings.frozen_dtype(mixed_precision)
+        trained = frozen if settings.lora is not None else torch.float32
+        self.pipe = open_pipeline(
+            self.family, settings.model, dtype=trained, revision=settings.revision, variant=settings.variant
+        )
+        self.schedule = schedule_of(self.pipe)
+        self.pipe.to(device)
+        for part in self._encoders():
+            part.requires_grad_(False).eval().to(frozen)
+        self.denoiser = Denoiser(self.family, self.pipe.unet)
+        self._check_timesteps()
+        self.cache: Cache | None = None
+        if settings.cache is not None:
+            self.cache = opened_cache(self, frozen, mixed_precision, caching)
+        if settings.lora is not None:
+            add_lora(self.denoiser, **vars(settings.lora), seed=seed)
+        else:
+            self.denoiser.requires_grad_(True)
+        self._copy = frozen_copy(self.denoiser) if settings.lora is None and needs_reference else None
+        for network in filter(None, (self.denoiser, self._copy)):
+            network.save_memory(
+                gradient_checkpointing=settings.gradient_checkpointing and network is self.denoiser,
+                channels_last=settings.channels_last,
+                compile=settings.compile,
+            )
+
+    # --- what the loop asks for -----------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        """The trained network."""
+        return self.denoiser
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters."""
+        return trainable_parameters(self.denoiser)
+
+    @contextmanager
+    def reference(self) -> Iterator[Callable[..., Tensor]]:
+        """The policy with its LoRA off, or the frozen copy of a full fine-tune."""
+        if self._copy is not None:
+            yield self._copy
+        else:
+            with lora_off(self.denoiser):
+                yield self.denoiser
+
+    def item(self, example: Example, epoch: int) -> dict[str, Any]:
+        """Read one example for one epoch (in a worker): framed pixels, or only their keys where latents are cached."""
+        settings = self.settings
+        draw = epoch if settings.draws is None else epoch % settings.draws
+        media = [self.media(example, place) for place in range(len(example.samples))]
+        keys = [one.key() for one in media]
+        prompt = example.samples[0].prompt.text or ""
+        key = content_key(prompt, tuple(keys))
+        rng = random.Random(f"{self.seed}/{key}/{draw}/view")
+        framed: list[Framed] = []
+        stored: list[str] = []
+        for one, image_key in zip(media, keys, strict=True):
+            flip = settings.flip and rng.random() < 0.5
+            stored.append(cache_key(image_key, flip))
+            if self.cache is not None and self.cache.frames is not None:
+                framed.append(self.cache.frames.get(stored[-1]))
+            else:
+                framed.append(frame(one.open(), target=settings.size, crop=settings.crop, flip=flip, rng=rng))
+        return {
+            "id": example.id,
+            "key": key,
+            "draw": draw,
+            "prompt": prompt,
+            "images": stored,
+            "framed": framed,
+            "side": example.side,
+        }
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Several items as one micro-batch; pixels of each distinct image once."""
+        counts = {len(item["images"]) for item in items}
+        if len(counts) > 1:
+            raise UserError(
+                f"data: got {sorted(counts)} candidates in one batch, want one number. "
+                "Set data.view.num_candidates, or filter the rows."
+            )
+        pixels = {name: f.pixels for item in items for name, f in zip(item["images"], item["framed"], strict=True)}
+        known = {name: value for name, value in pixels.items() if value.numel()}
+        return {
+            **{name: [item[name] for item in items] for name in ("id", "key", "draw", "prompt", "images")},
+            "names": list(known),
+            "pixels": torch.stack(list(known.values())) if known else None,
+            "sizes": self._sizes([item["framed"] for item in items]),
+            "side": _side([item["side"] for item in items]),
+        }
+
+    def prepare(self, batch: Mapping[str, Any]) -> Prepared:
+        """Encode what is not cached, make every random draw, and build the inputs of one step."""
+        mean, std = self._latents(batch)
+        drop, u, noise, posterior = self._draws(batch, tuple(mean.shape[2:]))
+        clean = mean if self.settings.latents == "mean" else mean + std * posterior
+        prompts = ["" if dropped else text for dropped, text in zip(drop, batch["prompt"], strict=True)]
+        timestep = self.settings.timesteps.build(u, self.schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
+        noise = noise.expand(mean.shape)
+        guard = self.settings.winner_guard
+        inputs = DenoisingInputs(
+            noisy=self.schedule.add_noise(clean, noise, timestep),
+            timestep=self.schedule.network_timestep(timestep),
+            target=self.schedule.target(clean, noise, timestep),
+            condition={**self._prompts(prompts), **{k: v.to(self.device) for k, v in batch["sizes"].items()}},
+            per_candidate=frozenset(batch["sizes"]),
+            safeguard=None if guard is None else partial(winner_guard, mu=guard.mu, per=guard.per),
+        )
+        side = {name: value.to(self.device) for name, value in batch["side"].items()}
+        reference = None if self.cache is None else self.cache.reference(batch["key"], batch["draw"])
+        if reference is not None:
+            reference = reference.to(self.device)
+        return Prepared(inputs=inputs, side=side, ids=batch["id"], reference=reference)
+
+    def save(self, folder: Path) -> None:
+        """LoRA: `pytorch_lora_weights.safetensors`; full: the folder `pipeline`. Both load in stock diffusers."""
+        if self.settings.lora is not None:
+            save_lora(self.family, self.denoiser, folder)
+        else:
+            save_full(self.pipe, self.denoiser, folder / "pipeline")
+
+    def validate(self, folder: Path) -> None:
+        """One image a validation prompt."""
+        if self.settings.validation is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = self.settings.validation
+        training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            for number, prompt in enumerate(wanted.prompts):
+                generator = torch.Generator().manual_seed(wanted.seed + number)
+                image = self.pipe(
+                    prompt,
+                    height=self.settings.size[0],
+                    width=self.settings.size[1],
+                    num_inference_steps=wanted.steps,
+                    guidance_scale=wanted.guidance_scale,
+                    generator=generator,
+                ).images[0]
+                image.save(folder / f"{number:03d}.png")
+        finally:
+            self.denoiser.train(training)
+
+    # --- what the command line tells ------------------------------------------------------------------------------
+
+    def plan(self) -> str:
+        """What is trained, in words."""
+        return training_plan(self.denoiser)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of one image."""
+        factor = self.pipe.vae_scale_factor
+        height, width = self.settings.size
+        return (self.pipe.vae.config.latent_channels, height // factor, width // factor)
+
+    @property
+    def num_encoder_parameters(self) -> int:
+        """Weights of VAE and text encoders that stay on the device; 0 when a cache stands for them."""
+        return 0 if self.cache is not None else sum(p.numel() for part in self._encoders() for p in part.parameters())
+
+    def loading_lines(self, folder: Path) -> str:
+        """Stock diffusers code that loads the result."""
+        pipeline = self.family.pipeline
+        if self.settings.lora is None:
+            return f'pipe = diffusers.{pipeline}.from_pretrained("{folder / "pipeline"}")'
+        base = self.settings.model
+        return f'pipe = diffusers.{pipeline}.from_pretrained("{base}")\npipe.load_lora_weights("{folder}")'
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Mean and std of the scaled latents of 8-bit pixels, one image at a time so that no batch changes the numbers."""
+        parts = [encode_images(self.pipe, one.to(self.device)[None].float() / 127.5 - 1) for one in pixels]
+        return {"mean": torch.cat([mean for mean, _ in parts]), "std": torch.cat([std for _, std in parts])}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The condition of each prompt, one at a time for the same reason."""
+        parts = [encode_prompt(self.family, self.pipe, [prompt]) for prompt in prompts]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _encoders(self) -> list[nn.Module]:
+        names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+        return [part for part in (getattr(self.pipe, name, None) for name in names) if part is not None]
+
+    def _check_timesteps(self) -> None:
+        try:
+            self.settings.timesteps.build(torch.tensor([0.5]), self.schedule.num_timesteps)
+        except ValueError as fault:
+            raise UserError(f"adapter.{fault}") from fault
+
+    def media(self, example: Example, place: int) -> Media:
+        """The image of one candidate.
+
+        Raises:
+            UserError: the candidate has none, or several.
+        """
+        images = example.samples[place].completion.images
+        if len(images) != 1:
+            raise UserError(f"data: example {example.id}: got {len(images)} images in candidate {place + 1}, want 1.")
+        return replace(images[0], where=images[0].where or f"example {example.id}")
+
+    def _sizes(self, framed: Sequence[Sequence[Framed]]) -> dict[str, Tensor]:
+        rows = [[self.family.size_condition(f.original, f.crop, f.target) for f in one] for one in framed]
+        return {name: torch.stack([torch.stack([c[name] for c in row]) for row in rows]) for name in rows[0][0]}
+
+    def _latents(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "batch k c h w"], Float[Tensor, "batch k c h w"]]:
+        names = [name for row in batch["images"] for name in row]
+        if self.cache is not None and self.cache.frames is not None:
+            found = self.cache.images.get(names)
+        else:
+            encoded = self.encode(batch["pixels"])
+            where = {name: place for place, name in enumerate(batch["names"])}
+            index = torch.tensor([where[name] for name in names])
+            found = {field: value[index.to(value.device)] for field, value in encoded.items()}
+        shape = (len(batch["images"]), -1, *self.latent_shape)
+        mean, std = (found[name].to(self.device, torch.float32).reshape(shape) for name in ("mean", "std"))
+        return mean, std
+
+    def _prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        distinct = list(dict.fromkeys(prompts))
+        cached = self.cache is not None and self.cache.frames is not None
+        encoded = self.cache.prompts_of(distinct) if cached and self.cache is not None else self.encode_prompts(distinct)
+        index = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return {name: value[index.to(value.device)].to(self.device) for name, value in encoded.items()}
+
+    def _draws(
+        self, batch: Mapping[str, Any], shape: tuple[int, ...]
+    ) -> tuple[list[bool], Float[Tensor, "batch m"], Float[Tensor, "batch m c h w"], Float[Tensor, "batch k c h w"]]:
+        """Every random number of a step, from (seed, content of the example, draw): the same however batches are split."""
+        drop, u, noise, posterior = [], [], [], []
+        for key, draw, images in zip(batch["key"], batch["draw"], batch["images"], strict=True):
+            count = 1 if self.settings.noise == "shared" else len(images)
+            generator = torch.Generator().manual_seed(int(content_key(self.seed, key, draw)[:15], 16))
+            first = torch.rand(1 + count, generator=generator, dtype=torch.float64)
+            drop.append(bool(first[0] < self.settings.prompt_dropout))
+            u.append(first[1:])
+            noise.append(torch.randn((count, *shape), generator=generator))
+            posterior.append(torch.randn((len(images), *shape), generator=generator))
+        return (
+            drop,
+            torch.stack(u),
+            torch.stack(noise).to(self.device),
+            torch.stack(posterior).to(self.device),
+        )
+
+
+def _side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Side data of a batch; what only some examples have takes its neutral value in the others."""
+    names = sorted({name for row in rows for name in row})
+    for name in names:
+        if name not in SIDE_DEFAULTS and any(name not in row for row in rows):
+            raise UserError(f"data: only some examples have {name}, want all or none. Complete or filter the rows.")
+    return {name: torch.tensor([row.get(name, SIDE_DEFAULTS.get(name)) for row in rows]) for name in names}

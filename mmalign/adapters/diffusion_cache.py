@@ -1,0 +1,186 @@
+"""What the diffusion adapter computes once: latents and frames of images, text embeddings, reference logps of seeded draws."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.adapters.images import Framed, frame
+from mmalign.cache import TensorStore, content_key, weights_fingerprint
+from mmalign.config import resolved
+from mmalign.records import Example
+
+if TYPE_CHECKING:
+    from mmalign.adapters.diffusion import DiffusionPolicy
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+T = TypeVar("T")
+Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def cache_key(image_key: str, flip: bool) -> str:
+    """The key of an image's latents: its content and its orientation."""
+    return f"{image_key}-flipped" if flip else image_key
+
+
+class Frames:
+    """Sizes and crops of the cached images: what SDXL's conditioning needs when no image is read."""
+
+    def __init__(self, store: TensorStore, target: tuple[int, int]) -> None:
+        """Wrap a store of (original height, width, crop top, left)."""
+        self.store, self.target = store, target
+
+    def get(self, key: str) -> Framed:
+        """The frame of one image, without pixels."""
+        height, width, top, left = self.store.get([key])["frame"][0].tolist()
+        nothing = torch.empty((3, 0, 0), dtype=torch.uint8)
+        return Framed(pixels=nothing, original=(height, width), crop=(top, left), target=self.target)
+
+
+class Cache:
+    """The stores under one folder, as one policy reads and fills them."""
+
+    def __init__(self, policy: DiffusionPolicy, folder: Path, fingerprints: dict[str, Any], part: int) -> None:
+        """Use `opened_cache`."""
+        settings = policy.settings
+        dtype = DTYPES[settings.cache_dtype]
+        latent = (policy.latent_shape, dtype)
+        example = policy.encode_prompts([""])
+        prompt_fields: Fields = {name: (tuple(value.shape[1:]), dtype) for name, value in example.items()}
+        frame_fields: Fields = {"frame": ((4,), torch.int64)}
+        stores: dict[str, tuple[Fields, Any]] = {
+            "images": ({"mean": latent, "std": latent}, fingerprints["images"]),
+            "frames": (frame_fields, fingerprints["frames"]),
+            "prompts": (prompt_fields, fingerprints["prompts"]),
+        }
+        self.folder = folder
+        self.part = part
+        self.fingerprints = fingerprints
+        self.settings = settings
+        opened = {
+            name: TensorStore.open_or_create(folder / name, fields=fields, fingerprint=fingerprint, part=part)
+            if part >= 0
+            else TensorStore.open(folder / name, fingerprint=fingerprint)
+            for name, (fields, fingerprint) in stores.items()
+        }
+        self.images, self.prompts = opened["images"], opened["prompts"]
+        self._frames = Frames(opened["frames"], settings.size)
+        self.frames: Frames | None = self._frames if part < 0 else None
+        self.references: TensorStore | None = None
+        if settings.draws is not None and (folder / "references").exists() and part < 0:
+            self.references = TensorStore.open(folder / "references", fingerprint=fingerprints["references"])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk of images, frames and prompts."""
+        return self.images.num_bytes + self._frames.store.num_bytes + self.prompts.num_bytes
+
+    def prompts_of(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditions of these prompts, in float32 or the cached precision."""
+        return self.prompts.get([content_key(prompt) for prompt in prompts])
+
+    def reference(self, keys: Sequence[str], draws: Sequence[int]) -> Float[Tensor, "batch k"] | None:
+        """The reference logps of these draws, None where none were computed."""
+        if self.references is None:
+            return None
+        bank = self.references.get(keys)["logps"]
+        return bank[torch.arange(len(keys)), torch.tensor(list(draws))]
+
+    def fill(self, policy: DiffusionPolicy, examples: Iterable[Example]) -> None:
+        """Encode every image (both orientations if flips are on) and prompt that the cache lacks."""
+        prompts = {"": content_key("")} if self.settings.prompt_dropout else {}
+        self._fill_prompts(policy, prompts)
+        flips = (False, True) if self.settings.flip else (False,)
+        for group in _groups(examples, 8):
+            texts = {e.samples[0].prompt.text or "" for e in group}
+            self._fill_prompts(policy, {text: content_key(text) for text in sorted(texts)})
+            media = {policy.media(e, place).key(): policy.media(e, place) for e in group for place in range(len(e.samples))}
+            wanted = {cache_key(key, flip): (one, flip) for key, one in media.items() for flip in flips}
+            missing = self._frames.store.missing(list(wanted))
+            framed = [
+                frame(wanted[name][0].open(), target=self.settings.size, crop="center", flip=wanted[name][1])
+                for name in missing
+            ]
+            if missing:
+                encoded = policy.encode(torch.stack([one.pixels for one in framed]))
+                dtype = DTYPES[self.settings.cache_dtype]
+                self.images.add(missing, {name: value.cpu().to(dtype) for name, value in encoded.items()})
+                frames = torch.tensor([[*one.original, *one.crop] for one in framed])
+                self._frames.store.add(missing, {"frame": frames})
+        self.frames = self._frames
+
+    def fill_references(self, policy: DiffusionPolicy, examples: Iterable[Example], num_candidates: int, autocast: Any) -> None:
+        """Compute the reference's logps of every seeded draw of every example that lacks them."""
+        draws = self.settings.draws
+        assert draws is not None
+        store = TensorStore.open_or_create(
+            self.folder / "references",
+            fields={"logps": ((draws, num_candidates), torch.float32)},
+            fingerprint=self.fingerprints["references"],
+            part=self.part,
+        )
+        with policy.reference() as network, store:
+            for group in _groups(examples, 4):
+                keys = [policy.item(example, 0)["key"] for example in group]
+                todo = set(store.missing(keys))
+                chosen = {key: example for key, example in zip(keys, group, strict=True) if key in todo}
+                if not chosen:
+                    continue
+                banks = []
+                for draw in range(draws):
+                    batch = policy.collate([policy.item(example, draw) for example in chosen.values()])
+                    with torch.no_grad(), autocast():
+                        banks.append(policy.prepare(batch).inputs.logps(network).float().cpu())
+                store.add(list(chosen), {"logps": torch.stack(banks, dim=1)})
+
+    def _fill_prompts(self, policy: DiffusionPolicy, prompts: dict[str, str]) -> None:
+        missing = set(self.prompts.missing(list(prompts.values())))
+        todo = {text: key for text, key in prompts.items() if key in missing}
+        if todo:
+            encoded = policy.encode_prompts(list(todo))
+            dtype = DTYPES[self.settings.cache_dtype]
+            self.prompts.add(list(todo.values()), {name: value.cpu().to(dtype) for name, value in encoded.items()})
+
+
+def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: str, part: int | None) -> Cache:
+    """Open the adapter's cache folder for reading, or for filling by process number `part`.
+
+    Raises:
+        UserError: there is none, or it was made with other weights, sizes or draws; every difference is named.
+    """
+    settings = policy.settings
+    pipe = policy.pipe
+    geometry = {"resolution": list(settings.size), "crop": settings.crop}
+    encoders = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None)}
+    scaling = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
+    images = {"vae": weights_fingerprint(pipe.vae), **scaling, **geometry}
+    prompts = {name: weights_fingerprint(encoder) for name, encoder in encoders.items()}
+    fingerprints: dict[str, Any] = {"frames": geometry, "images": images, "prompts": prompts}
+    if settings.draws is not None:
+        fingerprints["references"] = {
+            "network": weights_fingerprint(policy.denoiser),
+            "images": images,
+            "prompts": prompts,
+            "precision": f"{frozen} {mixed_precision}",
+            "draws": settings.draws,
+            "seed": policy.seed,
+            "prediction": policy.schedule.prediction,
+            "timesteps": resolved(settings.timesteps),
+            **{name: getattr(settings, name) for name in ("noise", "latents", "flip", "prompt_dropout", "cache_dtype")},
+        }
+    return Cache(policy, Path(settings.cache or ""), fingerprints, -1 if part is None else part)
+
+
+def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group

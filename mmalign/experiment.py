@@ -1,0 +1,122 @@
+"""A training run as a config, and its parts built from it: what `train` and `prepare` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from mmalign.adapters import ADAPTERS
+from mmalign.config import Choice, Table
+from mmalign.errors import UserError
+from mmalign.importers import IMPORTERS
+from mmalign.losses import LOSSES
+from mmalign.objective import AutoBeta, Objective, Term
+from mmalign.records import VIEWS, Examples
+from mmalign.sources import SOURCES
+from mmalign.training import Training
+
+Loss = Annotated[Choice, Table(LOSSES, extra={"weight": (float, 1.0)}, widen={"beta": float | Literal["auto"]})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which rows, and how the candidates of a row become examples."""
+
+    importer: Annotated[Choice, Table(IMPORTERS)] = field(metadata={"help": "the format, with its path"})
+    view: Annotated[Choice, Table(VIEWS)] = field(
+        default=Choice(name="pair", target=VIEWS["pair"]), metadata={"help": "candidates of a row -> examples"}
+    )
+    limit: int | None = field(default=None, metadata={"help": "only the first rows"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: adapter, data, source, loss, training."""
+
+    output: Path = field(metadata={"help": "folder for checkpoints, metrics and the tuned weights"})
+    seed: int = field(default=0, metadata={"help": "of the order of examples, the noise and the first weights"})
+    adapter: Annotated[Choice, Table(ADAPTERS)] = field(metadata={"help": "the modality, with its model"})
+    data: Data
+    source: Annotated[Choice, Table(SOURCES)] = field(
+        default=Choice(name="offline", target=SOURCES["offline"], settings={"num_workers": 0}),
+        metadata={"help": "where examples come from"},
+    )
+    loss: tuple[Loss, ...] = field(metadata={"help": "one loss, or a list of losses with their weights"})
+    auto_beta: AutoBeta = field(default=AutoBeta(), metadata={"help": "how `beta: auto` is found"})
+    training: Training
+    resume: str | None = field(default=None, metadata={"help": "`latest`, or a checkpoint folder of this run"})
+    overwrite: bool = field(default=False, metadata={"help": "start again in an output folder that holds a run"})
+    dry_run: bool = field(default=False, metadata={"help": "print the plan and stop"})
+
+    def __post_init__(self) -> None:
+        """Refuse what only several keys together tell."""
+        if not self.loss:
+            raise ValueError("loss: got an empty list, want at least one loss.")
+
+
+def read_examples(data: Data) -> tuple[Examples, str]:
+    """The examples of a config, and a line that says how many rows were used, dropped and why.
+
+    Raises:
+        UserError: no data there, faulty rows, or none that the view can use.
+    """
+    imported = data.importer.build()
+    rows = imported.dataset
+    if data.limit is not None:
+        rows = rows.select(range(min(data.limit, len(rows))))
+    examples = Examples(rows, partial(data.view.target, **data.view.settings))
+    faults = f"; {len(imported.faults)} faulty rows left out, first: {imported.faults[0]}" if imported.faults else ""
+    return examples, examples.summary() + faults
+
+
+def build_objective(config: TrainConfig, examples: Examples) -> Objective:
+    """The sum of the config's losses, checked against the data.
+
+    Raises:
+        UserError: a loss needs data that the view does not give, or another number of candidates.
+    """
+    terms = [
+        Term(name=one.name, loss=one.target, settings=one.settings, weight=one.extra.get("weight", 1.0)) for one in config.loss
+    ]
+    objective = Objective(terms, config.auto_beta)
+    first = examples[0]
+    objective.check(first.side, len(first.samples))
+    return objective
+
+
+def open_policy(config: TrainConfig, examples: Examples, objective: Objective, accelerator: Any, **more: Any) -> Any:
+    """The adapter's policy on this process's device."""
+    return config.adapter.build().open(
+        device=accelerator.device,
+        mixed_precision=accelerator.mixed_precision,
+        seed=config.seed,
+        num_candidates=len(examples[0].samples),
+        needs_reference=objective.needs_reference,
+        **more,
+    )
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint that `resume` names, None for a new run.
+
+    Raises:
+        UserError: there is none, or the output folder holds a run already.
+    """
+    from mmalign.checkpoints import latest
+
+    if config.resume is None:
+        if (config.output / "config.yaml").exists() and not config.overwrite and not config.dry_run:
+            raise UserError(
+                f"output: {config.output} holds a run already. Go on with resume=latest, choose another output, or set "
+                "overwrite=true to start again there."
+            )
+        return None
+    found = latest(config.output) if config.resume == "latest" else Path(config.resume)
+    if found is None or not found.is_dir():
+        raise UserError(
+            f"resume: got {config.resume}, and {config.output} holds no checkpoint. Leave resume out to start anew, and set "
+            "training.checkpoint_every to have checkpoints."
+        )
+    return found

@@ -1,0 +1,100 @@
+"""`mmalign prepare`: encode each distinct image and prompt of a run's data once, into the cache that training reads.
+
+Takes the very config of the run; what it fills is `adapter.cache`. With `adapter.draws` and a loss that asks for a reference it
+also computes the reference's logps of every seeded draw, and training needs no reference pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmalign.config import command_line
+from mmalign.errors import UserError
+from mmalign.experiment import TrainConfig, build_objective, open_policy, read_examples
+from mmalign.training import start
+
+__all__ = ["PrepareConfig", "PreparedData", "main"]
+
+logger = logging.getLogger(__name__)
+PrepareConfig = TrainConfig
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What is in the cache now."""
+
+    folder: Path
+    num_images: int
+    num_prompts: int
+    num_references: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        size = f"{self.num_bytes / 2**20:.1f} MB"
+        return (
+            f"cache      {self.folder}: {self.num_images} images, {self.num_prompts} prompts, "
+            f"reference logps of {self.num_references} examples, {size}"
+        )
+
+
+def main(config: TrainConfig) -> PreparedData:
+    """Fill the cache; what is there already is kept, so that it can be stopped and started again.
+
+    Raises:
+        UserError: no `adapter.cache`, a cache of other weights or sizes, or faulty data.
+    """
+    if config.adapter.settings.get("cache") is None:
+        raise UserError("adapter.cache: got none, want the folder to fill. Set it in the config that you train with.")
+    examples, summary = read_examples(config.data)
+    objective = build_objective(config, examples)
+    accelerator = start(config.training, config.output)
+    policy = open_policy(config, examples, objective, accelerator, caching=accelerator.process_index)
+    if accelerator.is_main_process:
+        logger.info("data       %s", summary)
+    share = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    policy.cache.fill(policy, _progress(_Share(examples, share), "encode", accelerator))
+    accelerator.wait_for_everyone()
+    references = 0
+    if objective.needs_reference and config.adapter.settings.get("draws") is not None:
+        policy.cache.fill_references(
+            policy,
+            _progress(_Share(examples, share), "reference", accelerator),
+            len(examples[0].samples),
+            accelerator.autocast,
+        )
+        accelerator.wait_for_everyone()
+        references = len(examples)
+    return PreparedData(
+        folder=policy.cache.folder,
+        num_images=len(policy.cache.images),
+        num_prompts=len(policy.cache.prompts),
+        num_references=references,
+        num_bytes=policy.cache.num_bytes,
+    )
+
+
+class _Share:
+    """The examples of one process, read when iterated."""
+
+    def __init__(self, examples: Any, indices: range) -> None:
+        self.examples, self.indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Any:
+        return (self.examples[i] for i in self.indices)
+
+
+def _progress(items: _Share, what: str, accelerator: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, disable=not accelerator.is_main_process)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(PrepareConfig, main))

@@ -1,0 +1,169 @@
+"""`mmalign train`: tune a model on preferences. The same run as `accelerate launch -m mmalign.train --config x.yaml a.b=c`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmalign import checkpoints
+from mmalign.config import command_line, resolved, write_resolved
+from mmalign.experiment import TrainConfig, build_objective, find_checkpoint, open_policy, read_examples
+from mmalign.loop import METRICS, fit
+from mmalign.memory import SIZES, activations, memory_estimate
+from mmalign.model_card import write_card
+from mmalign.noise import beta_conventions
+from mmalign.objective import Objective
+from mmalign.training import start
+
+__all__ = ["TrainConfig", "Trained", "main"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left: its folder, and stock code that loads the tuned weights. Of a dry run, the plan."""
+
+    output: Path
+    loading: str
+    plan: str = ""
+
+    def __str__(self) -> str:
+        if self.plan:
+            return self.plan
+        return f"tuned weights: {self.output}\nload them with stock diffusers:\n{self.loading}"
+
+
+def main(config: TrainConfig) -> Trained:
+    """Read the data, open the model, train, save.
+
+    Raises:
+        UserError: any fault of config, data, model or checkpoint, told before training starts; or a loss that is not finite.
+    """
+    checkpoint = find_checkpoint(config)
+    examples, summary = read_examples(config.data)
+    objective = build_objective(config, examples)
+    accelerator = start(config.training, config.output)
+    policy = open_policy(config, examples, objective, accelerator)
+    num_candidates = len(examples[0].samples)
+    plan = _plan(config, policy, objective, len(examples), num_candidates, accelerator.num_processes, summary)
+    loading = policy.loading_lines(config.output)
+    if config.dry_run:
+        return Trained(config.output, loading, plan)
+    if accelerator.is_main_process:
+        logger.info("%s", plan)
+        _clear(config)
+        config.output.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(config.output)
+        write_resolved(config, config.output)
+    accelerator.wait_for_everyone()
+    settings = resolved(config)
+    fit(
+        policy,
+        objective,
+        partial(config.source.build, examples, policy),
+        config.training,
+        accelerator=accelerator,
+        num_examples=len(examples),
+        seed=config.seed,
+        output=config.output,
+        config=settings,
+        resume=checkpoint,
+    )
+    if accelerator.is_main_process:
+        adapter = config.adapter.settings
+        write_card(
+            config.output,
+            base_model=str(adapter["model"]),
+            config=settings,
+            data=summary,
+            plan=plan,
+            loading=loading,
+            lora=adapter.get("lora") is not None,
+        )
+    return Trained(config.output, loading)
+
+
+def _plan(
+    config: TrainConfig,
+    policy: Any,
+    objective: Objective,
+    num_examples: int,
+    num_candidates: int,
+    num_processes: int,
+    summary: str,
+) -> str:
+    """The arithmetic of the run."""
+    training = config.training
+    per_step = num_processes * training.batch_size * training.accumulation
+    steps = training.num_steps(num_examples, per_step)
+    lines = [
+        f"data       {summary}",
+        f"batch      {num_processes} devices x {training.batch_size} x {training.accumulation} accumulated = {per_step} examples "
+        f"of {num_candidates} per step",
+        f"length     {steps} steps = {steps * per_step} examples = {steps * per_step / num_examples:.2f} epochs",
+        f"trained    {policy.plan()}",
+    ]
+    channels, height, width = policy.latent_shape
+    for term in objective.terms:
+        beta = term.settings.get("beta")
+        if isinstance(beta, int | float) and objective.needs_reference:
+            others = ", ".join(
+                f"{value:.4g} ({name})" for name, value in beta_conventions(beta, channels * height * width).items()
+            )
+            lines.append(f"beta       {term.name}: {others}, on {channels} x {height} x {width} latents")
+        elif beta == "auto":
+            auto = objective.auto_beta
+            lines.append(
+                f"beta       {term.name}: auto, so that the mean gradient factor is {auto.target:g}; "
+                f"{auto.maximum:g} until policy and reference differ"
+            )
+    lines.append(f"memory     {_memory(config, policy, objective, num_candidates)}")
+    return "\n".join(lines)
+
+
+def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidates: int) -> str:
+    adapter, training = config.adapter.settings, config.training
+    network, trained = policy.network, sum(p.numel() for p in policy.parameters())
+    total = sum(p.numel() for p in network.parameters())
+    lora = adapter.get("lora") is not None
+    base = total - trained if lora else total
+    size = SIZES.get(str(adapter["family"]))
+    stock = size is not None and abs(base / size.denoiser - 1) < 0.1
+    per_sample = 0.0
+    if stock:
+        checkpointing = bool(adapter.get("gradient_checkpointing"))
+        side = (policy.latent_shape[1] * policy.latent_shape[2]) ** 0.5
+        per_sample = activations(adapter["family"], lora=lora, checkpointing=checkpointing, latent_side=side)
+    precision: Any = training.mixed_precision or "no"
+    estimate = memory_estimate(
+        num_parameters=base,
+        num_trained=trained,
+        num_samples=training.batch_size * min(training.candidate_microbatch or num_candidates, num_candidates),
+        activations_per_sample=per_sample,
+        num_encoder_parameters=policy.num_encoder_parameters,
+        precision=precision,
+        optimiser=training.optimiser.name,
+        reference_copy=not lora and objective.needs_reference,
+        ema=training.ema_decay is not None,
+    )
+    return f"{estimate}" if stock else f"{estimate}; activations not counted for a network of this size"
+
+
+def _clear(config: TrainConfig) -> None:
+    """With overwrite, remove the run that stands in the output folder."""
+    if not config.overwrite or not (config.output / "config.yaml").exists() or config.resume is not None:
+        return
+    for path in config.output.iterdir():
+        if path.name.startswith("checkpoint-") or path.name in ("validation", "raw", "pipeline", "tensorboard"):
+            shutil.rmtree(path, ignore_errors=True)
+    (config.output / METRICS).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(TrainConfig, main))
