@@ -1,0 +1,70 @@
+import pytest
+
+from mmalign.errors import UserError
+from mmalign.memory import SIZES, activations, family_estimate, memory_estimate
+
+
+def test_full_tuning_of_sd15_repeats_the_published_floor() -> None:
+    estimate = family_estimate("sd15", lora_rank=None, checkpointing=False, pairs=1, cached=True)
+    assert estimate.weights + estimate.gradients + estimate.optimiser == pytest.approx(12.8, abs=0.05)
+    assert estimate.activations == pytest.approx(1.7)
+    assert estimate.reference == 0
+
+
+def test_full_tuning_of_sdxl_repeats_the_published_floor() -> None:
+    estimate = family_estimate("sdxl", lora_rank=None, checkpointing=True, pairs=2)
+    assert estimate.weights + estimate.gradients + estimate.optimiser == pytest.approx(38.3, abs=0.05)
+    assert estimate.reference == pytest.approx(4.8, abs=0.05)
+    assert estimate.encoders == pytest.approx(1.7, abs=0.05)
+    assert estimate.activations == pytest.approx(2.2)
+
+
+def test_lora_of_sdxl_is_its_base_and_a_little() -> None:
+    estimate = family_estimate("sdxl", lora_rank=8, checkpointing=False, pairs=1, cached=True)
+    assert estimate.weights + estimate.gradients + estimate.optimiser == pytest.approx(4.8 + 0.2, abs=0.05)
+    assert estimate.reference == 0
+    assert estimate.total == pytest.approx(4.95 + 14.5, abs=0.05)
+
+
+def test_the_parts_by_hand() -> None:
+    giga = 2**30
+    estimate = memory_estimate(
+        num_parameters=3 * giga,
+        num_trained=giga,
+        num_samples=4,
+        activations_per_sample=0.5,
+        num_encoder_parameters=giga,
+        precision="no",
+        optimiser="adamw_8bit",
+        reference_copy=True,
+        ema=True,
+    )
+    parts = (estimate.weights, estimate.gradients, estimate.optimiser, estimate.reference, estimate.encoders)
+    assert parts == (4 + 12, 4, 2, 12, 4)
+    assert (estimate.ema, estimate.activations, estimate.total) == (4, 4, 46)
+    assert str(estimate).startswith("about 46.00 GB (weights 16.00, gradients 4.00")
+
+
+def test_a_half_precision_reference_costs_half() -> None:
+    full, half = (
+        memory_estimate(
+            num_parameters=2**30, num_trained=2**30, num_samples=0, activations_per_sample=0, precision=p, reference_copy=True
+        ).reference
+        for p in ("no", "bf16")
+    )
+    assert (full, half) == (4, 2)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_activations_grow_with_the_area_and_shrink_under_checkpointing(family: str) -> None:
+    side = SIZES[family].latent_side
+    native = activations(family, lora=True, checkpointing=False)
+    assert activations(family, lora=True, checkpointing=False, latent_side=2 * side) == pytest.approx(4 * native)
+    assert activations(family, lora=True, checkpointing=True) < native / 4
+
+
+def test_unknown_families_and_optimisers_are_refused() -> None:
+    with pytest.raises(UserError, match="got family 'sd9', want one of sd15, sd2, sdxl"):
+        activations("sd9", lora=True, checkpointing=True)
+    with pytest.raises(UserError, match="got optimiser 'sgd', want one of adamw, adamw_8bit, adafactor"):
+        family_estimate("sd15", lora_rank=4, checkpointing=True, pairs=1, optimiser="sgd")
