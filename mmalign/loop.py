@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -52,6 +52,7 @@ class Prepared:
     reference: Float[Tensor, "batch k"] | None = None
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What the loop asks of an opened adapter."""
 
