@@ -1,18 +1,16 @@
 """What may be said about images made before and after training, with its uncertainty: pure functions on numbers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
 
 from mmalign.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 RESAMPLES_AT_ONCE = 1_000_000  # random indices held in memory by one step of the bootstrap
 
@@ -157,7 +155,7 @@ def effect_size(before: Float[Tensor, " n"], after: Float[Tensor, " n"]) -> floa
     return float(difference.mean() / difference.std())
 
 
-def diversity(prompts: Sequence[str], images: Sequence["Image"]) -> float | None:
+def diversity(prompts: Sequence[str], images: Sequence[Image]) -> float | None:
     """How different the images of one prompt are: mean pairwise distance within a prompt, averaged over the prompts.
 
     D = mean over prompts of mean over i < j of sqrt(mean over pixels and channels of (x_i - x_j)^2),  x in [0, 1]
@@ -168,19 +166,16 @@ def diversity(prompts: Sequence[str], images: Sequence["Image"]) -> float | None
     Raises:
         UserError: two images of one prompt differ in size.
     """
-    per_prompt = []
-    for prompt, group in _by_prompt(prompts, images).items():
-        if len(group) < 2:
-            continue
-        if len({image.size for image in group}) > 1:
-            sizes = ", ".join(sorted({f"{width}x{height}" for width, height in (image.size for image in group)}))
-            raise UserError(f"prompt {prompt!r}: got images of sizes {sizes}, want one size. Generate them at one size.")
-        flat = torch.stack([_pixels(image).flatten() for image in group])
-        per_prompt.append(float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1]))
+    places: dict[str, list[int]] = {}
+    for place, (prompt, _) in enumerate(zip(prompts, range(len(images)), strict=True)):
+        places.setdefault(prompt, []).append(place)
+    per_prompt = [
+        _mean_distance(prompt, [images[place] for place in group]) for prompt, group in places.items() if len(group) > 1
+    ]
     return sum(per_prompt) / len(per_prompt) if per_prompt else None
 
 
-def pixel_std(images: Sequence["Image"]) -> float:
+def pixel_std(images: Sequence[Image]) -> float:
     """Contrast: standard deviation of an image's pixel values in [0, 1], averaged over the images.
 
     It falls when images turn flat and rises when training burns in contrast; both are signs of over-optimisation.
@@ -212,16 +207,15 @@ def _check_sides(before: Tensor, after: Tensor) -> None:
         raise ValueError("paired scores: got NaN or infinity, want finite scores")
 
 
-def _by_prompt(prompts: Sequence[str], images: Sequence["Image"]) -> Mapping[str, list["Image"]]:
-    groups: dict[str, list[Image]] = {}
-    for prompt, image in zip(prompts, images, strict=True):
-        groups.setdefault(prompt, []).append(image)
-    return groups
+def _mean_distance(prompt: str, images: Sequence[Image]) -> float:
+    sizes = sorted({f"{width}x{height}" for width, height in (image.size for image in images)})
+    if len(sizes) > 1:
+        raise UserError(f"prompt {prompt!r}: got images of sizes {', '.join(sizes)}, want one size. Generate them at one size.")
+    flat = torch.stack([_pixels(image).flatten() for image in images])
+    return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
 
 
-def _pixels(image: "Image") -> Float[Tensor, "h w c"]:
-    import numpy as np
-
+def _pixels(image: Image) -> Float[Tensor, "h w c"]:
     return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32) / 255)
 
 

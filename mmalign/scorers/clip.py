@@ -3,16 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from mmalign.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +58,11 @@ class CLIPScore:
     device: torch.device
     encode_prompts: Callable[[list[str]], Float[Tensor, "n dim"]]
     encode_pixels: Callable[[Float[Tensor, "n 3 h w"]], Float[Tensor, "n dim"]]
-    preprocess_images: Callable[[list["Image"]], Float[Tensor, "n 3 h w"]]
+    preprocess_images: Callable[[list[Image]], Float[Tensor, "n 3 h w"]]
     preprocess_pixels: PixelPreprocess
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], images: Sequence["Image"]) -> Float[Tensor, " n"]:
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """Score i is of image i under prompt i; images go through the checkpoint's own preprocessing. On the CPU, float32."""
         if len(prompts) != len(images):
             raise ValueError(f"{self.name}: got {len(prompts)} prompts and {len(images)} images, want one prompt per image")
@@ -158,7 +156,7 @@ def clip_score(
         features: Tensor = network.get_image_features(pixels).pooler_output
         return features
 
-    def preprocess_images(images: list["Image"]) -> Float[Tensor, "n 3 h w"]:
+    def preprocess_images(images: list[Image]) -> Float[Tensor, "n 3 h w"]:
         pixels: Tensor = processor.image_processor(images=images, return_tensors="pt").pixel_values
         return pixels
 
@@ -250,8 +248,6 @@ def torch_device(device: str) -> torch.device:
 
 
 def _transformers_preprocess(processor: Any) -> PixelPreprocess:
-    from PIL.Image import Resampling
-
     names: dict[int, Literal["bicubic", "bilinear"]] = {Resampling.BICUBIC: "bicubic", Resampling.BILINEAR: "bilinear"}
     size, crop = processor.size, processor.crop_size
     shortest = size.shortest_edge

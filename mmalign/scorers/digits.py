@@ -4,17 +4,15 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from mmalign.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ANNOTATOR_ROWS = slice(1, None, 2)  # odd rows of sklearn's load_digits
@@ -29,7 +27,7 @@ class DigitLegibility:
 
     name: str = "digit_legibility"
 
-    def __call__(self, prompts: Sequence[str], images: Sequence["Image"]) -> Float[Tensor, " n"]:
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """Nats, at most 0. Raises UserError for a prompt that names no digit, or more than one."""
         digits = [prompted_digit(prompt) for prompt in prompts]
         if not digits:
@@ -44,7 +42,7 @@ class DigitJudge:
 
     name: str = "digit_judge"
 
-    def __call__(self, prompts: Sequence[str], images: Sequence["Image"]) -> Float[Tensor, " n"]:
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """1.0 or 0.0 per image. Raises UserError for a prompt that names no digit, or more than one."""
         digits = [prompted_digit(prompt) for prompt in prompts]
         if not digits:
@@ -111,9 +109,6 @@ def fitted_judge() -> Any:
     return SVC(gamma=0.001).fit(scans[JUDGE_ROWS], digits[JUDGE_ROWS])
 
 
-def _scans(images: Sequence["Image"]) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    import numpy as np
-    from PIL import Image
-
-    small = [image.convert("RGB").convert("L").resize((SCAN_SIDE, SCAN_SIDE), Image.Resampling.BOX) for image in images]
+def _scans(images: Sequence[Image]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    small = [image.convert("RGB").convert("L").resize((SCAN_SIDE, SCAN_SIDE), Resampling.BOX) for image in images]
     return np.stack([np.asarray(image, dtype=np.float64).ravel() for image in small]) * (SCAN_MAXIMUM / 255)

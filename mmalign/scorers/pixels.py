@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's convert("L")
 
@@ -21,7 +19,7 @@ class PixelStatistic:
     name: str
     statistic: Callable[[Float[Tensor, "h w 3"]], Float[Tensor, ""]]
 
-    def __call__(self, prompts: Sequence[str], images: Sequence["Image"]) -> Float[Tensor, " n"]:
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """One number per image; prompts only has to be as long as images."""
         scores = [self.statistic(_rgb(image)) for _, image in zip(prompts, images, strict=True)]
         return torch.stack(scores) if scores else torch.zeros(0)
@@ -58,9 +56,7 @@ def brightness() -> PixelStatistic:
     return PixelStatistic(name="brightness", statistic=_brightness)
 
 
-def _rgb(image: "Image") -> Float[Tensor, "h w 3"]:
-    import numpy as np
-
+def _rgb(image: Image) -> Float[Tensor, "h w 3"]:
     return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
 
 

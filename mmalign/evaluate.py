@@ -1,0 +1,328 @@
+"""`mmalign evaluate`: images made before and after training on the same prompts and seeds, compared by several judges."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, overload
+
+import torch
+from PIL.Image import Image
+
+from mmalign.config import Choice, command_line, write_resolved
+from mmalign.errors import UserError
+from mmalign.records import Comparison, Media, comparison, read
+from mmalign.report import Curve, Evaluation, ScorerChange, TrainingDrift, before_after_grid, report_page
+from mmalign.score import SCORER_TABLE, build_scorers
+from mmalign.scorers import Scorer, finite_scores
+from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel_std, win_rate
+
+logger = logging.getLogger(__name__)
+
+IMAGES_AT_ONCE = 64  # opened together; a scorer's own batch_size may be smaller
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `mmalign evaluate` compares, who judges, and where the report goes.
+
+    Args:
+        before, after: comparisons from `mmalign generate` with the same prompts and seeds; candidates carry their seed.
+        scorers: judges; the first one's win rate is the result.
+        held_out: judges that took no part in making the preferences; the first one's mean is the fidelity.
+        output: folder for results.json, report.html and grid.png.
+        interval: of the win rates; see statistics.win_rate.
+        tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
+        run: output folder of the training run, for its implicit-reward accuracy and error drift.
+        rows, cols: pairs in grid.png.
+        title: heading of the report.
+        device: for every scorer that has one; none leaves each its own.
+    """
+
+    before: str
+    after: str
+    scorers: tuple[Annotated[Choice, SCORER_TABLE], ...]
+    held_out: tuple[Annotated[Choice, SCORER_TABLE], ...] = ()
+    output: str
+    interval: Literal["wilson", "bootstrap"] = "wilson"
+    tie_eps: float = 0.02
+    run: str | None = None
+    rows: int = 6
+    cols: int = 4
+    title: str = "Before and after training"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not go together."""
+        if not self.scorers:
+            raise ValueError("scorers: got none, want at least one. Name one of SCORERS.")
+        if self.tie_eps < 0:
+            raise ValueError(f"tie_eps: got {self.tie_eps}, want 0 or more. 0 counts every difference.")
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"rows, cols: got {self.rows} and {self.cols}, want at least 1 each.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """The evaluation and where its report lies; its text is the table."""
+
+    evaluation: Evaluation
+    output: Path
+
+    def __str__(self) -> str:
+        """The table, then the files."""
+        files = (self.output / name for name in ("report.html", "grid.png", "results.json"))
+        return "\n".join([str(self.evaluation), "", *map(str, files)])
+
+
+class OpenedLate(Sequence[Image]):
+    """Images that are decoded when asked for, so that thousands of them need no memory."""
+
+    def __init__(self, media: Sequence[Media]) -> None:
+        """Keep the media; nothing is read."""
+        self.media = media
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.media)
+
+    @overload
+    def __getitem__(self, index: int) -> Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image]: ...
+    def __getitem__(self, index: int | slice) -> Image | list[Image]:
+        """Decode one image, or those of a slice. Raises UserError where one cannot be read."""
+        if isinstance(index, slice):
+            return [media.open() for media in self.media[index]]
+        return self.media[index].open()
+
+
+def main(config: EvaluateConfig) -> EvaluateResult:
+    """Compare images made before and after training: win rates with intervals, a held-out judge, diversity, a report."""
+    prompts, before, after = paired_images(_comparisons(config.before), _comparisons(config.after))
+    scorers = build_scorers((*config.scorers, *config.held_out), device=config.device)
+    training = None if config.run is None else training_drift(Path(config.run))
+    evaluation = evaluate_pairs(
+        prompts,
+        OpenedLate(before),
+        OpenedLate(after),
+        scorers=scorers[: len(config.scorers)],
+        held_out=scorers[len(config.scorers) :],
+        interval=config.interval,
+        tie_eps=config.tie_eps,
+        training=training,
+    )
+    output = Path(config.output)
+    write_report(
+        evaluation,
+        prompts,
+        OpenedLate(before),
+        OpenedLate(after),
+        output,
+        rows=config.rows,
+        cols=config.cols,
+        title=config.title,
+    )
+    write_resolved(config, output)
+    return EvaluateResult(evaluation=evaluation, output=output)
+
+
+def evaluate_pairs(
+    prompts: Sequence[str],
+    before: Sequence[Image],
+    after: Sequence[Image],
+    *,
+    scorers: Sequence[Scorer],
+    held_out: Sequence[Scorer] = (),
+    interval: Literal["wilson", "bootstrap"] = "wilson",
+    tie_eps: float = 0.02,
+    training: TrainingDrift | None = None,
+) -> Evaluation:
+    """Compare two images per entry, made from the same prompt and seed.
+
+    Args:
+        prompts, before, after: entry i of all three belongs together.
+        scorers: at least one; the first one's win rate is the result.
+        held_out: judges that took no part in making the preferences.
+        interval: a name in statistics.INTERVALS.
+        tie_eps: in standard deviations of the judge's scores before.
+        training: from `training_drift`, to be told along.
+
+    Raises:
+        UserError: nothing to compare, two judges of one name, a score that is not finite, an image that cannot be read.
+    """
+    names = [scorer.name for scorer in (*scorers, *held_out)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"scorers, held_out: got {', '.join(twice)} twice, want each judge once. A held-out judge is not among the scorers."
+        )
+    if not prompts or not scorers or not len(prompts) == len(before) == len(after):
+        raise UserError(
+            f"evaluate: got {len(scorers)} scorers, {len(prompts)} prompts, {len(before)} images before, "
+            f"{len(after)} after, want at least one scorer and as many images on each side as prompts."
+        )
+    return Evaluation(
+        num_pairs=len(prompts),
+        num_prompts=len(set(prompts)),
+        interval=interval,
+        scorers=tuple(
+            _change(scorer, prompts, before, after, interval, tie_eps, held_out=scorer in held_out)
+            for scorer in (*scorers, *held_out)
+        ),
+        diversity_before=diversity(prompts, before),
+        diversity_after=diversity(prompts, after),
+        contrast_before=pixel_std(before),
+        contrast_after=pixel_std(after),
+        training=training,
+    )
+
+
+def _change(
+    scorer: Scorer,
+    prompts: Sequence[str],
+    before: Sequence[Image],
+    after: Sequence[Image],
+    interval: str,
+    tie_eps: float,
+    *,
+    held_out: bool,
+) -> ScorerChange:
+    old, new = (_scores(scorer, prompts, images, side) for images, side in ((before, "before"), (after, "after")))
+    eps = tie_eps * float(old.std(correction=0))
+    low, high = bootstrap_interval(new - old)
+    return ScorerChange(
+        name=scorer.name,
+        held_out=held_out,
+        win_rate=win_rate(old, new, eps=eps, interval=interval),
+        eps=eps,
+        mean_before=float(old.mean()),
+        mean_after=float(new.mean()),
+        difference_low=low,
+        difference_high=high,
+        effect_size=effect_size(old, new),
+    )
+
+
+def _scores(scorer: Scorer, prompts: Sequence[str], images: Sequence[Image], side: str) -> torch.Tensor:
+    parts = []
+    for start in range(0, len(prompts), IMAGES_AT_ONCE):
+        part = slice(start, start + IMAGES_AT_ONCE)
+        places = [f"{side}, image {start + index + 1} ({prompt!r})" for index, prompt in enumerate(prompts[part])]
+        parts.append(finite_scores(scorer, prompts[part], images[part], places))
+    return torch.cat(parts).double()
+
+
+def paired_images(before: Iterable[Comparison], after: Iterable[Comparison]) -> tuple[list[str], list[Media], list[Media]]:
+    """Prompts and images of both sides, paired by prompt and seed, in the order of `before`.
+
+    Raises:
+        UserError: an image without a seed, a prompt and seed given twice, or one that the other side lacks.
+    """
+    old, new = _by_prompt_and_seed(before), _by_prompt_and_seed(after)
+    for side, present, absent in (("after", old, new), ("before", new, old)):
+        missing = [key for key in present if key not in absent]
+        if missing:
+            prompt, seed = missing[0]
+            raise UserError(
+                f"{side}: got no image for {len(missing)} of {len(present)} prompts and seeds, the first {prompt!r} with seed "
+                f"{seed}. Generate both sides with the same prompts and seeds."
+            )
+    return [prompt for prompt, _ in old], list(old.values()), [new[key] for key in old]
+
+
+def _by_prompt_and_seed(comparisons: Iterable[Comparison]) -> dict[tuple[str, Any], Media]:
+    found: dict[tuple[str, Any], Media] = {}
+    for row in comparisons:
+        origins = row.provenance or ({},) * len(row.candidates)
+        for number, (candidate, origin) in enumerate(zip(row.candidates, origins, strict=True), 1):
+            place = f"{row.where or row.id}: candidate {number}"
+            if origin.get("seed") is None:
+                raise UserError(
+                    f"{place}: got no seed in its provenance, want one to pair it by. Images of `mmalign generate` carry it."
+                )
+            if not candidate.images or not row.prompt.text:
+                raise UserError(f"{place}: got no image or no prompt text, want both. Evaluate compares images of prompts.")
+            key = (row.prompt.text, origin["seed"])
+            if key in found:
+                raise UserError(f"{place}: got prompt {key[0]!r} with seed {key[1]} again, want it once. Remove the copy.")
+            found[key] = candidate.images[0] if candidate.images[0].where else replace(candidate.images[0], where=place)
+    return found
+
+
+def training_drift(run: Path) -> TrainingDrift:
+    """Implicit-reward accuracy and error drift of a training run, from its metrics.jsonl.
+
+    drift of the chosen (rejected) error = mse/chosen - mse/ref_chosen  (mse/rejected - mse/ref_rejected)
+
+    Raises:
+        UserError: no metrics.jsonl there, a line that is no JSON object, or none of the metrics in it.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"run: got {run}, want the output folder of a training run, with metrics.jsonl. Check the path.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: got no JSON ({error}), want one object a line. Remove the line.") from error
+        rows.append(row if isinstance(row, dict) else {})
+    drift = TrainingDrift(
+        accuracy=_curve(rows, "rewards/accuracies"),
+        chosen_error=_curve(rows, "mse/chosen", minus="mse/ref_chosen"),
+        rejected_error=_curve(rows, "mse/rejected", minus="mse/ref_rejected"),
+    )
+    if not drift.named():
+        raise UserError(
+            f"{path}: got no rewards/accuracies and no mse/*, want at least one. Give the run of a preference loss."
+        )
+    return drift
+
+
+def _curve(rows: Sequence[dict[str, Any]], name: str, *, minus: str | None = None) -> Curve | None:
+    wanted = [name] if minus is None else [name, minus]
+    kept = [(index, row) for index, row in enumerate(rows) if all(isinstance(row.get(key), int | float) for key in wanted)]
+    if not kept:
+        return None
+    return Curve(
+        steps=tuple(float(row.get("step", index)) for index, row in kept),
+        values=tuple(row[name] - (0.0 if minus is None else row[minus]) for _, row in kept),
+    )
+
+
+def write_report(
+    evaluation: Evaluation,
+    prompts: Sequence[str],
+    before: Sequence[Image],
+    after: Sequence[Image],
+    output: Path,
+    *,
+    rows: int = 6,
+    cols: int = 4,
+    title: str = "Before and after training",
+) -> None:
+    """Write results.json, report.html and grid.png into the folder, each whole or not at all."""
+    output.mkdir(parents=True, exist_ok=True)
+    grid = before_after_grid(prompts, before, after, rows=rows, cols=cols)
+    page = report_page(evaluation, prompts, before, after, title=title, num_shown=rows * cols)
+    texts = {"results.json": json.dumps(evaluation.results(), indent=2) + "\n", "report.html": page}
+    for name, text in texts.items():
+        part = output / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, output / name)
+    part = output / ".grid.png.part"
+    grid.save(part, "PNG")
+    os.replace(part, output / "grid.png")
+
+
+def _comparisons(path: str) -> Iterable[Comparison]:
+    for row in read(path):
+        yield comparison(row)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(EvaluateConfig, main))

@@ -1,0 +1,210 @@
+"""What an evaluation found: its numbers for results.json, its warnings in plain sentences, its table for the terminal."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmalign.statistics import WinRate, first_and_last
+
+DIVERSITY_LOSS = 0.20  # a larger fall is told as a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerChange:
+    """One judge's scores of the same prompts and seeds before and after.
+
+    Args:
+        name: the judge.
+        held_out: it took no part in making the preferences, so its gain is evidence.
+        win_rate: ties half; a tie is a difference of at most eps.
+        eps: in units of the score.
+        mean_before, mean_after: in units of the score.
+        difference_low, difference_high: 95 % bootstrap interval of the mean paired difference.
+        effect_size: mean paired difference over its standard deviation, None where undefined.
+    """
+
+    name: str
+    held_out: bool
+    win_rate: WinRate
+    eps: float
+    mean_before: float
+    mean_after: float
+    difference_low: float
+    difference_high: float
+    effect_size: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A quantity over the steps of training."""
+
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Mean of the first and of the last tenth."""
+        return first_and_last(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDrift:
+    """How training moved, from its metrics.
+
+    Args:
+        accuracy: share of training pairs whose implicit rewards are in order.
+        chosen_error, rejected_error: denoising error above the reference's, mse - ref mse; preferring means that rejected
+            rises above chosen, and both rising means that the model unlearns winners too.
+    """
+
+    accuracy: Curve | None = None
+    chosen_error: Curve | None = None
+    rejected_error: Curve | None = None
+
+    def named(self) -> dict[str, Curve]:
+        """The curves there are, under the names of results.json."""
+        curves = {
+            "implicit_reward_accuracy": self.accuracy,
+            "chosen_error_drift": self.chosen_error,
+            "rejected_error_drift": self.rejected_error,
+        }
+        return {name: curve for name, curve in curves.items() if curve is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Two sets of images on the same prompts and seeds, compared.
+
+    Args:
+        num_pairs, num_prompts: how much was compared.
+        interval: how the win rates' intervals were made, a name in statistics.INTERVALS.
+        scorers: every judge, the one that decides first, held-out ones last.
+        diversity_before, diversity_after: see statistics.diversity; None with one image a prompt.
+        contrast_before, contrast_after: see statistics.pixel_std.
+        training: where a training run was given.
+    """
+
+    num_pairs: int
+    num_prompts: int
+    interval: str
+    scorers: tuple[ScorerChange, ...]
+    diversity_before: float | None
+    diversity_after: float | None
+    contrast_before: float
+    contrast_after: float
+    training: TrainingDrift | None = None
+
+    @property
+    def headline(self) -> ScorerChange:
+        """The first scorer: its win rate is the result."""
+        return self.scorers[0]
+
+    @property
+    def held_out(self) -> ScorerChange | None:
+        """The first held-out judge: its mean is the fidelity."""
+        return next((scorer for scorer in self.scorers if scorer.held_out), None)
+
+    @property
+    def diversity_change(self) -> float | None:
+        """Relative: -0.2 is a fall by a fifth. None where there is no diversity to lose."""
+        if not self.diversity_before or self.diversity_after is None:
+            return None
+        return self.diversity_after / self.diversity_before - 1
+
+    def warnings(self) -> list[str]:
+        """What a reader of the win rate must know, each a plain sentence or two."""
+        found = []
+        lost = self.diversity_change
+        if lost is not None and lost < -DIVERSITY_LOSS:
+            found.append(
+                f"Diversity fell by {-100 * lost:.0f} %: images of one prompt have become more alike, which is how collapse "
+                "begins. Lower the learning rate or train fewer steps."
+            )
+        for judge in self.scorers:
+            if judge.held_out and judge.mean_after < judge.mean_before:
+                found.append(
+                    f"The held-out judge {judge.name} fell from {judge.mean_before:.3f} to {judge.mean_after:.3f}: "
+                    "whatever the other scorers say, the images did not get better in its eyes."
+                )
+        if self.held_out is None:
+            found.append(
+                "No held-out judge was given: a scorer that shaped the preferences cannot show that their gain is real."
+            )
+        rate = self.headline.win_rate
+        if rate.low <= 0.5 <= rate.high:
+            found.append(
+                f"The interval of the win rate by {self.headline.name} contains 50 %: no difference is shown. "
+                "Compare more prompts and seeds, or train longer."
+            )
+        return found
+
+    def results(self) -> dict[str, Any]:
+        """Plain numbers for results.json; the top level holds what most readers want."""
+        rate, judge = self.headline.win_rate, self.held_out
+        return {
+            "win_rate": rate.rate,
+            "low": rate.low,
+            "high": rate.high,
+            "fidelity_before": None if judge is None else judge.mean_before,
+            "fidelity_after": None if judge is None else judge.mean_after,
+            "diversity_before": self.diversity_before,
+            "diversity_after": self.diversity_after,
+            "contrast_before": self.contrast_before,
+            "contrast_after": self.contrast_after,
+            "num_pairs": self.num_pairs,
+            "num_prompts": self.num_prompts,
+            "interval": self.interval,
+            "scorers": {scorer.name: _plain(scorer) for scorer in self.scorers},
+            "training": None if self.training is None else _ends(self.training.named()),
+            "warnings": self.warnings(),
+        }
+
+    def __str__(self) -> str:
+        """The table for the terminal: one row a scorer, then spread, training and warnings."""
+        rows: list[tuple[str, ...]] = [("", "before", "after", "win rate", "95 % interval", "effect", "won / tied / lost")]
+        rows += [_row(scorer) for scorer in self.scorers]
+        if self.diversity_before is not None and self.diversity_after is not None:
+            rows.append(("diversity", f"{self.diversity_before:.3f}", f"{self.diversity_after:.3f}", *[""] * 4))
+        rows.append(("contrast", f"{self.contrast_before:.3f}", f"{self.contrast_after:.3f}", *[""] * 4))
+        wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [f"{self.num_pairs} pairs from {self.num_prompts} prompts, the same prompts and seeds before and after", ""]
+        for row in rows:
+            cells = [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
+            lines.append("   ".join(cells).rstrip())
+        if self.training is not None:
+            lines.append("")
+            for name, (first, last) in _ends(self.training.named()).items():
+                lines.append(f"{name.replace('_', ' ')}: {first:.4g} in the first tenth of training, {last:.4g} in the last")
+        if self.warnings():
+            lines += ["", *(f"Note: {warning}" for warning in self.warnings())]
+        return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    """A share as `97.5 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def _row(scorer: ScorerChange) -> tuple[str, ...]:
+    rate = scorer.win_rate
+    return (
+        f"{scorer.name} (held out)" if scorer.held_out else scorer.name,
+        f"{scorer.mean_before:.3f}",
+        f"{scorer.mean_after:.3f}",
+        percent(rate.rate),
+        f"{100 * rate.low:.1f} to {percent(rate.high)}",
+        "undefined" if scorer.effect_size is None else f"{scorer.effect_size:+.2f}",
+        f"{rate.wins} / {rate.ties} / {rate.losses}",
+    )
+
+
+def _plain(scorer: ScorerChange) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in vars(scorer).items() if name not in ("name", "win_rate")},
+        "win_rate": scorer.win_rate.rate,
+        **{name: value for name, value in vars(scorer.win_rate).items() if name != "rate"},
+    }
+
+
+def _ends(curves: Mapping[str, Curve]) -> dict[str, tuple[float, float]]:
+    return {name: curve.ends for name, curve in curves.items()}

@@ -1,0 +1,187 @@
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmalign.config import command_line, read_config
+from mmalign.errors import UserError
+from mmalign.records import Comparison, Content, Media, comparison, read, read_judgements, write
+from mmalign.score import ScoreConfig, main
+
+
+def png(folder, name, value):
+    path = folder / f"{name}.png"
+    Image.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(path)
+    return Content(images=(Media(path=str(path)),))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three comparisons of two or three flat grey images; brightness is value / 255."""
+    values = {"a": (0, 51), "b": (255, 102, 51), "c": (204, 204)}
+    rows = [
+        Comparison(
+            id=name,
+            prompt=Content(text=f"prompt {name}"),
+            candidates=tuple(png(tmp_path, f"{name}{n}", value) for n, value in enumerate(greys)),
+            scores={"human": tuple(map(float, greys))},
+        )
+        for name, greys in values.items()
+    ]
+    return write(rows, tmp_path / "rows.jsonl")
+
+
+def score(data, *settings):
+    return main(read_config(ScoreConfig, None, [f"data={data}", *settings]))
+
+
+def scores_of(path, judge):
+    return {row["id"]: comparison(row).scores.get(judge) for row in read(path)}
+
+
+def test_score_adds_raw_scores_beside_those_of_other_judges(data, tmp_path):
+    result = score(data, "scorers=[brightness, sharpness]", "batch_size=2")
+    assert result.output == tmp_path / "rows_scored.jsonl"
+    assert (result.num_comparisons, result.num_judged, result.faults) == (3, 6, ())
+    assert scores_of(result.output, "brightness") == {
+        "a": pytest.approx((0.0, 0.2)),
+        "b": pytest.approx((1.0, 0.4, 0.2)),
+        "c": pytest.approx((0.8, 0.8)),
+    }
+    assert scores_of(result.output, "human")["a"] == (0.0, 51.0)
+    assert "brightness: mean 0.4857" in str(result)
+    assert scores_of(data, "brightness") == {"a": None, "b": None, "c": None}
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.tar", "out"])
+def test_score_writes_the_format_that_the_output_names(data, tmp_path, name):
+    result = score(data, "scorers=brightness", f"output={tmp_path / name}")
+    assert scores_of(result.output, "brightness")["b"] == pytest.approx((1.0, 0.4, 0.2))
+
+
+def test_score_appends_a_judgement_for_every_comparison_with_the_settings_of_the_judge(data):
+    result = score(data, "scorers=brightness")
+    verdicts = read_judgements(result.judgements)
+    assert sorted(verdicts) == ["a", "b", "c"]
+    (verdict,) = verdicts["b"]
+    assert (verdict.judge, verdict.details["settings"]) == ("brightness", {"scorer": "brightness"})
+    assert verdict.scores == pytest.approx((1.0, 0.4, 0.2))
+
+
+def test_score_goes_on_where_it_was_interrupted(data):
+    whole = score(data, "scorers=brightness")
+    journal = whole.judgements
+    first, second, _ = journal.read_text().splitlines(keepends=True)
+    whole.output.unlink()
+    journal.write_text(first + second[: len(second) // 2])  # killed in the middle of a line
+    again = score(data, "scorers=brightness")
+    assert (again.num_kept, again.num_judged) == (1, 2)
+    assert journal.read_text().startswith(first)
+    assert scores_of(again.output, "brightness")["c"] == pytest.approx((0.8, 0.8))
+
+
+def test_a_second_scorer_later_leaves_the_verdicts_of_the_first(data):
+    score(data, "scorers=brightness")
+    both = score(data, "scorers=[brightness, colourfulness]")
+    assert (both.num_kept, both.num_judged) == (3, 3)
+    assert scores_of(both.output, "brightness")["a"] == pytest.approx((0.0, 0.2))
+    assert scores_of(both.output, "colourfulness")["a"] == (0.0, 0.0)
+
+
+def test_a_changed_image_is_judged_again(data, tmp_path):
+    score(data, "scorers=brightness")
+    png(tmp_path, "a0", 255)
+    again = score(data, "scorers=brightness")
+    assert (again.num_kept, again.num_judged) == (2, 1)
+    assert scores_of(again.output, "brightness")["a"] == pytest.approx((1.0, 0.2))
+
+
+def test_a_damaged_image_is_counted_with_its_row_and_the_row_is_kept_unscored(data, tmp_path):
+    whole = (tmp_path / "b1.png").read_bytes()
+    (tmp_path / "b1.png").write_bytes(whole[:-30])
+    result = score(data, "scorers=brightness")
+    (fault,) = result.faults
+    assert fault.where == f"{data}:2"
+    assert "1 rows not judged" in str(result) and "b1.png" in str(result)
+    assert scores_of(result.output, "brightness") == {"a": pytest.approx((0, 0.2)), "b": None, "c": pytest.approx((0.8, 0.8))}
+
+
+def test_a_missing_image_is_counted_with_its_row_and_the_row_is_left_out(data, tmp_path):
+    (tmp_path / "b1.png").unlink()
+    result = score(data, "scorers=brightness")
+    assert [fault.where for fault in result.faults] == [f"{data}:2"]
+    assert list(scores_of(result.output, "brightness")) == ["a", "c"]
+
+
+def test_an_id_used_twice_is_a_fault_of_the_second_row(tmp_path, data):
+    row = comparison(next(iter(read(data))))
+    twice = write([row, replace(row, prompt=Content(text="other"))], tmp_path / "twice.jsonl")
+    result = score(twice, "scorers=brightness")
+    assert result.num_comparisons == 1
+    assert "got id 'a' again" in str(result.faults[0])
+
+
+def test_data_without_a_usable_row_is_refused(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat", "candidates": []}\n')
+    with pytest.raises(UserError, match="no usable row"):
+        score(tmp_path / "bad.jsonl", "scorers=brightness")
+    assert not (tmp_path / "bad_scored.jsonl").exists()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """A scorer from outside the package: the image's width times a setting."""
+
+    factor: float
+    batch_size: int = 1
+    name: str = "scaled"
+
+    def __call__(self, prompts, images):
+        return torch.tensor([self.factor * image.width for image in images])
+
+
+def scaled(*, factor: float = 1.0, batch_size: int = 1) -> Scaled:
+    return Scaled(factor=factor, batch_size=batch_size)
+
+
+def not_a_number() -> Scaled:
+    return Scaled(factor=float("nan"), name="not_a_number")
+
+
+def test_a_score_that_is_no_number_is_refused_with_the_image_it_belongs_to(data):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: candidate 1: got nan from scorer not_a_number"):
+        score(data, f"scorers={{name: '{__name__}:not_a_number'}}")
+
+
+def test_a_scorer_is_used_twice_under_two_labels(data):
+    address = f"{__name__}:scaled"
+    result = score(data, f"scorers=[{{name: '{address}'}}, {{name: '{address}', factor: 3.0, label: thrice}}]")
+    assert scores_of(result.output, "scaled")["a"] == (4.0, 4.0)
+    assert scores_of(result.output, "thrice")["a"] == (12.0, 12.0)
+    with pytest.raises(UserError, match="got the judge brightness twice"):
+        score(data, "scorers=[brightness, brightness]")
+
+
+def test_verdicts_given_with_other_settings_are_refused_but_speed_settings_do_not_matter(data):
+    address = f"{__name__}:scaled"
+    score(data, f"scorers={{name: '{address}'}}")
+    assert score(data, f"scorers={{name: '{address}', batch_size: 7}}").num_kept == 3
+    with pytest.raises(UserError, match=r"rows_scored\.jsonl\.judgements\.jsonl: got verdicts of scaled with settings"):
+        score(data, f"scorers={{name: '{address}', factor: 2.0}}")
+
+
+def test_score_from_the_command_line_ends_with_0_or_2(data, tmp_path, capsys):
+    assert command_line(ScoreConfig, main, [str(data), "scorers=brightness"]) == 0
+    assert "3 comparisons, 3 verdicts given" in capsys.readouterr().out
+    assert command_line(ScoreConfig, main, [str(data), "scorers=brightnes"]) == 2
+    assert "Did you mean brightness?" in capsys.readouterr().err
+    assert command_line(ScoreConfig, main, [str(data), "scorers=[]"]) == 2
+    assert "scorers" in capsys.readouterr().err
+
+
+def test_the_journal_is_json_lines_that_any_tool_reads(data):
+    lines = score(data, "scorers=brightness").judgements.read_text().splitlines()
+    assert [json.loads(line)["comparison"] for line in lines] == ["a", "b", "c"]
