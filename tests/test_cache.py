@@ -238,6 +238,8 @@ def test_keys_without_data_count_as_missing_with_one_warning(tmp_path: Path, cap
         assert len(store) == len(left)
     assert len(caplog.records) == 1
     assert f"{3 - len(left)} keys have no data" in caplog.text
+    filled(folder, ["9"])
+    assert (folder / "part-00000" / "keys.txt").read_text().split() == [*left, "9"]
     filled(folder, ["3", "4", "1", "2"])
     assert_right(TensorStore.open(folder, fingerprint=FINGERPRINT), ["1", "2", "3", "4"])
 
@@ -262,6 +264,7 @@ def test_a_full_disc_is_told_and_costs_only_the_records_of_that_call(tmp_path: P
             store.add(more, records(more))
         assert_right(store, first)
         present = [key for key in more if key in store]
+        assert (tmp_path / "store" / "part-00000" / "mean.bin").stat().st_size == 12 * len(store)
         assert_right(store, present)
         assert store.add(more, records(more)) == len(more) - len(present)
         assert_right(store, [*first, *more])
@@ -446,7 +449,7 @@ def test_different_contents_have_different_keys() -> None:
 
 
 def test_a_content_key_of_anything_else_is_refused() -> None:
-    with pytest.raises(TypeError, match="got list, want bytes|Type-check error"):
+    with pytest.raises(TypeError, match=r"got list, want bytes|Type-check error"):
         content_key("a", ([1],))  # type: ignore[arg-type]
 
 
