@@ -1,0 +1,300 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmalign.config import command_line, read_config
+from mmalign.errors import UserError
+from mmalign.evaluate import EvaluateConfig, evaluate_pairs, main, paired_images, training_drift
+from mmalign.records import Comparison, Content, Media, write
+from mmalign.report import before_after_grid, chosen_places
+from mmalign.report.grid import short_captions, thumbnail
+from mmalign.scorers import SCORERS
+
+PROMPTS = ("a small grey square", "a small grey circle", "a small <b> & star")
+
+
+def grey(value, size=(8, 8), seed=None):
+    pixels = np.full((size[1], size[0], 3), float(value))
+    if seed is not None:
+        pixels += np.random.default_rng(seed).normal(0, 20, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def images_of(folder, name, value, *, seeds=(1, 2, 3, 4), prompts=PROMPTS, spread=True):
+    """Comparisons of one image a seed; `value(prompt number, seed)` is its brightness."""
+    rows = []
+    for number, prompt in enumerate(prompts):
+        candidates = []
+        for seed in seeds:
+            path = folder / f"{name}_{number}_{seed}.png"
+            grey(value(number, seed), seed=seed + 10 * number if spread else None).save(path)
+            candidates.append(Content(images=(Media(path=str(path)),)))
+        rows.append(
+            Comparison(
+                id=f"{name}-{number}",
+                prompt=Content(text=prompt),
+                candidates=tuple(candidates),
+                provenance=tuple({"seed": seed} for seed in seeds),
+            )
+        )
+    return write(rows, folder / f"{name}.jsonl")
+
+
+@pytest.fixture
+def sides(tmp_path):
+    before = images_of(tmp_path, "before", lambda number, seed: 60)
+    after = images_of(tmp_path, "after", lambda number, seed: 140 if seed > 1 else 30)
+    return before, after
+
+
+def evaluate(before, after, tmp_path, *settings):
+    fixed = [f"before={before}", f"after={after}", f"output={tmp_path / 'report'}"]
+    return main(read_config(EvaluateConfig, None, [*fixed, *settings]))
+
+
+def metrics(folder, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def drifting_rows():
+    for step in range(1, 21):
+        yield {
+            "step": step,
+            "rewards/accuracies": 0.5 + step / 50,
+            "mse/chosen": 0.10 + step / 1000,
+            "mse/ref_chosen": 0.10,
+            "mse/rejected": 0.20 + step / 100,
+            "mse/ref_rejected": 0.20,
+        }
+    yield {"step": 20, "validation/loss": 0.3}
+
+
+def test_evaluate_counts_pairs_of_the_same_prompt_and_seed(sides, tmp_path):
+    result = evaluate(*sides, tmp_path, "scorers=brightness")
+    rate = result.evaluation.headline.win_rate
+    assert (rate.wins, rate.ties, rate.losses) == (9, 0, 3)  # seed 1 of each of three prompts got darker
+    assert (result.evaluation.num_pairs, result.evaluation.num_prompts) == (12, 3)
+    assert "75.0 %" in str(result)
+
+
+def test_pairing_does_not_depend_on_the_order_of_the_rows(sides, tmp_path):
+    turned = images_of(tmp_path, "turned", lambda number, seed: 140 if seed > 1 else 30, seeds=(4, 2, 1, 3), prompts=PROMPTS)
+    lines = turned.read_text().splitlines()
+    turned.write_text("\n".join(lines[::-1]) + "\n")
+    rates = [evaluate(sides[0], after, tmp_path, "scorers=brightness").evaluation.headline for after in (sides[1], turned)]
+    assert rates[0].win_rate == rates[1].win_rate
+
+
+def test_results_json_holds_win_rate_fidelity_and_diversity(sides, tmp_path):
+    evaluate(*sides, tmp_path, "scorers=[brightness, sharpness]", "held_out=colourfulness", "tie_eps=0")
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert results["win_rate"] == 0.75 and results["low"] < 0.75 < results["high"]
+    assert results["fidelity_before"] == results["scorers"]["colourfulness"]["mean_before"]
+    assert 0 < results["diversity_before"] < 0.2 and results["diversity_after"] > results["diversity_before"]
+    assert list(results["scorers"]) == ["brightness", "sharpness", "colourfulness"]
+    assert [results["scorers"][name]["held_out"] for name in results["scorers"]] == [False, False, True]
+    assert results["scorers"]["brightness"]["effect_size"] > 0
+    assert (tmp_path / "report/config.yaml").exists()
+
+
+def test_ties_are_counted_in_standard_deviations_of_the_scores_before():
+    before = [grey(value) for value in (100, 120, 140, 160)]
+    after = [grey(value + 1) for value in (100, 120, 140, 160)]
+    prompts = ["a"] * 4
+    # Brightness before has the standard deviation sqrt(500) / 255; a grey level is 0.0447 of it.
+    strict, calm = (evaluate_pairs(prompts, before, after, scorers=[SCORERS["brightness"]()], tie_eps=e) for e in (0.04, 0.05))
+    assert strict.headline.win_rate.wins == 4
+    assert calm.headline.win_rate.ties == 4
+    assert calm.headline.eps == pytest.approx(0.05 * 500**0.5 / 255)
+
+
+def test_interval_by_bootstrap_is_a_setting(sides, tmp_path):
+    wilson, bootstrap = (
+        evaluate(*sides, tmp_path, "scorers=brightness", f"interval={name}").evaluation for name in ("wilson", "bootstrap")
+    )
+    assert wilson.headline.win_rate.rate == bootstrap.headline.win_rate.rate
+    assert wilson.headline.win_rate.low != bootstrap.headline.win_rate.low
+    assert "bootstrap over the pairs" in (tmp_path / "report/report.html").read_text()
+
+
+def test_collapse_and_a_falling_held_out_judge_are_told_in_the_report(tmp_path):
+    before = images_of(tmp_path, "before", lambda number, seed: 60)
+    after = images_of(tmp_path, "after", lambda number, seed: 200, spread=False)
+    settings = ("scorers=brightness", "held_out=sharpness")
+    result = evaluate(before, after, tmp_path, *settings)
+    assert result.evaluation.headline.win_rate.rate == 1.0
+    page = (tmp_path / "report/report.html").read_text()
+    for text in (str(result), page):
+        assert "Diversity fell by 100 %" in text
+        assert "The held-out judge sharpness fell from" in text
+
+
+def test_an_unchanged_model_is_told_to_show_no_difference(tmp_path):
+    side = images_of(tmp_path, "same", lambda number, seed: 60)
+    evaluation = evaluate(side, side, tmp_path, "scorers=brightness").evaluation
+    assert evaluation.headline.win_rate.ties == 12
+    notes = " ".join(evaluation.warnings())
+    assert "contains 50 %" in notes and "No held-out judge" in notes and "Diversity" not in notes
+
+
+def test_a_sound_gain_has_no_warning(tmp_path):
+    before = images_of(tmp_path, "before", lambda number, seed: 60)
+    after = images_of(tmp_path, "after", lambda number, seed: 120)
+    evaluation = evaluate(before, after, tmp_path, "scorers=brightness", "held_out=colourfulness").evaluation
+    assert evaluation.warnings() == []
+
+
+def test_training_drift_compares_the_first_with_the_last_tenth(tmp_path):
+    drift = training_drift(metrics(tmp_path / "run", drifting_rows()))
+    assert drift.accuracy.ends == pytest.approx((0.53, 0.89))
+    assert drift.chosen_error.ends == pytest.approx((0.0015, 0.0195))
+    assert drift.rejected_error.ends == pytest.approx((0.015, 0.195))
+    assert drift.accuracy.steps[-1] == 20
+
+
+def test_training_drift_stands_in_every_output(sides, tmp_path):
+    run = metrics(tmp_path / "run", drifting_rows())
+    result = evaluate(*sides, tmp_path, "scorers=brightness", f"run={run}")
+    assert "implicit reward accuracy: 0.53 in the first tenth" in str(result)
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert results["training"]["rejected_error_drift"] == pytest.approx([0.015, 0.195])
+    assert (tmp_path / "report/report.html").read_text().count("<polyline") == 3
+
+
+def test_a_run_without_metrics_is_a_user_fault(tmp_path):
+    with pytest.raises(UserError, match=r"with metrics\.jsonl"):
+        training_drift(tmp_path)
+    with pytest.raises(UserError, match="want at least one"):
+        training_drift(metrics(tmp_path / "sft", [{"step": 1, "loss": 0.1}]))
+    (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: got no JSON"):
+        training_drift(tmp_path / "sft")
+
+
+def row(seeds, prompt="a cat", where="x.jsonl:1"):
+    candidates = tuple(Content(images=(Media(path=f"{seed}.png"),)) for seed in seeds)
+    provenance = tuple({} if seed is None else {"seed": seed} for seed in seeds)
+    return Comparison(id="x", prompt=Content(text=prompt), candidates=candidates, provenance=provenance, where=where)
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ([1, 2], [1, 3], r"after: got no image for 1 of 2 prompts and seeds, the first 'a cat' with seed 2"),
+        ([1], [1, 3], r"before: got no image for 1 of 2 prompts and seeds, the first 'a cat' with seed 3"),
+        ([1, 1], [1], r"x\.jsonl:1: candidate 2: got prompt 'a cat' with seed 1 again"),
+        ([1, None], [1], r"x\.jsonl:1: candidate 2: got no seed"),
+    ],
+)
+def test_images_that_cannot_be_paired_are_refused(before, after, message):
+    with pytest.raises(UserError, match=message):
+        paired_images([row(before)], [row(after)])
+
+
+def test_a_judge_is_not_scorer_and_held_out_at_once(sides, tmp_path):
+    with pytest.raises(UserError, match="got the judge brightness twice"):
+        evaluate(*sides, tmp_path, "scorers=brightness", "held_out=brightness")
+    scorer = SCORERS["brightness"]()
+    with pytest.raises(UserError, match="held-out judge is not among the scorers"):
+        evaluate_pairs(["a"], [grey(1)], [grey(2)], scorers=[scorer], held_out=[scorer])
+
+
+class NotANumber:
+    name = "not_a_number"
+
+    def __call__(self, prompts, images):
+        return torch.full((len(images),), float("nan"))
+
+
+def test_a_score_that_is_no_number_is_refused_with_its_place():
+    with pytest.raises(UserError, match=r"before, image 1 \('a'\): got nan from scorer not_a_number"):
+        evaluate_pairs(["a"], [grey(1)], [grey(2)], scorers=[NotANumber()])
+
+
+def test_nothing_is_written_when_an_image_cannot_be_read(sides, tmp_path):
+    (tmp_path / "after_1_3.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"after\.jsonl:2.*after_1_3\.png"):
+        evaluate(*sides, tmp_path, "scorers=brightness")
+    assert not (tmp_path / "report").exists()
+
+
+class Page(HTMLParser):
+    """Collects the addresses of a page and checks that tags close."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.open = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_self_contained_escaped_and_well_formed(sides, tmp_path):
+    evaluate(*sides, tmp_path, "scorers=brightness", "rows=2", "cols=3", "title=Tiny <run>")
+    text = (tmp_path / "report/report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.addresses) == 2 * 2 * 3
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "Tiny &lt;run&gt;" in text and "&lt;b&gt; &amp; star" in text and "<b> & star" not in text
+    assert not re.search(r"https?://|<script", text)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_grid_shows_before_on_the_left_and_after_on_the_right():
+    prompts = ["one", "two", "one", "two"]
+    red, green = (Image.new("RGB", (8, 8), colour) for colour in ("#ff0000", "#00ff00"))
+    sheet = np.array(before_after_grid(prompts, [red] * 4, [green] * 4, rows=2, cols=2))
+    is_red, is_green = ((sheet == colour).all(axis=-1) for colour in ((255, 0, 0), (0, 255, 0)))
+    assert is_red.sum() == is_green.sum() == 4 * 128 * 128
+    columns = np.flatnonzero(is_red.any(axis=0)), np.flatnonzero(is_green.any(axis=0))
+    assert (columns[0] + 128 + 4 == columns[1]).all()
+
+
+def test_the_grid_is_as_large_as_its_pairs_and_takes_any_size_of_image():
+    mixed = [grey(40, (300, 100)), grey(40, (5, 9)), grey(40, (128, 128))]
+    few = before_after_grid(["a"] * 3, mixed, mixed, rows=6, cols=4)
+    many = before_after_grid(["a"] * 24, mixed * 8, mixed * 8, rows=6, cols=4)
+    assert few.width < many.width and few.height < many.height
+    assert thumbnail(mixed[0], 128).size == (128, 42)
+    assert thumbnail(mixed[1], 128).size == (70, 126)
+
+
+def test_pairs_are_shown_in_turn_over_the_prompts_whatever_their_scores():
+    assert chosen_places(["a", "a", "b", "c", "b"], 4) == [0, 2, 3, 1]
+    assert chosen_places(["a"], 10) == [0]
+
+
+def test_captions_drop_the_words_that_all_prompts_share():
+    assert short_captions(["a handwritten digit two", "a handwritten digit six"]) == ("a handwritten digit", ["two", "six"])
+    assert short_captions(["a cat", "a dog"]) == ("", ["a cat", "a dog"])
+    assert short_captions(["a red cat", "a red cat sits"]) == ("a red", ["cat", "cat sits"])
+    assert short_captions(["the same words"] * 2) == ("", ["the same words"] * 2)
+
+
+def test_evaluate_from_the_command_line_tells_every_fault_at_once(sides, tmp_path, capsys):
+    arguments = [f"before={sides[0]}", f"after={sides[1]}", f"output={tmp_path / 'report'}"]
+    assert command_line(EvaluateConfig, main, [*arguments, "scorers=brightness"]) == 0
+    out = capsys.readouterr().out
+    assert "12 pairs from 3 prompts" in out and "report.html" in out
+    assert command_line(EvaluateConfig, main, [*arguments, "scorers=brightnes", "interval=wald"]) == 2
+    error = capsys.readouterr().err
+    assert "Did you mean brightness?" in error and "interval" in error
+    assert command_line(EvaluateConfig, main, [*arguments, "scorers=brightness", "tie_eps=-1.0"]) == 2
+    assert "tie_eps" in capsys.readouterr().err
