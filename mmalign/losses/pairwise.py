@@ -6,6 +6,7 @@ For diffusion and flow, logps are -1/2 * mean squared error, so Diffusion-DPO's 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -180,7 +181,8 @@ def spo(
         beta: reward per nat. Published: 10 (LPO: 500).
         clip: half-width of the allowed ratio. Published: 0.1.
     """
-    ratios = (policy - reference).exp().clamp(1 - clip, 1 + clip).log()
+    # Clamped in logarithms: the same value and gradient, and no overflow of the ratio.
+    ratios = (policy - reference).clamp(math.log1p(-clip), math.log1p(clip))
     losses = logistic(beta * (ratios[:, 0] - ratios[:, 1]), prob)
     return PreferenceLoss(weighted(losses, weight), (beta * ratios).detach())
 
