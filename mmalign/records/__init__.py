@@ -3,7 +3,7 @@
 from mmalign.records.examples import Examples
 from mmalign.records.judgements import append_judgements, read_judgements, with_judgements
 from mmalign.records.media import Media, to_rgb
-from mmalign.records.reading import collect, fault_of, raise_faults, read
+from mmalign.records.reading import IMAGE_SUFFIXES, collect, fault_of, raise_faults, read
 from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Sample, faults_of
 from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
 from mmalign.records.views import SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, unpaired
@@ -12,6 +12,7 @@ from mmalign.records.writing import FORMATS, write
 __all__ = [
     "COLUMNS",
     "FORMATS",
+    "IMAGE_SUFFIXES",
     "SIDE_DEFAULTS",
     "VIEWS",
     "Comparison",

@@ -65,7 +65,7 @@ def collect(rows: Iterable[Mapping[str, Any] | Fault], place: str | Path, faults
             elif fault := fault_of(row):
                 found.append(fault)
             else:
-                yield row
+                yield {name: row.get(name) for name in COLUMNS}
 
     tables = [Dataset.from_list(list(rows), features=features()) for rows in in_batches(good(), ROWS_IN_MEMORY)]
     if faults is None:
