@@ -43,8 +43,8 @@ def kto(
     if anchor is None:
         anchor = batch_mean_ratio(policy, reference).mean()
     desirable = labels.to(ratio) > 0.5
-    sign = torch.where(desirable, 1.0, -1.0).to(ratio)
-    utility_weight = torch.where(desirable, desirable_weight, undesirable_weight).to(ratio)
+    sign = 2 * desirable.to(ratio) - 1
+    utility_weight = torch.where(desirable, ratio.new_tensor(desirable_weight), ratio.new_tensor(undesirable_weight))
     losses = utility_weight * torch.sigmoid(-sign * beta * (ratio - anchor.detach().clamp(min=0)))  # eq. 8
     return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
 
