@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -407,10 +408,49 @@ def test_the_description_lists_keys_types_and_defaults() -> None:
     rows = {line.split()[0]: line for line in lines}
     assert "text" in rows["data"]
     assert "required" in rows["data"]
-    assert rows["data"].endswith("a dataset")
+    assert rows["data"].endswith("text; a dataset")
     assert "a number" in rows["optimiser.lr"]
     assert "1e-05" in rows["optimiser.lr"]
     assert "one of dpo, hinge" in rows["loss"]
+
+
+def test_help_takes_the_words_of_the_docstring() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Told:
+        """Two sizes.
+
+        Args:
+            width, height: of the picture,
+                in pixels.
+            depth: in bits.
+
+        Not an argument: never shown.
+        """
+
+        width: int = 1
+        height: int = 2
+        depth: int = field(default=8, metadata={"help": "its own words"})
+
+    rows = {line.split()[0]: line for line in describe(Told).splitlines()}
+    assert rows["width"].endswith("an integer; of the picture, in pixels.")
+    assert rows["height"].endswith("an integer; of the picture, in pixels.")
+    assert rows["depth"].endswith("an integer; its own words")
+    assert len(rows) == 4
+
+
+def test_help_for_a_key_tells_its_names_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(Settings, lambda config: None, ["--help", "loss", "num_steps"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("loss is one of:\n\ndpo")
+    assert re.search(r"^  beta +0\.1 +a number or auto$", out, re.M)
+    assert re.search(r"^  weight_decay +required +a number$", out, re.M)
+    assert re.search(r"^  weight +1\.0 +a number$", out, re.M)
+    assert re.search(r"^num_steps +100 +an integer$", out, re.M)
+
+
+def test_help_for_an_unknown_key_ends_in_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(Settings, lambda config: None, ["--help", "los"]) == 2
+    assert capsys.readouterr().err == "--help los: unknown key. Did you mean loss?\n"
 
 
 def test_a_description_leaves_lazy_tables_alone() -> None:

@@ -10,7 +10,8 @@ config = read_config(TrainConfig, "configs/x.yaml", ["loss.beta=2000"])
 config.loss.build(policy, reference)
 """
 
-from mmalign.config.command import command_line, describe, read_config
+from mmalign.config.command import command_line, read_config
+from mmalign.config.description import describe, describe_names
 from mmalign.config.schema import Choice, Setting, Table, import_address, settings_of
 from mmalign.config.writing import differences, environment, resolved, write_resolved
 
@@ -20,6 +21,7 @@ __all__ = [
     "Table",
     "command_line",
     "describe",
+    "describe_names",
     "differences",
     "environment",
     "import_address",

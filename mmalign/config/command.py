@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmalign.config.description import help_text
 from mmalign.config.reading import read_tree
-from mmalign.config.schema import (
-    FAULTY,
-    Choice,
-    Faults,
-    Setting,
-    Table,
-    check_dataclass,
-    members,
-    settings_of,
-    show,
-    table_of,
-    words,
-)
-from mmalign.config.writing import resolved
+from mmalign.config.schema import FAULTY, Faults, Setting, check_dataclass, members, settings_of
 from mmalign.errors import UserError
 
 Config = TypeVar("Config")
@@ -66,13 +53,14 @@ def command_line(cls: type[Any], main: Callable[[Any], Any], argv: Sequence[str]
     in 130.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        print(_help(cls, main, prog or Path(sys.argv[0]).name))
-        return 0
+    asks = "--help" in argv or "-h" in argv
     _set_up_logging()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that an address may name a module of the working directory
     try:
+        if asks:
+            print(help_text(cls, main, prog or Path(sys.argv[0]).name, [word for word in argv if not word.startswith("-")]))
+            return 0
         path, overrides = parse_arguments(cls, argv)
         result = main(read_config(cls, path, overrides))
     except UserError as error:
@@ -163,58 +151,3 @@ def _set_up_logging() -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING  # one process of several talks
     for name in ("mmalign", "__main__"):
         logging.getLogger(name).setLevel(level)
-
-
-def _help(cls: type[Any], main: Callable[[Any], Any], prog: str) -> str:
-    positional = next((name.upper() for name, s in settings_of(cls).items() if s.positional), "")
-    about = inspect.getdoc(main) or inspect.getdoc(cls) or ""
-    usage = " ".join(filter(None, ("usage:", prog, "[CONFIG.yaml]", positional, "[key=value ...] [--key value ...]")))
-    return "\n\n".join(filter(None, (usage, about, describe(cls))))
-
-
-def describe(cls: type[Any]) -> str:
-    """A table of the keys of a config class: name, type in words, default, help.
-
-    Lazy tables that are not loaded stay unloaded, so that help is quick.
-    """
-    rows = [("key", "wants", "default", ""), *_rows(cls, "")]
-    wide = [min(34, max(len(row[i]) for row in rows)) for i in range(3)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, (*wide, 0), strict=True)).rstrip() for row in rows)
-
-
-def _rows(cls: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for name, setting in settings_of(cls).items():
-        inner = next((m for m in members(setting.annotation) if dataclasses.is_dataclass(m)), None)
-        table = _table_in(setting.annotation)
-        if inner is not None and type(None) not in members(setting.annotation):
-            yield from _rows(inner, f"{prefix}{name}.")
-            continue
-        wants = _names(table) if table is not None else words(setting.annotation)
-        yield f"{prefix}{name}", wants, _default(setting), setting.help
-
-
-def _table_in(annotation: Any) -> Table | None:
-    for member in members(annotation):
-        inside = (member, *(a for a in typing.get_args(member) if typing.get_origin(member) in (tuple, list)))
-        found = next((t for t in map(table_of, inside) if t is not None), None)
-        if found is not None:
-            return found
-    return None
-
-
-def _names(table: Table) -> str:
-    if isinstance(table.source, str) and table.source.partition(":")[0] not in sys.modules:
-        return f"a name of {table.source}"
-    if callable(table.source):
-        return "a name with settings"
-    return f"one of {', '.join(table.entries())}"
-
-
-def _default(setting: Setting) -> str:
-    if setting.default is None:
-        return "required"
-    value = setting.default()
-    if isinstance(value, Choice):
-        return value.name
-    plain = resolved(value)
-    return plain if isinstance(plain, str) and plain else show(plain)
