@@ -245,7 +245,7 @@ def test_by_chooses_the_judge():
     assert order(pair(value)[0], value) == [0, 1]
     assert order(pair(value, by="clip")[0], value) == [1, 0]
     assert order(pair(value, by="pickscore")[0], value) == [0, 1]
-    assert pair(value, by="pickscor") == Dropped("not judged by pickscor Did you mean pickscore?")
+    assert pair(value, by="pickscor") == Dropped("not judged by pickscor. Did you mean pickscore?")
 
 
 def test_several_judges_and_no_ranks_ask_which_one():

@@ -1,12 +1,10 @@
 """HPDv2: train.json with pairs, test.json with rankings, images in folders beside them."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmalign.errors import UserError
-from mmalign.importers.tables import Faulty, Imported, finish
+from mmalign.importers.tables import Faulty, Imported, finish, json_list
 from mmalign.records import Fault, collect
 
 
@@ -44,23 +42,6 @@ def hpdv2(
     faults: list[Fault] = []
     dataset = collect(rows(), file, faults)
     return finish(dataset, faults, place=str(file), faulty=faulty, verify=verify, num_proc=num_proc)
-
-
-def json_list(file: Path) -> list[Any]:
-    """Read a JSON file that holds one list.
-
-    Raises:
-        UserError: no such file, or something else in it.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: got no such file, want a JSON list. Check the path and the split.")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise UserError(f"{file}: got no valid JSON ({fault}), want a list of rows. Copy the file again.") from fault
-    if not isinstance(value, list):
-        raise UserError(f"{file}: got a JSON {type(value).__name__}, want a list of rows. Check the path.")
-    return value
 
 
 def _row(entry: Any, where: str, name: str, root: Path) -> dict[str, Any] | Fault:

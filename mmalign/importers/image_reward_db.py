@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import UserError
-from mmalign.importers.hpdv2 import json_list
-from mmalign.importers.tables import Faulty, Imported, check_columns, finish, open_table, stored_image, undecoded
+from mmalign.importers.tables import Faulty, Imported, check_columns, finish, json_list, open_table, stored_image, undecoded
 from mmalign.records import Conversion, Fault, collect, fault_of
 
 if TYPE_CHECKING:

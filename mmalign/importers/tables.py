@@ -1,5 +1,6 @@
 """What the importers share: opening a table by path or hub id, checking columns and images, and their common answer."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,23 @@ def open_table(path: str, split: str) -> "datasets.Dataset":
 
 def _first_line(fault: Exception) -> str:
     return (str(fault.__cause__ or fault).splitlines() or [type(fault).__name__])[0]
+
+
+def json_list(file: Path) -> list[Any]:
+    """Read a JSON file that holds one list.
+
+    Raises:
+        UserError: no such file, or something else in it.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: got no such file, want a JSON list. Check the path and the split.")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise UserError(f"{file}: got no valid JSON ({fault}), want a list of rows. Copy the file again.") from fault
+    if not isinstance(value, list):
+        raise UserError(f"{file}: got a JSON {type(value).__name__}, want a list of rows. Check the path.")
+    return value
 
 
 def check_columns(table: "datasets.Dataset", wanted: Sequence[str], path: str, what: str) -> None:

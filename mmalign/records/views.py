@@ -175,7 +175,8 @@ def _values(row: Comparison, by: str, min_gap: float) -> tuple[tuple[float, ...]
         return (next(iter(row.scores.values())), None) if row.scores else Dropped("not judged")
     if by in row.scores:
         return row.scores[by], None
-    return Dropped(f"not judged by {by}" + nearest(by, row.scores))
+    hint = nearest(by, row.scores)
+    return Dropped(f"not judged by {by}" + (f".{hint}" if hint else ""))
 
 
 def _example(row: Comparison, order: Sequence[int], side: dict[str, float | tuple[float, ...]], suffix: str = "") -> Example:
