@@ -72,7 +72,7 @@ def collect(rows: Iterable[Mapping[str, Any] | Fault], place: str | Path, faults
         raise_faults(found, place)
     else:
         faults += found
-    return concatenate_datasets(tables) if tables else Dataset.from_list([], features=features())
+    return concatenate_datasets(tables) if tables else Dataset.from_dict({name: [] for name in COLUMNS}, features=features())
 
 
 def raise_faults(faults: list[Fault], place: str | Path) -> None:
