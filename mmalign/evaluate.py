@@ -170,7 +170,7 @@ def evaluate_pairs(
         num_prompts=len(set(prompts)),
         interval=interval,
         scorers=tuple(
-            _change(scorer, prompts, before, after, interval, tie_eps, held_out=scorer in held_out)
+            _change(scorer, prompts, before, after, interval, tie_eps, held_out=scorer.name in names[len(scorers) :])
             for scorer in (*scorers, *held_out)
         ),
         diversity_before=diversity(prompts, before),

@@ -116,6 +116,8 @@ def win_rate(before: Float[Tensor, " n"], after: Float[Tensor, " n"], *, eps: fl
 
     rate = (wins + ties / 2) / n
 
+    Both intervals take the pairs as independent: many seeds of few prompts say less about new prompts than they seem to.
+
     Args:
         before, after: scores, entry i of both from the same prompt and seed.
         eps: in units of the score. A strict count (0) saturates at 1 for any consistent nudge, however small.

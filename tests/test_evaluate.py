@@ -12,7 +12,7 @@ from mmalign.errors import UserError
 from mmalign.evaluate import EvaluateConfig, evaluate_pairs, main, paired_images, training_drift
 from mmalign.records import Comparison, Content, Media, write
 from mmalign.report import before_after_grid, chosen_places
-from mmalign.report.grid import short_captions, thumbnail
+from mmalign.report.grid import _drawable, short_captions, thumbnail
 from mmalign.scorers import SCORERS
 
 PROMPTS = ("a small grey square", "a small grey circle", "a small <b> & star")
@@ -298,3 +298,14 @@ def test_evaluate_from_the_command_line_tells_every_fault_at_once(sides, tmp_pat
     assert "Did you mean brightness?" in error and "interval" in error
     assert command_line(EvaluateConfig, main, [*arguments, "scorers=brightness", "tie_eps=-1.0"]) == 2
     assert "tie_eps" in capsys.readouterr().err
+
+
+def test_prompts_beyond_ascii_do_not_become_empty_boxes():
+    prompts = ["Ein Bär im Schnee", "一只红色的猫"]
+    image = grey(40)
+    sheet = before_after_grid(prompts, [image] * 2, [image] * 2, rows=1, cols=2)
+    assert _drawable("a cat …", 15)[0] == "a cat …"
+    text, font = _drawable("一只红色的猫", 15)
+    box = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != box for letter in text)
+    assert sheet.width == 2 * 40 + 2 * 260 + 28

@@ -131,6 +131,8 @@ class Evaluation:
                 "No held-out judge was given: a scorer that shaped the preferences cannot show that their gain is real."
             )
         rate = self.headline.win_rate
+        if rate.high < 0.5:
+            found.append(f"The images after training lose against those before in the eyes of {self.headline.name}.")
         if rate.low <= 0.5 <= rate.high:
             found.append(
                 f"The interval of the win rate by {self.headline.name} contains 50 %: no difference is shown. "

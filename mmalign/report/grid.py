@@ -1,5 +1,6 @@
 """The before/after grid: one PNG in which the same prompt and seed stand side by side."""
 
+import unicodedata
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -11,6 +12,9 @@ GUTTER = 28  # between pairs
 MARGIN = 40
 CAPTION = 30  # height under a pair
 TEXT, MUTED, PAPER, RULE = "#1f2328", "#6e7781", "#ffffff", "#d8dee4"
+
+# Pillow's own font has ASCII letters only; these are asked in turn for a prompt that needs more.
+SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc")
 
 
 def chosen_places(prompts: Sequence[str], count: int) -> list[int]:
@@ -64,18 +68,18 @@ def before_after_grid(
     shared, captions = short_captions([prompts[place] for place in places])
     cols = min(cols, len(places))
     rows = -(-len(places) // cols)
-    header = 74 if shared else 48
+    header = 74 if shared else 26
     width = 2 * MARGIN + cols * (2 * TILE + GAP) + (cols - 1) * GUTTER
     height = MARGIN + header + rows * (TILE + CAPTION) + (rows - 1) * GUTTER // 2 + MARGIN // 2
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     if shared:
-        draw.text((MARGIN, MARGIN - 10), f"{shared} …", font=_font(20), fill=TEXT)
+        draw.text((MARGIN, MARGIN - 10), _drawable(f"{shared} …", 20)[0], font=_drawable(shared, 20)[1], fill=TEXT)
     for col in range(cols):
         left = MARGIN + col * (2 * TILE + GAP + GUTTER)
         baseline = MARGIN + header - 26
-        draw.text((left, baseline), "before", font=_font(14), fill=MUTED)
-        draw.text((left + TILE + GAP, baseline), "after", font=_font(14), fill=MUTED)
+        draw.text((left, baseline), "before", font=ImageFont.load_default(14), fill=MUTED)
+        draw.text((left + TILE + GAP, baseline), "after", font=ImageFont.load_default(14), fill=MUTED)
         draw.line((left, baseline + 20, left + 2 * TILE + GAP - 1, baseline + 20), fill=RULE)
     for index, (place, caption) in enumerate(zip(places, captions, strict=True)):
         left = MARGIN + (index % cols) * (2 * TILE + GAP + GUTTER)
@@ -88,7 +92,7 @@ def before_after_grid(
 
 
 def _caption(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
-    font = _font(15)
+    text, font = _drawable(text, 15)
     room = 2 * TILE + GAP
     if draw.textlength(text, font=font) > room:
         while text and draw.textlength(text + "…", font=font) > room:
@@ -97,5 +101,22 @@ def _caption(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
     draw.text((left, top), text, font=font, fill=TEXT)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _drawable(text: str, size: int) -> tuple[str, Font]:
+    """The text and the first font that has all its letters; without one, letters without accents and ? for the rest."""
+    own = ImageFont.load_default(size)
+    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    plain = "".join(letters).encode("ascii", "replace").decode()
+    if text.replace("…", "").isascii():
+        return text, own
+    for name in SYSTEM_FONTS:
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:
+            continue
+        missing = bytes(font.getmask("\uffff"))
+        if not any(bytes(font.getmask(letter)) == missing for letter in set(text) - {" "}):
+            return text, font
+    return plain, own

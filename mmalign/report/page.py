@@ -234,7 +234,8 @@ def _how_to_read(evaluation: Evaluation) -> str:
     return (
         '<h2>How to read this</h2>\n<div class="how">'
         f"<p>The win rate is the share of pairs that score higher after training; a tie counts half. Tied are pairs that "
-        f"differ by no more than: {eps}. The interval covers the truth in 95 % of repetitions; it is {interval}.</p>"
+        f"differ by no more than: {eps}. The interval covers the truth in 95 % of repetitions; it is {interval}, "
+        "and takes the pairs as independent.</p>"
         "<p>A win rate near 100 % says that nearly every image moved in the judged direction, not how far. The effect is the "
         "mean difference in units of its own spread (0.2 small, 0.8 large); the held-out judge took no part in making the "
         "preferences; diversity is the mean distance between images of one prompt (0 means that they are all alike).</p></div>"
