@@ -1,6 +1,7 @@
 """Model families of UNet diffusion (SD 1.x, SD 2.x, SDXL): what differs between them, behind one common forward."""
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmalign.errors import UserError
 
@@ -85,7 +87,8 @@ class Denoiser(nn.Module):
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            # Ours, because torch.compile cannot trace into diffusers' own choice of this very function.
+            self.unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
         else:
             self.unet.disable_gradient_checkpointing()
         if compile:
