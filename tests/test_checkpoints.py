@@ -191,12 +191,12 @@ def run(folder, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    for step, text in ((1, "a"), (2, "a"), (2, "b"), (3, "a")):
+    for step, text in ((1, "a"), (1, "b"), (2, "a")):
         with write_folder(folder / f"checkpoint-{step}") as temporary:
             write_state(temporary, {"step": step, "text": text})
             (temporary / "weights.bin").write_bytes(bytes([step]) * 100_000)
         print(json.dumps([kill_at, step, text]), flush=True)
-        rotate(folder, 2)
+        rotate(folder, 1)
 
 
 kill_at = 0
@@ -213,14 +213,16 @@ while killed:
 
 
 def test_a_run_killed_before_any_file_operation_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED_RUNS, str(tmp_path)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_RUNS, str(tmp_path)], check=True, capture_output=True, text=True, timeout=300
+    )
     saved: dict[int, list[tuple[int, str]]] = {}
     for line in done.stdout.splitlines():
         kill_at, step, text = json.loads(line)
         saved.setdefault(kill_at, []).append((step, text))
     num_runs = len(list(tmp_path.iterdir()))
-    assert num_runs > 60
-    assert saved[num_runs] == [(1, "a"), (2, "a"), (2, "b"), (3, "a")]
+    assert num_runs > 40
+    assert saved[num_runs] == [(1, "a"), (1, "b"), (2, "a")]
     order = [(0, ""), *saved[num_runs], (99, "")]
     for kill_at in range(1, num_runs + 1):
         folder = tmp_path / str(kill_at)
