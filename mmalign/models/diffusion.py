@@ -23,6 +23,7 @@ from mmalign.models.lora import (
     training_plan,
 )
 from mmalign.models.pipeline_folder import check_family, detect_family, local_folder
+from mmalign.models.tiny import TINY, tiny_folder
 from mmalign.noise import Schedule, vp_schedule
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "frozen_copy",
     "load_lora",
     "lora_off",
+    "model_folder",
     "open_pipeline",
     "save_full",
     "save_lora",
@@ -47,6 +49,24 @@ __all__ = [
     "unconditional",
     "vae_dtype",
 ]
+
+
+def model_folder(
+    family: Family,
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a model: a local one, that of a hub id in the hub's cache, or for `tiny` a tiny random pipeline.
+
+    Raises:
+        UserError: as `open_pipeline`.
+    """
+    if model == TINY:
+        return tiny_folder(family.name)
+    return local_folder(model, revision=revision, variant=variant, local_files_only=local_files_only)
 
 
 def open_pipeline(
@@ -62,7 +82,7 @@ def open_pipeline(
 
     Args:
         family: a name in FAMILIES, an address, or a Family.
-        model: folder with `model_index.json`, or hub id `owner/name`.
+        model: folder with `model_index.json`, hub id `owner/name`, or `tiny` for a tiny random pipeline of the family.
         dtype: of all weights. `encode_images` lifts a VAE that overflows in half precision to float32 by itself.
         revision, variant: of a hub id; variant ("fp16") also of a folder.
         local_files_only: use only what the hub cache holds.
@@ -70,7 +90,7 @@ def open_pipeline(
         UserError: nothing there, a single-file checkpoint, a broken folder, or a model of another family.
     """
     family = find_family(family)
-    folder = local_folder(model, revision=revision, variant=variant, local_files_only=local_files_only)
+    folder = model_folder(family, model, revision=revision, variant=variant, local_files_only=local_files_only)
     check_family(folder, model, family=family.name, pipeline=family.pipeline, known=tuple(FAMILIES))
     options: dict[str, Any] = {"dtype": dtype, "variant": variant, "local_files_only": True}
     if "safety_checker" in inspect.signature(family.pipeline_class().__init__).parameters:
