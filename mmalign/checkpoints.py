@@ -81,6 +81,13 @@ def rotate(folder: Path, keep: int) -> None:
         _remove(checkpoint)
 
 
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of `folder` beyond `step`: a run that goes on from `step` leaves their history behind."""
+    for checkpoint in _checkpoints(folder):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            _remove(checkpoint)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Clear `folder` of what killed runs left behind; call it once at the start of a run, before anything is saved.
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mmalign import checkpoints
 from mmalign.adapters import ADAPTERS
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
@@ -98,22 +99,32 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
     )
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint that `resume` names, None for a new run.
+def check_output(config: TrainConfig) -> None:
+    """Refuse to write over a run.
 
     Raises:
-        UserError: there is none, or the output folder holds a run already.
+        UserError: the output folder holds one, and neither `resume` nor `overwrite` is set.
     """
-    from mmalign.checkpoints import latest
+    taken = (config.output / "config.yaml").exists() and config.resume is None
+    if taken and not config.overwrite and not config.dry_run:
+        raise UserError(
+            f"output: {config.output} holds a run already. Go on with resume=latest, choose another output, or set "
+            "overwrite=true to start again there."
+        )
 
+
+def find_checkpoint(config: TrainConfig, accelerator: Any) -> Path | None:
+    """The checkpoint that `resume` names, None for a new run; first clears up what killed runs left in the output folder.
+
+    Raises:
+        UserError: there is none.
+    """
     if config.resume is None:
-        if (config.output / "config.yaml").exists() and not config.overwrite and not config.dry_run:
-            raise UserError(
-                f"output: {config.output} holds a run already. Go on with resume=latest, choose another output, or set "
-                "overwrite=true to start again there."
-            )
         return None
-    found = latest(config.output) if config.resume == "latest" else Path(config.resume)
+    if accelerator.is_main_process and not config.dry_run:
+        checkpoints.remove_leftovers(config.output)
+    accelerator.wait_for_everyone()
+    found = checkpoints.latest(config.output) if config.resume == "latest" else Path(config.resume)
     if found is None or not found.is_dir():
         raise UserError(
             f"resume: got {config.resume}, and {config.output} holds no checkpoint. Leave resume out to start anew, and set "

@@ -254,6 +254,8 @@ class _Run:
         self.step = int(state["step"])
         if self.accelerator.is_main_process:
             _forget_after(self.output / METRICS, self.step)
+            checkpoints.remove_after(self.output, self.step)
+        self.accelerator.wait_for_everyone()
         logger.info("resumed from %s", checkpoint)
 
     def _save_trainable(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from mmalign import checkpoints
 from mmalign.config import command_line, resolved, write_resolved
-from mmalign.experiment import TrainConfig, build_objective, find_checkpoint, open_policy, read_examples
+from mmalign.experiment import TrainConfig, build_objective, check_output, find_checkpoint, open_policy, read_examples
 from mmalign.loop import METRICS, fit
-from mmalign.memory import SIZES, activations, memory_estimate
+from mmalign.memory import OPTIMISER_BYTES, SIZES, activations, memory_estimate
 from mmalign.model_card import write_card
 from mmalign.noise import beta_conventions
 from mmalign.objective import Objective
@@ -45,10 +45,11 @@ def main(config: TrainConfig) -> Trained:
     Raises:
         UserError: any fault of config, data, model or checkpoint, told before training starts; or a loss that is not finite.
     """
-    checkpoint = find_checkpoint(config)
+    check_output(config)
     examples, summary = read_examples(config.data)
     objective = build_objective(config, examples)
     accelerator = start(config.training, config.output)
+    checkpoint = find_checkpoint(config, accelerator)
     policy = open_policy(config, examples, objective, accelerator)
     num_candidates = len(examples[0].samples)
     plan = _plan(config, policy, objective, len(examples), num_candidates, accelerator.num_processes, summary)
@@ -60,7 +61,8 @@ def main(config: TrainConfig) -> Trained:
         _clear(config)
         config.output.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(config.output)
-        write_resolved(config, config.output)
+        if checkpoint is None:
+            write_resolved(config, config.output)
     accelerator.wait_for_everyone()
     settings = resolved(config)
     fit(
@@ -104,8 +106,8 @@ def _plan(
     steps = training.num_steps(num_examples, per_step)
     lines = [
         f"data       {summary}",
-        f"batch      {num_processes} devices x {training.batch_size} x {training.accumulation} accumulated = {per_step} examples "
-        f"of {num_candidates} per step",
+        f"batch      {num_processes} devices x {training.batch_size} x {training.accumulation} accumulated "
+        f"= {per_step} examples of {num_candidates} per step",
         f"length     {steps} steps = {steps * per_step} examples = {steps * per_step / num_examples:.2f} epochs",
         f"trained    {policy.plan()}",
     ]
@@ -141,6 +143,7 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
         side = (policy.latent_shape[1] * policy.latent_shape[2]) ** 0.5
         per_sample = activations(adapter["family"], lora=lora, checkpointing=checkpointing, latent_side=side)
     precision: Any = training.mixed_precision or "no"
+    known = training.optimiser.name in OPTIMISER_BYTES
     estimate = memory_estimate(
         num_parameters=base,
         num_trained=trained,
@@ -148,11 +151,12 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
         activations_per_sample=per_sample,
         num_encoder_parameters=policy.num_encoder_parameters,
         precision=precision,
-        optimiser=training.optimiser.name,
+        optimiser=training.optimiser.name if known else "adamw",
         reference_copy=not lora and objective.needs_reference,
         ema=training.ema_decay is not None,
     )
-    return f"{estimate}" if stock else f"{estimate}; activations not counted for a network of this size"
+    missing = "" if stock else "; activations not counted for a network of this size"
+    return f"{estimate}{missing}" + ("" if known else "; the optimiser counted as adamw")
 
 
 def _clear(config: TrainConfig) -> None:

@@ -28,7 +28,9 @@ from mmalign.models.diffusion import (
     encode_prompt,
     find_family,
     frozen_copy,
+    load_lora,
     lora_off,
+    model_folder,
     open_pipeline,
     save_full,
     save_lora,
@@ -36,10 +38,13 @@ from mmalign.models.diffusion import (
     trainable_parameters,
     training_plan,
 )
+from mmalign.models.sampling import sample_images
+from mmalign.models.tiny import TINY
 from mmalign.noise import TIMESTEPS
 from mmalign.records import SIDE_DEFAULTS, Example, Media
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FULL = "pipeline"  # the folder, in a run's output, that a full fine-tune is saved to
 UNIFORM = Choice(name="uniform", target=TIMESTEPS["uniform"])
 
 
@@ -147,6 +152,7 @@ class DiffusionAdapter:
         num_candidates: int = 2,
         needs_reference: bool = True,
         caching: int | None = None,
+        weights: Path | None = None,
     ) -> DiffusionPolicy:
         """Load the model and make it trainable.
 
@@ -157,13 +163,14 @@ class DiffusionAdapter:
             num_candidates: k of the data.
             needs_reference: whether the loss asks for one; a full fine-tune then keeps a frozen copy.
             caching: number of the process that fills the cache (`mmalign prepare`); None only reads it.
+            weights: output folder of a run whose tuned weights the policy starts from; the reference is the base model.
 
         Raises:
             UserError: no such model, wrong family, or settings that do not go together.
         """
         if self.winner_guard is not None and num_candidates != 2:
             raise UserError(f"adapter.winner_guard: got {num_candidates} candidates, want pairs. Set it to null.")
-        return DiffusionPolicy(self, torch.device(device), mixed_precision, seed, needs_reference, caching)
+        return DiffusionPolicy(self, torch.device(device), mixed_precision, seed, needs_reference, caching, weights)
 
     def frozen_dtype(self, mixed_precision: str) -> torch.dtype:
         """Of the weights that are not trained."""
@@ -183,6 +190,7 @@ class DiffusionPolicy:
         seed: int,
         needs_reference: bool,
         caching: int | None,
+        weights: Path | None,
     ) -> None:
         """Use `DiffusionAdapter.open`."""
         self.settings = settings
@@ -197,17 +205,16 @@ class DiffusionPolicy:
         self.schedule = schedule_of(self.pipe)
         self.pipe.to(device)
         for part in self._encoders():
-            part.requires_grad_(False).eval().to(frozen)
+            part.requires_grad_(False).eval()
+            if part.dtype != frozen:
+                part.to(frozen)
         self.denoiser = Denoiser(self.family, self.pipe.unet)
         self._check_timesteps()
         self.cache: Cache | None = None
         if settings.cache is not None:
             self.cache = opened_cache(self, frozen, mixed_precision, caching)
-        if settings.lora is not None:
-            add_lora(self.denoiser, **vars(settings.lora), seed=seed)
-        else:
-            self.denoiser.requires_grad_(True)
         self._copy = frozen_copy(self.denoiser) if settings.lora is None and needs_reference else None
+        self._make_trainable(weights)
         for network in filter(None, (self.denoiser, self._copy)):
             network.save_memory(
                 gradient_checkpointing=settings.gradient_checkpointing and network is self.denoiser,
@@ -309,7 +316,7 @@ class DiffusionPolicy:
         if self.settings.lora is not None:
             save_lora(self.family, self.denoiser, folder)
         else:
-            save_full(self.pipe, self.denoiser, folder / "pipeline")
+            save_full(self.pipe, self.denoiser, folder / FULL)
 
     def validate(self, folder: Path) -> None:
         """One image a validation prompt."""
@@ -320,16 +327,15 @@ class DiffusionPolicy:
         training = self.denoiser.training
         self.denoiser.eval()
         try:
-            for number, prompt in enumerate(wanted.prompts):
-                generator = torch.Generator().manual_seed(wanted.seed + number)
-                image = self.pipe(
-                    prompt,
-                    height=self.settings.size[0],
-                    width=self.settings.size[1],
-                    num_inference_steps=wanted.steps,
-                    guidance_scale=wanted.guidance_scale,
-                    generator=generator,
-                ).images[0]
+            images = sample_images(
+                self.pipe,
+                wanted.prompts,
+                [wanted.seed + number for number in range(len(wanted.prompts))],
+                steps=wanted.steps,
+                guidance_scale=wanted.guidance_scale,
+                size=self.settings.size,
+            )
+            for number, image in enumerate(images):
                 image.save(folder / f"{number:03d}.png")
         finally:
             self.denoiser.train(training)
@@ -356,8 +362,9 @@ class DiffusionPolicy:
         """Stock diffusers code that loads the result."""
         pipeline = self.family.pipeline
         if self.settings.lora is None:
-            return f'pipe = diffusers.{pipeline}.from_pretrained("{folder / "pipeline"}")'
-        base = self.settings.model
+            return f'pipe = diffusers.{pipeline}.from_pretrained("{folder / FULL}")'
+        model = self.settings.model
+        base = model_folder(self.family, model) if model == TINY else model
         return f'pipe = diffusers.{pipeline}.from_pretrained("{base}")\npipe.load_lora_weights("{folder}")'
 
     # --- parts ----------------------------------------------------------------------------------------------------
@@ -371,6 +378,18 @@ class DiffusionPolicy:
         """The condition of each prompt, one at a time for the same reason."""
         parts = [encode_prompt(self.family, self.pipe, [prompt]) for prompt in prompts]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _make_trainable(self, weights: Path | None) -> None:
+        lora = self.settings.lora
+        if lora is None:
+            self.denoiser.requires_grad_(True)
+            if weights is not None:
+                tuned = open_pipeline(self.family, weights / FULL, dtype=torch.float32)
+                self.denoiser.unet.load_state_dict(tuned.unet.state_dict())
+        elif weights is None:
+            add_lora(self.denoiser, **vars(lora), seed=self.seed)
+        else:
+            load_lora(self.denoiser, weights)
 
     def _encoders(self) -> list[nn.Module]:
         names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
