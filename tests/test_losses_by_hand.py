@@ -157,6 +157,13 @@ def test_ktos_anchor_has_no_gradient() -> None:
     torch.testing.assert_close(policy.grad, expected, rtol=1e-12, atol=0)
 
 
+def test_an_anchor_given_with_a_graph_gets_no_gradient() -> None:
+    anchor = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    policy = tensor([0.6]).requires_grad_()
+    kto(policy, tensor([0.0]), tensor(1), anchor).losses.sum().backward()
+    assert anchor.grad is None and policy.grad.item() != 0
+
+
 def test_a_positive_anchor_is_used_and_a_negative_one_is_clamped() -> None:
     values = data("kto")
     del values["anchor"]

@@ -381,6 +381,12 @@ def test_timesteps_stay_in_the_schedule_at_the_ends_of_the_unit_interval(name: s
     assert 0 <= timestep.item() < 1000
 
 
+def test_a_wide_logit_normal_stays_in_the_schedule() -> None:
+    # The sigmoid rounds to exactly 0 and 1 at these ends.
+    ends = torch.tensor([2**-53, 1 - 2**-53], dtype=torch.float64)
+    assert TIMESTEPS["logit_normal"](ends, num_timesteps=1000, mean=0.0, std=200.0).tolist() == [0, 999]
+
+
 @pytest.mark.parametrize("name", TIMESTEPS)
 def test_timesteps_rise_with_u_and_keep_its_shape(name: str) -> None:
     sampler: Callable[..., Tensor] = TIMESTEPS[name]
