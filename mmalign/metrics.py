@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
@@ -59,6 +65,22 @@ def add(total: Sums, more: Sums) -> Sums:
         old = out.get(name)
         out[name] = (value, count) if old is None else (old[0] + value, old[1] + count)
     return out
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop from a JSONL file the metrics of steps that will be taken again, and a line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            logger.info("%s: dropped a line cut short", path)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
 
 
 def _named(name: str, which: str) -> str:

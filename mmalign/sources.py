@@ -97,6 +97,7 @@ def offline(
         batch_sampler=_Steps(order, first_step, last_step),
         collate_fn=policy.collate,
         num_workers=num_workers,
+        generator=torch.Generator(),  # of the workers' seeds; else the global one is advanced, and dropout differs on resume
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
