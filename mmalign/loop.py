@@ -251,9 +251,11 @@ class _Run:
                 "batch, or start a new run in another output folder."
             )
         self.accelerator.load_state(str(checkpoint))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # read back on the CPU
         self.step = int(state["step"])
         if self.accelerator.is_main_process:
-            _forget_after(self.output / METRICS, self.step)
+            metrics.forget_after(self.output / METRICS, self.step)
             checkpoints.remove_after(self.output, self.step)
         self.accelerator.wait_for_everyone()
         logger.info("resumed from %s", checkpoint)
@@ -359,7 +361,7 @@ def fit(
         training: lengths, sizes, precision.
         accelerator: from `start`.
         num_examples: of the dataset, which decides epochs and order.
-        seed: of the order of the examples.
+        seed: of the order of the examples, and of dropout.
         output: folder for checkpoints, metrics and the final weights.
         config: the resolved config; a checkpoint of another config is not resumed.
         resume: a checkpoint folder to go on from.
@@ -375,6 +377,7 @@ def fit(
         process=accelerator.process_index,
     )
     total = training.num_steps(num_examples, order.per_step)
+    torch.manual_seed(seed + accelerator.process_index)  # dropout; every other draw has a generator of its own
     _check_dropout(policy.network, training)
     run = _Run(
         accelerator=accelerator,
@@ -411,10 +414,11 @@ def _steps(run: _Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> No
             last = run.step == run.total
             if last or run.step % training.log_every == 0:
                 bar.set_postfix_str(_postfix(run.log()))
-            if training.checkpoint_every and (last or run.step % training.checkpoint_every == 0):
-                run.save_checkpoint()
+            # Before the checkpoint, so that a run killed in between makes these samples again.
             if last or (training.validate_every and run.step % training.validate_every == 0):
                 run.validate(run.output / "validation" / f"step-{run.step}")
+            if training.checkpoint_every and (last or run.step % training.checkpoint_every == 0):
+                run.save_checkpoint()
 
 
 def _postfix(values: Mapping[str, float]) -> str:
@@ -438,17 +442,3 @@ def _peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop metrics of steps that will be taken again, and a line cut short by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            logger.info("%s: dropped a line cut short", path)
-    path.write_text("".join(kept))
