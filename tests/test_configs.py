@@ -1,0 +1,74 @@
+"""Every shipped config is read, says what it must, and every smoke config trains on a CPU into weights that stock diffusers loads."""
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mmalign.config import read_config, resolved
+from mmalign.experiment import TrainConfig
+from mmalign.train import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TRAINING = sorted(path for path in CONFIGS.glob("*.yaml"))
+SMOKE = sorted(CONFIGS.glob("smoke_*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache-home")
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.stem)
+def test_config_is_read_and_opens_with_method_command_and_hardware_or_scope(path: Path) -> None:
+    config = read_config(TrainConfig, path)
+    head = path.read_text().split("output:")[0]
+    assert "mmalign" in head
+    assert ("arXiv" in head and "Hardware" in head) if not path.name.startswith("smoke_") else "Smoke run" in head
+    assert read_config(TrainConfig, None, _as_overrides(resolved(config))) == config
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_config_is_one_that_the_installed_accelerate_reads(path: Path) -> None:
+    load = importlib.import_module("accelerate.commands.config.config_args").load_config_from_file
+    assert load(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+@pytest.mark.parametrize("path", SMOKE, ids=lambda p: p.stem)
+def test_smoke_config_trains_and_its_weights_load_in_stock_diffusers(
+    path: Path, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.chdir(CONFIGS.parent)
+    result = main(read_config(TrainConfig, path, [f"output={tmp_path / 'run'}"]))
+    losses = [yaml.safe_load(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    before = _image(_stock_pipeline(result.loading.splitlines()[:1], tmp_path, path))
+    after = _image(_stock_pipeline(result.loading.splitlines(), tmp_path, path))
+    if "pipeline" in result.loading.splitlines()[0].split("/")[-1]:
+        base = importlib.import_module("mmalign.models.tiny").tiny_folder("sd2")
+        before = _image(_stock_pipeline([f'pipe = diffusers.StableDiffusionPipeline.from_pretrained("{base}")'], tmp_path, path))
+    assert after.shape == (32, 32, 3)
+    assert not np.array_equal(before, after)
+
+
+def _stock_pipeline(lines: list[str], folder: Path, config: Path) -> Any:
+    names: dict[str, Any] = {"diffusers": importlib.import_module("diffusers")}
+    exec("\n".join(lines), names)  # the very lines that the run prints
+    names["pipe"].set_progress_bar_config(disable=True)
+    return names["pipe"]
+
+
+def _image(pipe: Any) -> np.ndarray[Any, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return np.array(pipe("a red disc", num_inference_steps=2, guidance_scale=1.0, generator=generator).images[0])
+
+
+def _as_overrides(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
