@@ -75,10 +75,13 @@ def sample(pipe: Any) -> np.ndarray:
 
 
 @families
-def test_a_trained_lora_gives_the_same_image_in_the_stock_pipeline(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [None, ("conv_in", "to_q", "conv1", "ff.net.2")], ids=["attention", "all kinds"])
+def test_a_trained_lora_gives_the_same_image_in_the_stock_pipeline(
+    family: str, targets: tuple[str, ...] | None, tmp_path: Path
+) -> None:
     pipe, denoiser = opened(family)
     base_image = sample(pipe)
-    add_lora(denoiser, rank=2, alpha=6)
+    add_lora(denoiser, rank=2, alpha=6, targets=targets)
     assert np.array_equal(sample(pipe), base_image), "a fresh LoRA leaves the model as it was"
     train(family, pipe, denoiser)
     trained_image = sample(pipe)
@@ -94,9 +97,10 @@ def test_a_trained_lora_gives_the_same_image_in_the_stock_pipeline(family: str, 
 
 
 @families
-def test_a_saved_lora_is_loaded_to_train_on(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [None, ("conv_in", "to_q", "conv1", "ff.net.2")], ids=["attention", "all kinds"])
+def test_a_saved_lora_is_loaded_to_train_on(family: str, targets: tuple[str, ...] | None, tmp_path: Path) -> None:
     pipe, denoiser = opened(family)
-    add_lora(denoiser, rank=2, alpha=6)
+    add_lora(denoiser, rank=2, alpha=6, targets=targets)
     train(family, pipe, denoiser)
     save_lora(find_family(family), denoiser, tmp_path)
     with torch.no_grad():

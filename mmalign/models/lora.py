@@ -121,10 +121,11 @@ def lora_off(denoiser: Denoiser) -> Iterator[None]:
 def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
     """Write `pytorch_lora_weights.safetensors`, which the stock pipeline's `load_lora_weights(folder)` reads.
 
-    Rank and alpha travel in the file's metadata. Written beside and renamed, so that no half-written file can stand.
+    Rank and alpha travel in the file's metadata; the keys are PEFT's. diffusers' `convert_state_dict_to_diffusers` renames
+    those of attention only, and loading such a mixture drops them. Written beside and renamed, so that no half-written
+    file can stand.
     Returns: the path of the file.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     if not denoiser.lora_layers:
@@ -136,7 +137,7 @@ def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
         family.pipeline_class().save_lora_weights(
             scratch,
-            unet_lora_layers=convert_state_dict_to_diffusers(weights),
+            unet_lora_layers=weights,
             unet_lora_adapter_metadata=_metadata(denoiser.unet.peft_config[ADAPTER_NAME]),
         )
         os.replace(Path(scratch) / LORA_FILE, folder / LORA_FILE)
