@@ -14,6 +14,8 @@ from PIL.Image import Image
 
 from mmalign.config import Choice, command_line, write_resolved
 from mmalign.errors import UserError
+from mmalign.experiment import Data
+from mmalign.held_out import pair_fit
 from mmalign.records import Comparison, Media, comparison, read
 from mmalign.report import Curve, Evaluation, ScorerChange, TrainingDrift, before_after_grid, report_page
 from mmalign.score import SCORER_TABLE, build_scorers
@@ -37,6 +39,8 @@ class EvaluateConfig:
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
         run: output folder of the training run, for its implicit-reward accuracy and error drift.
+        pairs: held-out preference pairs, on which the run's weights are measured the same way.
+        draws: (timestep, noise) draws of each held-out pair.
         rows, cols: pairs in grid.png.
         title: heading of the report.
         device: for every scorer that has one; none leaves each its own.
@@ -50,6 +54,8 @@ class EvaluateConfig:
     interval: Literal["wilson", "bootstrap"] = "wilson"
     tie_eps: float = 0.02
     run: str | None = None
+    pairs: Data | None = None
+    draws: int = 8
     rows: int = 6
     cols: int = 4
     title: str = "Before and after training"
@@ -61,6 +67,12 @@ class EvaluateConfig:
             raise ValueError("scorers: got none, want at least one. Name one of SCORERS.")
         if self.tie_eps < 0:
             raise ValueError(f"tie_eps: got {self.tie_eps}, want 0 or more. 0 counts every difference.")
+        if self.pairs is not None and self.run is None:
+            raise ValueError(
+                "run: got none with held-out pairs, want the training run whose weights to measure. Name its folder."
+            )
+        if self.draws < 1:
+            raise ValueError(f"draws: got {self.draws}, want 1 or more.")
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"rows, cols: got {self.rows} and {self.cols}, want at least 1 each.")
 
@@ -105,6 +117,9 @@ def main(config: EvaluateConfig) -> EvaluateResult:
     prompts, before, after = paired_images(_comparisons(config.before), _comparisons(config.after))
     scorers = build_scorers((*config.scorers, *config.held_out), device=config.device)
     training = None if config.run is None else training_drift(Path(config.run))
+    fit = None
+    if config.pairs is not None:
+        fit = pair_fit(Path(config.run or ""), config.pairs, draws=config.draws, device=config.device)
     evaluation = evaluate_pairs(
         prompts,
         OpenedLate(before),
@@ -115,6 +130,7 @@ def main(config: EvaluateConfig) -> EvaluateResult:
         tie_eps=config.tie_eps,
         training=training,
     )
+    evaluation = replace(evaluation, pairs=fit)
     output = Path(config.output)
     write_report(
         evaluation,

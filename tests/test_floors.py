@@ -31,7 +31,19 @@ ROOMS = (
         "loop",
     },
     {"adapters"},
-    {"train", "generate", "score", "evaluate", "prepare", "validate_data", "doctor", "quickstart", "recipes", "experiment"},
+    {
+        "train",
+        "generate",
+        "score",
+        "evaluate",
+        "prepare",
+        "validate_data",
+        "doctor",
+        "quickstart",
+        "recipes",
+        "experiment",
+        "held_out",
+    },
     {"cli", "__main__", "apps"},
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
@@ -40,7 +52,8 @@ SIDEWAYS = {
     "training": {"optimisers"},
     "train": {"experiment"},
     "prepare": {"experiment"},
-    "evaluate": {"score"},
+    "evaluate": {"score", "experiment", "held_out"},
+    "held_out": {"experiment"},
     "quickstart": {"train", "generate", "score", "evaluate", "prepare"},
     "__main__": {"cli"},
 }

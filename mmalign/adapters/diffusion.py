@@ -249,11 +249,12 @@ class DiffusionPolicy:
         media = [self.media(example, place) for place in range(len(example.samples))]
         keys = [one.key() for one in media]
         prompt = example.samples[0].prompt.text or ""
-        key = content_key(prompt, tuple(keys))
-        rng = random.Random(f"{self.seed}/{key}/{draw}/view")
+        # The same draws whichever candidate is preferred: a flipped label changes the label only.
+        unordered = content_key(prompt, tuple(sorted(keys)))
         framed: list[Framed] = []
         stored: list[str] = []
         for one, image_key in zip(media, keys, strict=True):
+            rng = random.Random(f"{self.seed}/{unordered}/{image_key}/{draw}/view")
             flip = settings.flip and rng.random() < 0.5
             stored.append(cache_key(image_key, flip))
             if self.cache is not None and self.cache.frames is not None:
@@ -262,7 +263,8 @@ class DiffusionPolicy:
                 framed.append(frame(one.open(), target=settings.size, crop=settings.crop, flip=flip, rng=rng))
         return {
             "id": example.id,
-            "key": key,
+            "key": content_key(prompt, tuple(keys)),
+            "unordered": unordered,
             "draw": draw,
             "prompt": prompt,
             "images": stored,
@@ -281,7 +283,7 @@ class DiffusionPolicy:
         pixels = {name: f.pixels for item in items for name, f in zip(item["images"], item["framed"], strict=True)}
         known = {name: value for name, value in pixels.items() if value.numel()}
         return {
-            **{name: [item[name] for item in items] for name in ("id", "key", "draw", "prompt", "images")},
+            **{name: [item[name] for item in items] for name in ("id", "key", "unordered", "draw", "prompt", "images")},
             "names": list(known),
             "pixels": torch.stack(list(known.values())) if known else None,
             "sizes": self._sizes([item["framed"] for item in items]),
@@ -441,14 +443,16 @@ class DiffusionPolicy:
     ) -> tuple[list[bool], Float[Tensor, "batch m"], Float[Tensor, "batch m c h w"], Float[Tensor, "batch k c h w"]]:
         """Every random number of a step, from (seed, content of the example, draw): the same however batches are split."""
         drop, u, noise, posterior = [], [], [], []
-        for key, draw, images in zip(batch["key"], batch["draw"], batch["images"], strict=True):
+        for key, draw, images in zip(batch["unordered"], batch["draw"], batch["images"], strict=True):
             count = 1 if self.settings.noise == "shared" else len(images)
+            place = torch.tensor(sorted(range(len(images)), key=images.__getitem__)).argsort()
+            own = place[:count] * (count > 1)  # of each candidate's own timestep and noise; the shared one is number 0
             generator = torch.Generator().manual_seed(int(content_key(self.seed, key, draw)[:15], 16))
             first = torch.rand(1 + count, generator=generator, dtype=torch.float64)
             drop.append(bool(first[0] < self.settings.prompt_dropout))
-            u.append(first[1:])
-            noise.append(torch.randn((count, *shape), generator=generator))
-            posterior.append(torch.randn((len(images), *shape), generator=generator))
+            u.append(first[1:][own])
+            noise.append(torch.randn((count, *shape), generator=generator)[own])
+            posterior.append(torch.randn((len(images), *shape), generator=generator)[place])
         return (
             drop,
             torch.stack(u),

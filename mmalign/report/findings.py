@@ -72,6 +72,22 @@ class TrainingDrift:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairFit:
+    """How the tuned model orders held-out preference pairs.
+
+    Args:
+        num_draws: (timestep, noise) draws that each pair was averaged over.
+        accuracy: share of pairs whose chosen image has the higher implicit reward, ties half, with its interval.
+        chosen_drift, rejected_drift: mean denoising error above the base model's.
+    """
+
+    num_draws: int
+    accuracy: WinRate
+    chosen_drift: float
+    rejected_drift: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Two sets of images on the same prompts and seeds, compared.
 
@@ -82,6 +98,7 @@ class Evaluation:
         diversity_before, diversity_after: see statistics.diversity; None with one image a prompt.
         contrast_before, contrast_after: see statistics.pixel_std.
         training: where a training run was given.
+        pairs: where held-out pairs were given.
     """
 
     num_pairs: int
@@ -93,6 +110,7 @@ class Evaluation:
     contrast_before: float
     contrast_after: float
     training: TrainingDrift | None = None
+    pairs: PairFit | None = None
 
     @property
     def headline(self) -> ScorerChange:
@@ -138,6 +156,11 @@ class Evaluation:
                 f"The interval of the win rate by {self.headline.name} contains 50 %: no difference is shown. "
                 "Compare more prompts and seeds, or train longer."
             )
+        if self.pairs is not None and min(self.pairs.chosen_drift, self.pairs.rejected_drift) > 0:
+            found.append(
+                "On held-out pairs the denoising error rose for chosen and rejected images alike: the model unlearns both. Set "
+                "adapter.winner_guard, lower the learning rate, or train fewer steps."
+            )
         return found
 
     def results(self) -> dict[str, Any]:
@@ -158,6 +181,7 @@ class Evaluation:
             "interval": self.interval,
             "scorers": {scorer.name: _plain(scorer) for scorer in self.scorers},
             "training": None if self.training is None else _ends(self.training.named()),
+            "held_out_pairs": None if self.pairs is None else _plain_pairs(self.pairs),
             "warnings": self.warnings(),
         }
 
@@ -177,6 +201,14 @@ class Evaluation:
             lines.append("")
             for name, (first, last) in _ends(self.training.named()).items():
                 lines.append(f"{name.replace('_', ' ')}: {first:.4g} in the first tenth of training, {last:.4g} in the last")
+        if self.pairs is not None:
+            fit = self.pairs
+            lines += [
+                "",
+                f"held-out pairs: implicit-reward accuracy {percent(fit.accuracy.rate)} "
+                f"({100 * fit.accuracy.low:.1f} to {percent(fit.accuracy.high)}), "
+                f"error above the base {fit.chosen_drift:+.2e} chosen, {fit.rejected_drift:+.2e} rejected",
+            ]
         if self.warnings():
             lines += ["", *(f"Note: {warning}" for warning in self.warnings())]
         return "\n".join(lines)
@@ -205,6 +237,18 @@ def _plain(scorer: ScorerChange) -> dict[str, Any]:
         **{name: value for name, value in vars(scorer).items() if name not in ("name", "win_rate")},
         "win_rate": scorer.win_rate.rate,
         **{name: value for name, value in vars(scorer.win_rate).items() if name != "rate"},
+    }
+
+
+def _plain_pairs(fit: PairFit) -> dict[str, Any]:
+    return {
+        "implicit_reward_accuracy": fit.accuracy.rate,
+        "low": fit.accuracy.low,
+        "high": fit.accuracy.high,
+        "chosen_error_drift": fit.chosen_drift,
+        "rejected_error_drift": fit.rejected_drift,
+        "num_pairs": fit.accuracy.wins + fit.accuracy.ties + fit.accuracy.losses,
+        "num_draws": fit.num_draws,
     }
 
 

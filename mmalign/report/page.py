@@ -7,7 +7,7 @@ from html import escape
 
 from PIL.Image import Image
 
-from mmalign.report.findings import Curve, Evaluation, ScorerChange, TrainingDrift, percent
+from mmalign.report.findings import Curve, Evaluation, PairFit, ScorerChange, TrainingDrift, percent
 from mmalign.report.grid import chosen_places, short_captions, thumbnail
 
 THUMBNAIL = 256  # pixels of the longer side of an image in the page, at most
@@ -80,6 +80,7 @@ def report_page(
         _table(evaluation),
         _examples(prompts, before, after, num_shown),
         _training(evaluation.training),
+        _pairs(evaluation.pairs),
         _how_to_read(evaluation),
     ]
     return (
@@ -195,6 +196,20 @@ def _training(training: TrainingDrift | None) -> str:
     if drawn:
         charts.append(_chart("Denoising error above the reference", drawn, line_at=0.0))
     return f'<h2>Training</h2>\n<div class="charts">{"".join(charts)}</div>'
+
+
+def _pairs(fit: PairFit | None) -> str:
+    if fit is None:
+        return ""
+    accuracy = fit.accuracy
+    drift = f"{_signed(1e3 * fit.chosen_drift, 3)} chosen, {_signed(1e3 * fit.rejected_drift, 3)} rejected"
+    return (
+        "<h2>Held-out pairs</h2>\n"
+        f"<p>The tuned model's implicit reward orders {percent(accuracy.rate)} of "
+        f"{accuracy.wins + accuracy.ties + accuracy.losses} preference pairs that it was not trained on "
+        f"({100 * accuracy.low:.1f} to {percent(accuracy.high)}; {fit.num_draws} noise draws a pair). "
+        f"Denoising error above the base model's, in thousandths: {drift}.</p>"
+    )
 
 
 def _chart(title: str, curves: Sequence[tuple[str, Curve]], *, line_at: float) -> str:
