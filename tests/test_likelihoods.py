@@ -382,10 +382,3 @@ def test_transition_arithmetic_is_float32_for_half_precision_outputs() -> None:
 
 
 # Subsets of the batch
-
-
-@pytest.mark.parametrize("inputs", [denoising(error_weight=normal(3, 2, seed=10).abs()), transition(), transition(m=2)])
-def test_some_prompts_of_a_batch_have_the_logps_they_have_in_the_whole(inputs: Any) -> None:
-    network = ConvNet()
-    part = inputs.examples(slice(1, 3))
-    torch.testing.assert_close(part.logps(network), inputs.logps(network)[1:3], rtol=1e-12, atol=0)

@@ -215,15 +215,14 @@ def mapo(
     """
     error = -2 * policy
     if parametrisation == "v1":
-        score = scale * _log_error_odds(snr * error).exp()
-        margin_weight = beta
+        log_score, score_scale, margin_weight = _log_error_odds(snr * error), scale, beta
     else:
-        score = (beta * _log_error_odds(error)).exp()
-        margin_weight = 1 / beta
-    logit = score[:, 0] - score[:, 1]
+        log_score, score_scale, margin_weight = beta * _log_error_odds(error), 1.0, 1 / beta
+    below_one = torch.expm1(log_score)  # scores near 1 lose their difference in float32, scores minus 1 do not
+    logit = score_scale * (below_one[:, 0] - below_one[:, 1])
     won = error[:, 0] - margin_weight * logsigmoid(logit)
     lost = error[:, 1] - margin_weight * logsigmoid(-logit)
-    return PreferenceLoss(weighted(two_sided(won, lost, prob), weight), score.detach())
+    return PreferenceLoss(weighted(two_sided(won, lost, prob), weight), (score_scale * (1 + below_one)).detach())
 
 
 def _log_error_odds(error: Float[Tensor, "batch 2"]) -> Float[Tensor, "batch 2"]:
