@@ -68,6 +68,7 @@ def main(config: TrainConfig) -> PreparedData:
         )
         accelerator.wait_for_everyone()
         references = len(examples)
+    policy.cache.close()
     return PreparedData(
         folder=policy.cache.folder,
         num_images=len(policy.cache.images),

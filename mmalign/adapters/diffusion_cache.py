@@ -142,6 +142,11 @@ class Cache:
                         banks.append(policy.prepare(batch).inputs.logps(network).float().cpu())
                 store.add(list(chosen), {"logps": torch.stack(banks, dim=1)})
 
+    def close(self) -> None:
+        """Give the locks of a writer back."""
+        for store in (self.images, self._frames.store, self.prompts):
+            store.close()
+
     def _fill_prompts(self, policy: DiffusionPolicy, prompts: dict[str, str]) -> None:
         missing = set(self.prompts.missing(list(prompts.values())))
         todo = {text: key for text, key in prompts.items() if key in missing}
