@@ -1,0 +1,77 @@
+"""How benchmark rows are shown: a table that hides no loss, and a plot where matplotlib is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MB = 2**20
+HEADS = {
+    "step": "one optimiser step of Diffusion-DPO",
+    "store": "reading 16 latents by key",
+    "loading": "reading a pair from JPEG",
+}
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], disclosed: Sequence[str], show: Callable[[str], None]) -> None:
+    """Every row, grouped, with its goal and whether it is met; then what has to be known to read them."""
+    for suite, title in HEADS.items():
+        for mode in dict.fromkeys(row.get("mode", "") for row in rows if row["suite"] == suite):
+            here = [row for row in rows if row["suite"] == suite and row.get("mode", "") == mode]
+            show(f"\n{title}{f', {mode}' if mode else ''}   (ratio: CPU time of the {here[0]['peer']} / of the row)")
+            lines = [_head(suite), *(_line(row) for row in here)]
+            width = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+            for line in lines:
+                cells = [line[0].ljust(width[0]), *(cell.rjust(width[n]) for n, cell in enumerate(line[1:], 1))]
+                show("  " + "  ".join(cells).rstrip())
+            if suite == "step":
+                worst = {name: max(row["gate"][name] for row in here) for name in ("loss_gap", "gradient_gap")}
+                show(
+                    f"  gate: losses within {worst['loss_gap']:.0e}, gradients within {worst['gradient_gap']:.0e} (relative L2)"
+                )
+    show("\nto be known:")
+    for line in disclosed:
+        show(f"  - {line}")
+
+
+def _head(suite: str) -> list[str]:
+    more = ["FLOP limit", "of it", "held MB", "step + MB", "syncs", "collectives"] if suite == "step" else []
+    return ["", "ratio", "lowest to highest", "goal", "", *more]
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    reliable, goal = row["reliable"], row["goal"]
+    line = [row["variant"], f"{row['ratio']:.2f}" if reliable else "unreliable", f"{row['low']:.2f} to {row['high']:.2f}"]
+    line += ["", ""] if goal is None else [f"{goal:.2f}", "met" if reliable and row["ratio"] >= goal else "missed"]
+    if row["suite"] == "step":
+        line += [f"{row['flop_limit']:.2f}", f"{100 * row['attained_of_limit']:.0f} %" if reliable else ""]
+        line += [f"{row['held_bytes'] / MB:.1f}", f"{row['step_peak_bytes'] / MB:.1f}"]
+        line += [str(row["host_syncs"]), str(row["collectives"])]
+    return line
+
+
+def save_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Bars of the ratios with FLOP limit and goal drawn; False where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["suite"] == "step" and row["reliable"]]
+    figure = Figure(figsize=(9, 0.42 * len(shown) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, row in enumerate(reversed(shown)):
+        ours = row["variant"].startswith("mmalign")
+        error = [[row["ratio"] - row["low"]], [row["high"] - row["ratio"]]]
+        axes.barh(place, row["ratio"], xerr=error, color="#3a6ea5" if ours else "#b8b8b8", height=0.62, ecolor="#555555")
+        axes.plot([row["flop_limit"]] * 2, [place - 0.38, place + 0.38], color="black", linewidth=1.6)
+        if row["goal"] is not None:
+            axes.plot([row["goal"]] * 2, [place - 0.38, place + 0.38], color="#c0392b", linewidth=1.6, linestyle=":")
+    axes.set_yticks(range(len(shown)), [f"{row['variant']} ({row['mode']})" for row in reversed(shown)])
+    axes.axvline(1, color="#999999", linewidth=0.8)
+    axes.set_xlabel("times as fast as the public script's step   (black: FLOP limit, red: goal)")
+    figure.savefig(path, dpi=130)
+    return True
