@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Annotated, Any, Literal
 
 from mmalign import checkpoints
 from mmalign.adapters import ADAPTERS
-from mmalign.config import Choice, Table
+from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
+from mmalign.loop import changed_keys
 from mmalign.losses import LOSSES
 from mmalign.objective import AutoBeta, Objective, Term
 from mmalign.records import VIEWS, Examples
 from mmalign.sources import SOURCES
 from mmalign.training import Training
+
+logger = logging.getLogger(__name__)
 
 Loss = Annotated[Choice, Table(LOSSES, extra={"weight": (float, 1.0)}, widen={"beta": float | Literal["auto"]})]
 
@@ -114,10 +118,12 @@ def check_output(config: TrainConfig) -> None:
 
 
 def find_checkpoint(config: TrainConfig, accelerator: Any) -> Path | None:
-    """The checkpoint that `resume` names, None for a new run; first clears up what killed runs left in the output folder.
+    """The checkpoint that `resume` names; None for a new run, or one that was killed before its first checkpoint.
+
+    Before it looks, it clears up what killed runs left in the output folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, and no run of the same config either.
     """
     if config.resume is None:
         return None
@@ -125,6 +131,13 @@ def find_checkpoint(config: TrainConfig, accelerator: Any) -> Path | None:
         checkpoints.remove_leftovers(config.output)
     accelerator.wait_for_everyone()
     found = checkpoints.latest(config.output) if config.resume == "latest" else Path(config.resume)
+    begun = config.output / "config.yaml"
+    if found is None and begun.exists():
+        changed = changed_keys(resolved(read_config(TrainConfig, begun)), resolved(config))
+        if changed:
+            raise UserError(f"{begun}: is of another run ({'; '.join(changed[:6])}). Set overwrite=true instead of resume.")
+        logger.info("%s holds a run without a checkpoint yet: it starts again", config.output)
+        return None
     if found is None or not found.is_dir():
         raise UserError(
             f"resume: got {config.resume}, and {config.output} holds no checkpoint. Leave resume out to start anew, and set "

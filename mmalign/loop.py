@@ -241,7 +241,7 @@ class _Run:
             UserError: the checkpoint is of another config, dataset or batch.
         """
         state = checkpoints.read_state(checkpoint)
-        changed = [line for line in differences(state["config"], dict(self.config)) if not line.startswith(FREE_ON_RESUME)]
+        changed = changed_keys(state["config"], self.config)
         for name, now in (("examples", self.order.num_examples), ("per_step", self.order.per_step)):
             if state[name] != now:
                 changed.append(f"{name}: {state[name]} -> {now}")
@@ -397,6 +397,11 @@ def fit(
     run.save()
     accelerator.end_training()
     return output
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each key in which two resolved configs are different runs: `loss.0.beta: was 5000, is now 2000`."""
+    return [line for line in differences(dict(old), dict(new)) if not line.startswith(FREE_ON_RESUME)]
 
 
 def _steps(run: _Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> None:

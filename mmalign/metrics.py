@@ -78,7 +78,7 @@ def forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             logger.info("%s: dropped a line cut short", path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     part.write_text("".join(kept), encoding="utf-8")
     os.replace(part, path)
 

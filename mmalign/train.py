@@ -16,12 +16,14 @@ from mmalign.experiment import TrainConfig, build_objective, check_output, find_
 from mmalign.loop import METRICS, fit
 from mmalign.memory import OPTIMISER_BYTES, SIZES, activations, memory_estimate
 from mmalign.model_card import write_card
+from mmalign.models.diffusion import LORA_FILE
 from mmalign.noise import beta_conventions
 from mmalign.objective import Objective
 from mmalign.training import start
 
 __all__ = ["TrainConfig", "Trained", "main"]
 
+FOLDERS = ("validation", "raw", "pipeline", "tensorboard", "wandb")  # beside the checkpoints, in a run's output
 logger = logging.getLogger(__name__)
 
 
@@ -58,10 +60,12 @@ def main(config: TrainConfig) -> Trained:
         return Trained(config.output, loading, plan)
     if accelerator.is_main_process:
         logger.info("%s", plan)
-        _clear(config)
         config.output.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(config.output)
+        for folder in (config.output, config.output / "raw"):
+            checkpoints.remove_leftovers(folder)
         if checkpoint is None:
+            if (config.output / "config.yaml").exists():
+                _clear(config.output)
             write_resolved(config, config.output)
     accelerator.wait_for_everyone()
     settings = resolved(config)
@@ -159,14 +163,13 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
     return f"{estimate}{missing}" + ("" if known else "; the optimiser counted as adamw")
 
 
-def _clear(config: TrainConfig) -> None:
-    """With overwrite, remove the run that stands in the output folder."""
-    if not config.overwrite or not (config.output / "config.yaml").exists() or config.resume is not None:
-        return
-    for path in config.output.iterdir():
-        if path.name.startswith("checkpoint-") or path.name in ("validation", "raw", "pipeline", "tensorboard"):
-            shutil.rmtree(path, ignore_errors=True)
-    (config.output / METRICS).unlink(missing_ok=True)
+def _clear(output: Path) -> None:
+    """Remove what a run of before left in the folder where one starts: an overwritten one, or one killed early."""
+    for path in output.glob("*"):
+        if path.name.startswith("checkpoint-") or path.name in FOLDERS:
+            shutil.rmtree(path)
+        elif path.name in (METRICS, LORA_FILE, "README.md"):
+            path.unlink()
 
 
 if __name__ == "__main__":

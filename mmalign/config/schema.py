@@ -293,7 +293,10 @@ def _check_settings(settings: Mapping[str, Setting], value: Mapping[Any, Any], p
         if name in value:
             checked[name] = check(setting.annotation, value[name], (*path, name), faults, setting.default)
         elif setting.default is not None:
-            checked[name] = setting.default()
+            default = setting.default()
+            if isinstance(default, Choice):  # with every setting filled in, as if it had been written
+                default = check(setting.annotation, {}, (*path, name), faults, setting.default)
+            checked[name] = default
         else:
             faults.append(((*path, name), f"missing; want {words(setting.annotation)}."))
     return FAULTY if len(faults) > before else checked

@@ -49,7 +49,7 @@ def write_resolved(instance: Any, folder: str | Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 

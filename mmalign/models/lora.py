@@ -6,7 +6,6 @@ import difflib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,13 +133,13 @@ def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(denoiser.unet, adapter_name=ADAPTER_NAME)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
+    with _scratch(folder / LORA_FILE) as scratch:
         family.pipeline_class().save_lora_weights(
             scratch,
             unet_lora_layers=weights,
             unet_lora_adapter_metadata=_metadata(denoiser.unet.peft_config[ADAPTER_NAME]),
         )
-        os.replace(Path(scratch) / LORA_FILE, folder / LORA_FILE)
+        os.replace(scratch / LORA_FILE, folder / LORA_FILE)
     return folder / LORA_FILE
 
 
@@ -158,16 +157,12 @@ def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise UserError(f"{folder}: got a folder with other files, want an empty or absent one. Name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with _scratch(folder) as scratch:
         parts = {**pipe.components, "unet": denoiser.unet}
         type(pipe)(**parts, **_pipeline_flags(pipe)).save_pretrained(scratch)
-        scratch.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -225,6 +220,18 @@ def _leaf(name: str) -> str:
     words = name.split(".")
     start = max((index for index, word in enumerate(words) if not word.isdigit()), default=0)
     return ".".join(words[start:])
+
+
+@contextlib.contextmanager
+def _scratch(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final`, removed at the end; after a kill `checkpoints.remove_leftovers` knows it by its name."""
+    folder = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _metadata(config: Any) -> dict[str, Any]:
