@@ -158,10 +158,8 @@ class _Run:
         readings = {"logps": logps.detach(), **inputs.readings(logps.detach())}
         if reference is not None:
             readings |= {f"{name}/ref": value for name, value in {"logps": reference, **inputs.readings(reference)}.items()}
-        labels, scores = prepared.side.get("labels"), prepared.side.get("scores")
-        self.sums = metrics.add(
-            self.sums, metrics.preference_metrics(result.losses, result.rewards, readings, labels=labels, scores=scores)
-        )
+        known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob")}
+        self.sums = metrics.add(self.sums, metrics.preference_metrics(result.losses, result.rewards, readings, **known))
         return torch.isfinite(result.losses.detach()), prepared.ids
 
     def _backward_in_parts(self, inputs: Any, gradient: Tensor, at_once: int, sync: bool) -> None:

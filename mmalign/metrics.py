@@ -23,6 +23,7 @@ def preference_metrics(
     readings: Mapping[str, Float[Tensor, "batch k"]],
     labels: Float[Tensor, " batch"] | None = None,
     scores: Float[Tensor, "batch k"] | None = None,
+    prob: Float[Tensor, " batch"] | None = None,
 ) -> Sums:
     """Sums and counts of every metric of one batch, on its device: no synchronisation until they are read.
 
@@ -34,6 +35,7 @@ def preference_metrics(
         readings: further quantities of every candidate, e.g. logps of policy and reference, errors.
         labels: unpaired data, k = 1: 1 is counted as chosen, 0 as rejected.
         scores: ranked data: candidates are in order where the scores are; without them column i is better than j > i.
+        prob: soft labels: a pair of 0.5 is a tie, which no order of rewards gets right or wrong.
     """
     sums: Sums = {"loss": _sum(losses.detach())}
     columns = {"rewards": rewards, **readings}
@@ -50,10 +52,11 @@ def preference_metrics(
     if rewards.shape[1] > 1:
         margins = rewards[:, :, None] - rewards[:, None, :]
         order = torch.ones_like(rewards).cumsum(1).neg() if scores is None else scores
-        ordered = order[:, :, None] > order[:, None, :]
+        decided = torch.ones_like(rewards[:, 0], dtype=torch.bool) if prob is None else prob != 0.5
+        ordered = (order[:, :, None] > order[:, None, :]) & decided[:, None, None]
         accuracies = (margins > 0).float() + 0.5 * (margins == 0).float()
         sums["rewards/accuracies"] = _sum(accuracies, ordered)
-        sums["rewards/margins"] = _sum(rewards[:, 0] - rewards[:, -1])
+        sums["rewards/margins"] = _sum(rewards[:, 0] - rewards[:, -1], decided)
         sums["rewards/saturation"] = _sum(torch.sigmoid(-margins), ordered)
     return sums
 

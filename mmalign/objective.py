@@ -98,7 +98,8 @@ class Objective:
         """Refuse data that the losses can't be computed on.
 
         Raises:
-            UserError: a needed name is missing, or the number of candidates is not the loss's.
+            UserError: a needed name is missing, the number of candidates is not the loss's, or nothing is there for an
+                automatic beta to follow.
         """
         for term in self.terms:
             needed = {name for name, required in term.data.items() if required} - {"policy", "reference"}
@@ -108,6 +109,11 @@ class Objective:
                 raise UserError(
                     f"loss.{term.name}: needs the data {', '.join(missing)}, the view gives {have}. "
                     f"Choose another data.view (ranked gives scores, unpaired gives labels) or another loss."
+                )
+            if term.settings.get("beta") == "auto" and ("reference" not in term.data or num_candidates == 1):
+                raise UserError(
+                    f"loss.{term.name}.beta: got auto, want a number: auto follows the margins of policy against reference "
+                    "between candidates, which this loss on this view does not have."
                 )
             if term.num_candidates not in (None, num_candidates):
                 raise UserError(

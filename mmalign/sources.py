@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmalign.errors import UserError
 from mmalign.records import Example
 
 Draw = tuple[int, int]  # (epoch, index of the example)
@@ -72,7 +73,19 @@ class _Items(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> Any:
         epoch, index = draw
-        return self.item(self.examples[index], epoch)
+        try:
+            return self.item(self.examples[index], epoch)
+        except UserError as fault:  # a DataLoader would wrap it in the traceback of its worker
+            return fault
+
+
+class _Collate:
+    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        fault = next((item for item in items if isinstance(item, UserError)), None)
+        return self.collate(items) if fault is None else fault
 
 
 def offline(
@@ -83,7 +96,7 @@ def offline(
     last_step: int,
     *,
     num_workers: int = 0,
-) -> Iterable[Any]:
+) -> Iterator[Any]:
     """A fixed dataset, in the order of `Order`.
 
     Args:
@@ -91,16 +104,22 @@ def offline(
         policy: its `item(example, epoch)` reads one example (in a worker), its `collate(items)` makes a batch of several.
         order, first_step, last_step: what to yield, one micro-batch at a time.
         num_workers: worker processes that read and resize ahead; 0 reads in the training process.
+    Raises:
+        UserError: an example cannot be read.
     """
-    return DataLoader(
+    batches = DataLoader(
         _Items(examples, policy.item),
         batch_sampler=_Steps(order, first_step, last_step),
-        collate_fn=policy.collate,
+        collate_fn=_Collate(policy.collate),
         num_workers=num_workers,
         generator=torch.Generator(),  # of the workers' seeds; else the global one is advanced, and dropout differs on resume
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 SOURCES: dict[str, Callable[..., Iterable[Any]]] = {"offline": offline}
