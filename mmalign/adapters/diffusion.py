@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmalign.adapters.diffusion_cache import Cache, cache_key, opened_cache
-from mmalign.adapters.images import Framed, frame
+from mmalign.adapters.diffusion_cache import Cache, opened_cache
+from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
@@ -41,7 +40,7 @@ from mmalign.models.diffusion import (
 from mmalign.models.sampling import sample_images
 from mmalign.models.tiny import TINY
 from mmalign.noise import TIMESTEPS
-from mmalign.records import SIDE_DEFAULTS, Example, Media
+from mmalign.records import Example
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FULL = "pipeline"  # the folder, in a run's output, that a full fine-tune is saved to
@@ -213,6 +212,15 @@ class DiffusionPolicy:
         self.cache: Cache | None = None
         if settings.cache is not None:
             self.cache = opened_cache(self, frozen, mixed_precision, caching)
+        self.reader = Reader(
+            size=settings.size,
+            crop=settings.crop,
+            flip=settings.flip,
+            draws=settings.draws,
+            seed=seed,
+            size_condition=self.family.size_condition,
+            frames=None if self.cache is None else self.cache.frames,
+        )
         self._copy = frozen_copy(self.denoiser) if settings.lora is None and needs_reference else None
         self._make_trainable(weights)
         for network in filter(None, (self.denoiser, self._copy)):
@@ -242,53 +250,15 @@ class DiffusionPolicy:
             with lora_off(self.denoiser):
                 yield self.denoiser
 
-    def item(self, example: Example, epoch: int) -> dict[str, Any]:
-        """Read one example for one epoch (in a worker): framed pixels, or only their keys where latents are cached."""
-        settings = self.settings
-        draw = epoch if settings.draws is None else epoch % settings.draws
-        media = [self.media(example, place) for place in range(len(example.samples))]
-        keys = [one.key() for one in media]
-        prompt = example.samples[0].prompt.text or ""
-        # The same draws whichever candidate is preferred: a flipped label changes the label only.
-        unordered = content_key(prompt, tuple(sorted(keys)))
-        framed: list[Framed] = []
-        stored: list[str] = []
-        for one, image_key in zip(media, keys, strict=True):
-            rng = random.Random(f"{self.seed}/{unordered}/{image_key}/{draw}/view")
-            flip = settings.flip and rng.random() < 0.5
-            stored.append(cache_key(image_key, flip))
-            if self.cache is not None and self.cache.frames is not None:
-                framed.append(self.cache.frames.get(stored[-1]))
-            else:
-                framed.append(frame(one.open(), target=settings.size, crop=settings.crop, flip=flip, rng=rng))
-        return {
-            "id": example.id,
-            "key": content_key(prompt, tuple(keys)),
-            "unordered": unordered,
-            "draw": draw,
-            "prompt": prompt,
-            "images": stored,
-            "framed": framed,
-            "side": example.side,
-        }
+    @property
+    def item(self) -> Callable[[Example, int], dict[str, Any]]:
+        """(example, epoch) -> item, for worker processes; holds no model."""
+        return self.reader.item
 
-    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Several items as one micro-batch; pixels of each distinct image once."""
-        counts = {len(item["images"]) for item in items}
-        if len(counts) > 1:
-            raise UserError(
-                f"data: got {sorted(counts)} candidates in one batch, want one number. "
-                "Set data.view.num_candidates, or filter the rows."
-            )
-        pixels = {name: f.pixels for item in items for name, f in zip(item["images"], item["framed"], strict=True)}
-        known = {name: value for name, value in pixels.items() if value.numel()}
-        return {
-            **{name: [item[name] for item in items] for name in ("id", "key", "unordered", "draw", "prompt", "images")},
-            "names": list(known),
-            "pixels": torch.stack(list(known.values())) if known else None,
-            "sizes": self._sizes([item["framed"] for item in items]),
-            "side": _side([item["side"] for item in items]),
-        }
+    @property
+    def collate(self) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+        """Items -> micro-batch."""
+        return self.reader.collate
 
     def prepare(self, batch: Mapping[str, Any]) -> Prepared:
         """Encode what is not cached, make every random draw, and build the inputs of one step."""
@@ -371,9 +341,9 @@ class DiffusionPolicy:
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, *, check: bool = True) -> dict[str, Tensor]:
         """Mean and std of the scaled latents of 8-bit pixels, one image at a time so that no batch changes the numbers."""
-        parts = [encode_images(self.pipe, one.to(self.device)[None].float() / 127.5 - 1) for one in pixels]
+        parts = [encode_images(self.pipe, one.to(self.device)[None].float() / 127.5 - 1, check=check) for one in pixels]
         return {"mean": torch.cat([mean for mean, _ in parts]), "std": torch.cat([std for _, std in parts])}
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -403,27 +373,12 @@ class DiffusionPolicy:
         except ValueError as fault:
             raise UserError(f"adapter.{fault}") from fault
 
-    def media(self, example: Example, place: int) -> Media:
-        """The image of one candidate.
-
-        Raises:
-            UserError: the candidate has none, or several.
-        """
-        images = example.samples[place].completion.images
-        if len(images) != 1:
-            raise UserError(f"data: example {example.id}: got {len(images)} images in candidate {place + 1}, want 1.")
-        return replace(images[0], where=images[0].where or f"example {example.id}")
-
-    def _sizes(self, framed: Sequence[Sequence[Framed]]) -> dict[str, Tensor]:
-        rows = [[self.family.size_condition(f.original, f.crop, f.target) for f in one] for one in framed]
-        return {name: torch.stack([torch.stack([c[name] for c in row]) for row in rows]) for name in rows[0][0]}
-
     def _latents(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "batch k c h w"], Float[Tensor, "batch k c h w"]]:
         names = [name for row in batch["images"] for name in row]
         if self.cache is not None and self.cache.frames is not None:
             found = self.cache.images.get(names)
         else:
-            encoded = self.encode(batch["pixels"])
+            encoded = self.encode(batch["pixels"], check=False)  # NaN shows in the loss, where the loop looks once a step
             where = {name: place for place, name in enumerate(batch["names"])}
             index = torch.tensor([where[name] for name in names])
             found = {field: value[index.to(value.device)] for field, value in encoded.items()}
@@ -459,12 +414,3 @@ class DiffusionPolicy:
             torch.stack(noise).to(self.device),
             torch.stack(posterior).to(self.device),
         )
-
-
-def _side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Side data of a batch; what only some examples have takes its neutral value in the others."""
-    names = sorted({name for row in rows for name in row})
-    for name in names:
-        if name not in SIDE_DEFAULTS and any(name not in row for row in rows):
-            raise UserError(f"data: only some examples have {name}, want all or none. Complete or filter the rows.")
-    return {name: torch.tensor([row.get(name, SIDE_DEFAULTS.get(name)) for row in rows]) for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.adapters.images import Framed, frame
+from mmalign.adapters.reading import cache_key, image_of
 from mmalign.cache import TensorStore, content_key, weights_fingerprint
 from mmalign.config import resolved
 from mmalign.records import Example
@@ -27,12 +29,7 @@ T = TypeVar("T")
 Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def cache_key(image_key: str, flip: bool) -> str:
-    """The key of an image's latents: its content and its orientation."""
-    return f"{image_key}-flipped" if flip else image_key
-
-
-class Frames:
+class CachedFrames:
     """Sizes and crops of the cached images: what SDXL's conditioning needs when no image is read."""
 
     def __init__(self, store: TensorStore, target: tuple[int, int]) -> None:
@@ -73,8 +70,8 @@ class Cache:
             for name, (fields, fingerprint) in stores.items()
         }
         self.images, self.prompts = opened["images"], opened["prompts"]
-        self._frames = Frames(opened["frames"], settings.size)
-        self.frames: Frames | None = self._frames if part < 0 else None
+        self._frames = CachedFrames(opened["frames"], settings.size)
+        self.frames: CachedFrames | None = self._frames if part < 0 else None
         self.references: TensorStore | None = None
         if settings.draws is not None and (folder / "references").exists() and part < 0:
             self.references = TensorStore.open(folder / "references", fingerprint=fingerprints["references"])
@@ -103,7 +100,8 @@ class Cache:
         for group in _groups(examples, 8):
             texts = {e.samples[0].prompt.text or "" for e in group}
             self._fill_prompts(policy, {text: content_key(text) for text in sorted(texts)})
-            media = {policy.media(e, place).key(): policy.media(e, place) for e in group for place in range(len(e.samples))}
+            images = [image_of(example, place) for example in group for place in range(len(example.samples))]
+            media = {one.key(): one for one in images}
             wanted = {cache_key(key, flip): (one, flip) for key, one in media.items() for flip in flips}
             missing = self._frames.store.missing(list(wanted))
             framed = [
@@ -117,6 +115,7 @@ class Cache:
                 frames = torch.tensor([[*one.original, *one.crop] for one in framed])
                 self._frames.store.add(missing, {"frame": frames})
         self.frames = self._frames
+        policy.reader = replace(policy.reader, frames=self._frames)
 
     def fill_references(self, policy: DiffusionPolicy, examples: Iterable[Example], num_candidates: int, autocast: Any) -> None:
         """Compute the reference's logps of every seeded draw of every example that lacks them."""

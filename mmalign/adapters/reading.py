@@ -1,0 +1,130 @@
+"""Reads examples into batches, in worker processes: nothing here holds a model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mmalign.adapters.images import Framed, frame
+from mmalign.cache import content_key
+from mmalign.errors import UserError
+from mmalign.records import SIDE_DEFAULTS, Example, Media
+
+
+@runtime_checkable
+class Frames(Protocol):
+    """Sizes and crops of images whose latents are cached."""
+
+    def get(self, key: str) -> Framed:
+        """The frame of one image, without pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Example -> item -> batch.
+
+    Args:
+        size: (height, width) of the framed images.
+        crop, flip, draws: as in the adapter's settings.
+        seed: of flips and random crops.
+        size_condition: the family's condition of one image's (original size, crop, target size).
+        frames: where latents are cached; then no image is decoded.
+    """
+
+    size: tuple[int, int]
+    crop: Literal["center", "random"]
+    flip: bool
+    draws: int | None
+    seed: int
+    size_condition: Callable[..., dict[str, Tensor]]
+    frames: Frames | None = None
+
+    def item(self, example: Example, epoch: int) -> dict[str, Any]:
+        """One example in one epoch: framed pixels, or only their keys where latents are cached.
+
+        Raises:
+            UserError: a candidate without exactly one image, or a damaged image.
+        """
+        draw = epoch if self.draws is None else epoch % self.draws
+        media = [image_of(example, place) for place in range(len(example.samples))]
+        keys = [one.key() for one in media]
+        prompt = example.samples[0].prompt.text or ""
+        # The same draws whichever candidate is preferred: a flipped label changes the label only.
+        unordered = content_key(prompt, tuple(sorted(keys)))
+        named = [self._framed(one, key, f"{self.seed}/{unordered}/{key}/{draw}") for one, key in zip(media, keys, strict=True)]
+        return {
+            "id": example.id,
+            "key": content_key(prompt, tuple(keys)),
+            "unordered": unordered,
+            "draw": draw,
+            "prompt": prompt,
+            "images": [name for name, _ in named],
+            "framed": [framed for _, framed in named],
+            "side": example.side,
+        }
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Several items as one micro-batch; pixels of each distinct image once.
+
+        Raises:
+            UserError: the items differ in their number of candidates or in their side data.
+        """
+        counts = {len(item["images"]) for item in items}
+        if len(counts) > 1:
+            raise UserError(
+                f"data: got {sorted(counts)} candidates in one batch, want one number. "
+                "Set data.view.num_candidates, or filter the rows."
+            )
+        pixels = {name: f.pixels for item in items for name, f in zip(item["images"], item["framed"], strict=True)}
+        known = {name: value for name, value in pixels.items() if value.numel()}
+        return {
+            **{name: [item[name] for item in items] for name in ("id", "key", "unordered", "draw", "prompt", "images")},
+            "names": list(known),
+            "pixels": torch.stack(list(known.values())) if known else None,
+            "sizes": self._sizes([item["framed"] for item in items]),
+            "side": _side([item["side"] for item in items]),
+        }
+
+    def _framed(self, media: Media, key: str, seed: str) -> tuple[str, Framed]:
+        rng = random.Random(seed)
+        flip = self.flip and rng.random() < 0.5
+        if self.frames is not None:
+            return cache_key(key, flip), self.frames.get(cache_key(key, flip))
+        framed = frame(media.open(), target=self.size, crop=self.crop, flip=flip, rng=rng)
+        name = cache_key(key, flip)
+        return (f"{name}@{framed.crop}" if self.crop == "random" else name), framed
+
+    def _sizes(self, framed: Sequence[Sequence[Framed]]) -> dict[str, Tensor]:
+        rows = [[self.size_condition(f.original, f.crop, f.target) for f in one] for one in framed]
+        return {name: torch.stack([torch.stack([c[name] for c in row]) for row in rows]) for name in rows[0][0]}
+
+
+def image_of(example: Example, place: int) -> Media:
+    """The image of one candidate.
+
+    Raises:
+        UserError: the candidate has none, or several.
+    """
+    images = example.samples[place].completion.images
+    if len(images) != 1:
+        raise UserError(f"data: example {example.id}: got {len(images)} images in candidate {place + 1}, want 1.")
+    return replace(images[0], where=images[0].where or f"example {example.id}")
+
+
+def cache_key(image_key: str, flip: bool) -> str:
+    """The key of an image's latents: its content and its orientation."""
+    return f"{image_key}-flipped" if flip else image_key
+
+
+def _side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Side data of a batch; what only some examples have takes its neutral value in the others."""
+    names = sorted({name for row in rows for name in row})
+    for name in names:
+        if name not in SIDE_DEFAULTS and any(name not in row for row in rows):
+            raise UserError(f"data: only some examples have {name}, want all or none. Complete or filter the rows.")
+    return {name: torch.tensor([row.get(name, SIDE_DEFAULTS.get(name)) for row in rows]) for name in names}
