@@ -1,0 +1,49 @@
+"""Fixtures: the pretrained digits model and a whole quickstart, made once and shared by the tests that measure outcomes.
+
+A test module takes them with `pytest_plugins = ("digits_base",)`; `outcomes` holds what to do with them.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from outcomes import SEED
+
+from mmalign import quickstart
+from mmalign.digits import Base, Pretraining, fingerprint, pretrained
+from mmalign.quickstart import QuickstartConfig
+
+
+@contextmanager
+def one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Workers of pytest-xdist wait for the one that makes what all use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits_base(request: pytest.FixtureRequest) -> Base:
+    """The base at its full recipe, about 90 CPU seconds; pytest's own cache keeps it until the recipe changes."""
+    cache = request.config.cache.mkdir("mmalign-digits")
+    with one_process_at_a_time(cache):
+        for old in cache.glob("digits-*"):
+            if old.name != f"digits-{fingerprint(Pretraining(), SEED)}":
+                shutil.rmtree(old)
+        return pretrained(Pretraining(), seed=SEED, cache=cache)
+
+
+@pytest.fixture(scope="session")
+def digits_run(digits_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of `mmalign quickstart` at its defaults: scored.parquet, before/, lora/, results.json ..."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    out = shared / "digits-run"
+    with one_process_at_a_time(shared):
+        if not (out / "results.json").is_file():
+            quickstart.main(QuickstartConfig(out=out, seed=SEED, cache=digits_base.folder.parent))
+    return out
