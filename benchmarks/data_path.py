@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +13,13 @@ from measuring import Ratio, gate_equal, interleaved
 from PIL import Image
 from torch import Tensor
 
-from mmalign.adapters.diffusion import DiffusionPolicy
+from mmalign.adapters.reading import Reader
 from mmalign.cache import TensorStore, content_key
+from mmalign.models.diffusion import find_family
 from mmalign.records import Example
 
+PUBLIC = "public loader"
+OURS = "mmalign"
 LATENT = (4, 64, 64)  # 32 KB in float16: SD 1.5 at 512 pixels
 
 
@@ -34,7 +35,7 @@ def latent_store(size: Size, work: Path, rounds: int) -> dict[str, Ratio]:
     (work / "flat.bin").write_bytes(records.numpy().tobytes())
     store = TensorStore.open(work / "store", fingerprint={})
     flat = np.memmap(work / "flat.bin", np.float16, mode="r", shape=(size.records, *LATENT))
-    places = torch.randint(size.records, (64, 16), generator=generator).tolist()
+    places = torch.randint(size.records, (min(64, size.records // 16), 16), generator=generator).tolist()
     named = [[keys[place] for place in batch] for batch in places]
 
     def from_store() -> Iterator[Tensor]:
@@ -55,32 +56,37 @@ def latent_store(size: Size, work: Path, rounds: int) -> dict[str, Ratio]:
     return interleaved(steps, peer="flat memmap", rounds=rounds)
 
 
-def pair_loading(policy: DiffusionPolicy, side: int, target: int, rounds: int) -> dict[str, Ratio]:
-    """From JPEG bytes to what the VAE takes: `item`, `collate` and the scaling of our adapter, against the public loader.
+def pair_loading(side: int, target: int, rounds: int) -> dict[str, Ratio]:
+    """From JPEG bytes to a pair that leaves for the device: `item` and `collate` of our reader, against the public loader.
 
-    Images are resized only where `side` differs from `target`; there the two resize differently (Lanczos on 8 bits, bilinear
-    in float32), so equal pixels are demanded only where nothing is resized.
+    Ours leaves as 8-bit pixels, which the device scales; a row of its own adds the scaling on the same core. Where nothing is
+    resized the pixels must be equal; elsewhere the two resize differently (Lanczos on 8 bits, bilinear in float32).
     """
     examples = jpeg_pairs(side, 4)
-    reader: Any = object.__new__(DiffusionPolicy)
-    reader.__dict__.update(vars(policy), settings=replace(policy.settings, resolution=target))
+    reader = Reader(
+        size=(target, target), crop="center", flip=False, draws=None, seed=0, size_condition=find_family("sd15").size_condition
+    )
 
     def ours(example: Example) -> Tensor:
         pixels: Tensor = reader.collate([reader.item(example, 0)])["pixels"]
-        return pixels.float() / 127.5 - 1
+        return pixels
+
+    def scaled(example: Example) -> Tensor:
+        return ours(example).float() / 127.5 - 1
 
     def public(example: Example) -> Tensor:
         return public_loader([sample.completion.images[0].read() for sample in example.samples], target)
 
     if side == target:
-        gate_equal("pair loading", ours(examples[0]), public(examples[0]))
+        gate_equal("pair loading", scaled(examples[0]), public(examples[0]))
     steps: dict[str, Callable[[], object]] = {
-        "public loader": lambda: [public(example) for example in examples],
-        "item + collate": lambda: [ours(example) for example in examples],
+        PUBLIC: lambda: [public(example) for example in examples],
+        OURS: lambda: [ours(example) for example in examples],
+        f"{OURS}, scaled on the host": lambda: [scaled(example) for example in examples],
     }
     for step in steps.values():
         step()
-    return interleaved(steps, peer="public loader", rounds=rounds)
+    return interleaved(steps, peer=PUBLIC, rounds=rounds)
 
 
 def public_loader(jpegs: list[bytes], target: int) -> Tensor:

@@ -93,12 +93,14 @@ class Ratio:
 def interleaved(steps: Mapping[str, Callable[[], object]], *, peer: str, rounds: int) -> dict[str, Ratio]:
     """Process CPU time of every step, in the order A..Z, Z..A a round, as ratios peer / step of the same round."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
+    gc.freeze()  # so that collecting before every step looks only at what the steps left
     for _ in range(rounds):
         here = dict.fromkeys(steps, 0.0)
         for name in [*steps, *reversed(steps)]:
             here[name] += _cpu_seconds(steps[name])
         for name, seconds in here.items():
             spent[name].append(seconds / 2)
+    gc.unfreeze()
     ratios = {name: [p / s for p, s in zip(spent[peer], spent[name], strict=True)] for name in steps}
     return {
         name: Ratio(statistics.median(values), min(values), max(values), statistics.median(spent[name]))
