@@ -83,9 +83,9 @@ def tree(output: Path, family: str = "sd15", rows: Path | None = None, **changes
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`old` with `new` laid over it; mappings are merged, all else is replaced."""
-    both = {k: merged(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
-    return {**old, **both}
+    """`old` with `new` laid over it; mappings are merged unless the new one has a name, all else is replaced."""
+    inner = {k: v for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict) and "name" not in v}
+    return {**old, **new, **{k: merged(old[k], v) for k, v in inner.items()}}
 
 
 def write_config(path: Path, values: Mapping[str, Any]) -> Path:

@@ -198,9 +198,7 @@ class DiffusionPolicy:
         self.seed = seed
         frozen = settings.frozen_dtype(mixed_precision)
         trained = frozen if settings.lora is not None else torch.float32
-        self.pipe = open_pipeline(
-            self.family, settings.model, dtype=trained, revision=settings.revision, variant=settings.variant
-        )
+        self.pipe = self._open(trained)
         self.schedule = schedule_of(self.pipe)
         self.pipe.to(device)
         for part in self._encoders():
@@ -288,7 +286,9 @@ class DiffusionPolicy:
         if self.settings.lora is not None:
             save_lora(self.family, self.denoiser, folder)
         else:
-            save_full(self.pipe, self.denoiser, folder / FULL)
+            # The encoders may be in half precision here: the result gets them as the base model has them.
+            whole = all(part.dtype == torch.float32 for part in self._encoders())
+            save_full(self.pipe if whole else self._open(torch.float32), self.denoiser, folder / FULL)
 
     def validate(self, folder: Path) -> None:
         """One image a validation prompt."""
@@ -299,16 +299,17 @@ class DiffusionPolicy:
         training = self.denoiser.training
         self.denoiser.eval()
         try:
-            images = sample_images(
-                self.pipe,
-                wanted.prompts,
-                [wanted.seed + number for number in range(len(wanted.prompts))],
-                steps=wanted.steps,
-                guidance_scale=wanted.guidance_scale,
-                size=self.settings.size,
-            )
-            for number, image in enumerate(images):
-                image.save(folder / f"{number:03d}.png")
+            with self._encoders_as_network():
+                images = sample_images(
+                    self.pipe,
+                    wanted.prompts,
+                    [wanted.seed + number for number in range(len(wanted.prompts))],
+                    steps=wanted.steps,
+                    guidance_scale=wanted.guidance_scale,
+                    size=self.settings.size,
+                )
+                for number, image in enumerate(images):
+                    image.save(folder / f"{number:03d}.png")
         finally:
             self.denoiser.train(training)
 
@@ -350,6 +351,22 @@ class DiffusionPolicy:
         """The condition of each prompt, one at a time for the same reason."""
         parts = [encode_prompt(self.family, self.pipe, [prompt]) for prompt in prompts]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _open(self, dtype: torch.dtype) -> Any:
+        settings = self.settings
+        return open_pipeline(self.family, settings.model, dtype=dtype, revision=settings.revision, variant=settings.variant)
+
+    @contextmanager
+    def _encoders_as_network(self) -> Iterator[None]:
+        """The encoders in the dtype of the network: a pipeline of mixed dtypes cannot sample."""
+        dtypes: list[tuple[nn.Module, Any]] = [(part, part.dtype) for part in self._encoders()]
+        try:
+            for part, _ in dtypes:
+                nn.Module.to(part, self.pipe.unet.conv_in.weight.dtype)
+            yield
+        finally:
+            for part, dtype in dtypes:
+                nn.Module.to(part, dtype)
 
     def _make_trainable(self, weights: Path | None) -> None:
         lora = self.settings.lora
