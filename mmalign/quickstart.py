@@ -54,7 +54,7 @@ class QuickstartConfig:
     cache: Path | None = field(default=None, metadata={"help": "where pretrained models stay; null: ~/.cache/mmalign"})
     pretraining: Pretraining = field(default=Pretraining(), metadata={"help": "of the model that is then aligned"})
     groups: int = field(default=12, metadata={"help": "preference pairs per digit, each the best and worst of 4 candidates"})
-    steps: int = field(default=90, metadata={"help": "of Diffusion-DPO, 16 pairs each"})
+    steps: int = field(default=60, metadata={"help": "of Diffusion-DPO, 16 pairs each"})
     pairs: int = field(default=20, metadata={"help": "images per digit before and after, on seeds not trained on"})
 
     def __post_init__(self) -> None:
@@ -186,10 +186,10 @@ def training_config(config: QuickstartConfig, base: Base, data: Path, out: Path)
         "adapter.lora": {"rank": 8, "targets": LORA_TARGETS},
         "data.importer": {"name": "comparisons", "path": str(data)},
         "data.view": {"name": "pair", "by": ANNOTATOR},
-        "loss": {"name": "dpo", "beta": 500.0},
+        "loss": {"name": "dpo", "beta": 1000.0},
         "training.steps": config.steps,
         "training.batch_size": 16,
-        "training.optimiser": {"name": "adamw", "learning_rate": 2e-4},
+        "training.optimiser": {"name": "adamw", "learning_rate": 3e-4},
         "training.warmup_steps": 10,
         "training.mixed_precision": "no",
     }
