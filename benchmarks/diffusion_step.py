@@ -49,7 +49,7 @@ ON_THE_HOST = frozenset({"diffusion.py:_draws"})
 DISCLOSED = (
     "the peer is our own writing of the public script's step from its description, not the script itself",
     f"the peer runs the reference on the chosen and on the rejected image apart; `{JOINT}` runs it once on both, as the "
-    "published Salesforce code does",
+    "published Salesforce code does; `to joint` is the ratio of median times to that row",
     "random weights and images; CPU, one thread, float32, no gradient checkpointing and no augmentation on either side",
     "reading images, and for the peer tokenising, is outside the clock on both sides (rows `loading`)",
     "by FLOPs the limits are those of this toy, whose UNet and VAE run at different speeds a FLOP; a GPU has other ratios",
@@ -116,6 +116,7 @@ class Side:
             rows.append(
                 {"suite": "step", "mode": self.mode, "variant": name, "peer": PEER, "gate": checked[name]}
                 | {"goal": GOALS.get((self.mode, name)), **timing(ratio)}
+                | {"ratio_to_joint": ratios[JOINT].seconds / ratio.seconds}
                 | {"flop_limit": limit, "attained_of_limit": ratio.median / limit, **counted[name]}
             )
         return rows

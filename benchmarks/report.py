@@ -37,7 +37,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], disclosed: Sequence[str], show
 
 
 def _head(suite: str) -> list[str]:
-    more = ["FLOP limit", "of it", "held MB", "step + MB", "syncs", "collectives"] if suite == "step" else []
+    more = ["to joint", "FLOP limit", "of it", "held MB", "step + MB", "syncs", "collectives"] if suite == "step" else []
     return ["", "ratio", "lowest to highest", "goal", "", *more]
 
 
@@ -46,7 +46,11 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     line = [row["variant"], f"{row['ratio']:.2f}" if reliable else "unreliable", f"{row['low']:.2f} to {row['high']:.2f}"]
     line += ["", ""] if goal is None else [f"{goal:.2f}", "met" if reliable and row["ratio"] >= goal else "missed"]
     if row["suite"] == "step":
-        line += [f"{row['flop_limit']:.2f}", f"{100 * row['attained_of_limit']:.0f} %" if reliable else ""]
+        line += [
+            f"{row['ratio_to_joint']:.2f}",
+            f"{row['flop_limit']:.2f}",
+            f"{100 * row['attained_of_limit']:.0f} %" if reliable else "",
+        ]
         line += [f"{row['held_bytes'] / MB:.1f}", f"{row['step_peak_bytes'] / MB:.1f}"]
         line += [str(row["host_syncs"]), str(row["collectives"])]
     return line
@@ -72,6 +76,6 @@ def save_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
             axes.plot([row["goal"]] * 2, [place - 0.38, place + 0.38], color="#c0392b", linewidth=1.6, linestyle=":")
     axes.set_yticks(range(len(shown)), [f"{row['variant']} ({row['mode']})" for row in reversed(shown)])
     axes.axvline(1, color="#999999", linewidth=0.8)
-    axes.set_xlabel("times as fast as the public script's step   (black: FLOP limit, red: goal)")
+    axes.set_xlabel("public script's time / time (black: FLOP limit, red: goal)")
     figure.savefig(path, dpi=130)
     return True
