@@ -25,6 +25,7 @@ from mmalign.digits import CAPTIONS, IMAGE_SIDE, SAMPLER_STEPS, Base, Pretrainin
 from mmalign.errors import UserError
 from mmalign.evaluate import EvaluateConfig
 from mmalign.generate import GenerateConfig
+from mmalign.models.quiet import quiet_libraries
 from mmalign.report import Evaluation
 from mmalign.score import ScoreConfig
 from mmalign.scorers import SCORERS
@@ -279,36 +280,6 @@ class _Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """diffusers, transformers and datasets show errors only and no bars of their own inside the block; then as before.
-
-    Their bars ("Loading pipeline components ...", "Loading weights ...", "Map ...") would bury the dozen lines that a
-    quickstart has to say. Nothing else is silenced, and no Python warning.
-    """
-    import datasets
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    levels = [(one, one.get_verbosity()) for one in (of_diffusers, of_transformers)]
-    bars = [
-        *((one.disable_progress_bar, one.enable_progress_bar, one.is_progress_bar_enabled()) for one, _ in levels),
-        (datasets.disable_progress_bars, datasets.enable_progress_bars, not datasets.are_progress_bars_disabled()),
-    ]
-    try:
-        for one, _ in levels:
-            one.set_verbosity_error()
-        for disable, _, _ in bars:
-            disable()
-        yield
-    finally:
-        for one, level in levels:
-            one.set_verbosity(level)
-        for _, enable, enabled in bars:
-            if enabled:
-                enable()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from mmalign.models.lora import (
     training_plan,
 )
 from mmalign.models.pipeline_folder import check_family, detect_family, local_folder
+from mmalign.models.quiet import quiet_libraries
 from mmalign.models.tiny import TINY, tiny_folder
 from mmalign.noise import Schedule, vp_schedule
 
@@ -96,7 +97,8 @@ def open_pipeline(
     if "safety_checker" in inspect.signature(family.pipeline_class().__init__).parameters:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
-        pipe = family.pipeline_class().from_pretrained(str(folder), **options)
+        with quiet_libraries():
+            pipe = family.pipeline_class().from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         raise UserError(f"{model}: diffusers cannot load it ({fault}). Download or save the model again.") from fault
     pipe.set_progress_bar_config(disable=True)

@@ -15,6 +15,7 @@ from torch import nn
 
 from mmalign.errors import UserError
 from mmalign.models.families import Denoiser, Family
+from mmalign.models.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,8 @@ def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(folder) as scratch:
         parts = {**pipe.components, "unet": denoiser.unet}
-        type(pipe)(**parts, **_pipeline_flags(pipe)).save_pretrained(scratch)
+        with quiet_libraries():
+            type(pipe)(**parts, **_pipeline_flags(pipe)).save_pretrained(scratch)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(scratch, folder)

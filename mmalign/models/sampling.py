@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.models.lora import LORA_FILE
+from mmalign.models.quiet import quiet_libraries
 
 SAMPLING_ADAPTER = "mmalign"
 
@@ -86,7 +87,8 @@ def use_lora(pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
     if not file.is_file():
         raise UserError(f"lora: got {str(lora)!r}, want a folder with {LORA_FILE} or a .safetensors file.")
     try:
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=SAMPLING_ADAPTER)
+        with quiet_libraries():
+            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=SAMPLING_ADAPTER)
     except (RuntimeError, ValueError, KeyError) as fault:
         raise UserError(f"{file}: its layers do not fit this model ({fault}). Name the base it was trained on.") from fault
     if SAMPLING_ADAPTER not in getattr(pipe.unet, "peft_config", {}):

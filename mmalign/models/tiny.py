@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mmalign.errors import UserError
+from mmalign.models.quiet import quiet_libraries
 
 TINY = "tiny"
 # 3 x 32 x 32 pixels become 4 x 8 x 8 latents; a prompt is 16 tokens.
@@ -55,7 +56,8 @@ def tiny_pipeline(family: str, folder: Path | str, *, seed: int = 0, **changes: 
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        BUILDERS[family](changes).save_pretrained(folder)
+        with quiet_libraries():
+            BUILDERS[family](changes).save_pretrained(folder)
     return folder
 
 
