@@ -210,6 +210,9 @@ class DiffusionPolicy:
         self.cache: Cache | None = None
         if settings.cache is not None:
             self.cache = opened_cache(self, frozen, mixed_precision, caching)
+            if caching is None:
+                for part in self._encoders():
+                    nn.Module.to(part, "cpu")  # the cache stands for them; validation brings them back
         self.reader = Reader(
             size=settings.size,
             crop=settings.crop,
@@ -358,15 +361,15 @@ class DiffusionPolicy:
 
     @contextmanager
     def _encoders_as_network(self) -> Iterator[None]:
-        """The encoders in the dtype of the network: a pipeline of mixed dtypes cannot sample."""
-        dtypes: list[tuple[nn.Module, Any]] = [(part, part.dtype) for part in self._encoders()]
+        """The encoders on the device and in the dtype of the network: a pipeline of mixed dtypes cannot sample."""
+        before: list[tuple[nn.Module, Any, Any]] = [(part, part.device, part.dtype) for part in self._encoders()]
         try:
-            for part, _ in dtypes:
-                nn.Module.to(part, self.pipe.unet.conv_in.weight.dtype)
+            for part, _, _ in before:
+                nn.Module.to(part, self.device, self.pipe.unet.conv_in.weight.dtype)
             yield
         finally:
-            for part, dtype in dtypes:
-                nn.Module.to(part, dtype)
+            for part, device, dtype in before:
+                nn.Module.to(part, device, dtype)
 
     def _make_trainable(self, weights: Path | None) -> None:
         lora = self.settings.lora
