@@ -130,7 +130,8 @@ def main(config: QuickstartConfig) -> Quickstarted:
     stages = _Stages()
     with quiet_libraries(), on_cpu():
         with stages.stage("pretrain", "a small Stable Diffusion learns to draw scanned digits"):
-            base = pretrained(config.pretraining, seed=config.seed, cache=(config.cache or default_cache()).expanduser())
+            cache = (config.cache or default_cache()).expanduser().absolute()
+            base = pretrained(config.pretraining, seed=config.seed, cache=cache)
             logger.info("%s %s", "reused from an earlier run:" if base.reused else "kept for later runs:", base.folder)
         with stages.stage("generate", "it draws 4 candidates for each prompt"):
             made = generate.main(candidates_config(config, base, out / "candidates"))
