@@ -508,3 +508,84 @@ def test_a_damaged_parquet_file_and_a_compressed_shard_are_one_clear_error(tmp_p
         pass
     with pytest.raises(UserError, match="want an uncompressed one"):
         read(tmp_path / "x.tar")
+
+
+GOOD = '{"prompt": "a cat", "candidates": ["a", "b"], "ranks": [1, 2]}'
+
+
+def test_jsonl_that_is_not_utf8_is_a_fault_of_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + GOOD.replace("cat", "caf\xe9").encode("latin-1") + b"\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: got text that is not UTF-8"):
+        read(path)
+    faults = []
+    assert len(read(path, faults=faults)) == 1
+    assert [fault.where for fault in faults] == [f"{path}:2"]
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD, encoding="utf-8-sig")
+    assert comparison(read(path)[0]).prompt.text == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"candidates": [{"images": "0.png"}, "b"]}, "want a list"),
+        ({"candidates": [{"image": 0}, "b"]}, "want paths"),
+        ({"candidates": [{"text": 0}, "b"]}, "want a string"),
+        ({"candidates": "ab"}, "want a list"),
+        ({"ranks": "12"}, "want a list"),
+        ({"scores": {"judge": "12"}}, "want a list"),
+        ({"scores": [1, 2]}, "wrong type"),
+        ({"provenance": [1, 2]}, "want an object a candidate"),
+        ({"provenance": {"seed": 1}}, "want a list"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_fault_of_its_line(tmp_path, change, named):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**json.loads(GOOD), **change}))
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: .*{named}"):
+        read(path)
+
+
+@pytest.mark.parametrize("entry", ["1", "no JSON"])
+def test_provenance_of_a_table_that_is_no_object_is_a_fault(entry):
+    with pytest.raises(UserError, match="want an object a candidate"):
+        comparison({**to_row(row()), "provenance": [entry, "{}"]})
+
+
+def test_a_parquet_file_is_read_under_its_own_name_whatever_signs_are_in_it(tmp_path):
+    write([row(prob=0.25)], tmp_path / "d[1].parquet")
+    write([row(prob=0.75)], tmp_path / "d1.parquet")
+    assert comparison(read(tmp_path / "d[1].parquet")[0]).prob == 0.25
+
+
+def test_a_path_from_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text(GOOD)
+    assert len(read("~/rows.jsonl")) == 1
+
+
+def test_ranked_wants_at_least_two_candidates():
+    with pytest.raises(UserError, match="num_candidates 1, want 2"):
+        ranked(row(3, ranks=(1.0, 2.0, 3.0)), num_candidates=1)
+
+
+def test_rankings_of_different_length_are_refused():
+    verdicts = [Judgement(comparison="r", judge=name, ranks=ranks) for name, ranks in (("a", (1, 2)), ("b", (1, 2, 3)))]
+    with pytest.raises(UserError, match="want 2 ranks from each judge"):
+        with_judgements(row(), verdicts)
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"3", b'"r"', b"\xe9", b"{}", b"no JSON"])
+def test_a_line_that_is_no_judgement_is_named(tmp_path, line):
+    (tmp_path / "verdicts.jsonl").write_bytes(b'{"comparison": "r", "judge": "a", "ranks": [1, 2]}\n' + line)
+    with pytest.raises(UserError, match=r"verdicts\.jsonl:2: got"):
+        read_judgements(tmp_path / "verdicts.jsonl")
+
+
+def test_no_comparisons_make_an_empty_table():
+    assert to_dataset([]).features == to_dataset([row()]).features
+    assert len(to_dataset([])) == 0

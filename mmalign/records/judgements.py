@@ -28,6 +28,10 @@ def with_judgements(value: Comparison, judgements: Sequence[Judgement]) -> Compa
     rankings = [j.ranks for j in last.values() if j.ranks is not None]
     pooled = replace(value, scores=scores)
     if rankings:
+        lengths = [len(ranking) for ranking in rankings]
+        if len(set(lengths)) > 1:
+            raise UserError(f"{value.where or value.id}: got rankings of {lengths} candidates, want "
+                            f"{len(value.candidates)} ranks from each judge. Correct or remove the judgement.")  # fmt: skip
         ranks = tuple(sum(column) / len(rankings) for column in zip(*rankings, strict=True))
         wins = [1.0 if r[0] < r[1] else 0.5 if r[0] == r[1] else 0.0 for r in rankings]
         prob = sum(wins) / len(wins) if len(ranks) == 2 else None
@@ -56,13 +60,16 @@ def read_judgements(path: str | Path) -> dict[str, list[Judgement]]:
         UserError: a line is no verdict; the message names file and line.
     """
     found: dict[str, list[Judgement]] = defaultdict(list)
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.decode("utf-8"))
+                if not isinstance(entry, dict):
+                    raise TypeError(f"a JSON {type(entry).__name__} is no object")
                 tuples = {k: tuple(entry[k]) for k in ("ranks", "scores") if entry.get(k) is not None}
                 verdict = Judgement(**{**entry, **tuples})
             except (ValueError, TypeError) as fault:
-                raise UserError(f"{path}:{number}: got {line.strip()[:80]!r}, want one judgement ({fault}).") from fault
+                text = line.decode("utf-8", errors="replace").strip()[:80]
+                raise UserError(f"{path}:{number}: got {text!r}, want one judgement ({fault}). Correct the line.") from fault
             found[verdict.comparison].append(verdict)
     return dict(found)

@@ -1,5 +1,7 @@
 """Reading comparisons from disk: Parquet, JSONL + media, imagefolder, webdataset shards, save_to_disk folders."""
 
+import codecs
+import glob
 import json
 import os
 import tarfile
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.errors import UserError
 from mmalign.records.media import tar_path
 from mmalign.records.rows import Fault, nearest
-from mmalign.records.table import COLUMNS, comparison, features, in_batches
+from mmalign.records.table import COLUMNS, comparison, empty_dataset, features, in_batches
 
 if TYPE_CHECKING:
     import datasets
@@ -39,7 +41,7 @@ def read(path: str | Path, *, faults: list[Fault] | None = None) -> "datasets.Da
     Raises:
         UserError: nothing there, no known format, or unusable rows (the first few are named).
     """
-    place = Path(path)
+    place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{place}: got no such file or folder, want comparisons. Check the path.")
     reader, files = _format_of(place)
@@ -72,7 +74,7 @@ def collect(rows: Iterable[Mapping[str, Any] | Fault], place: str | Path, faults
         raise_faults(found, place)
     else:
         faults += found
-    return concatenate_datasets(tables) if tables else Dataset.from_dict({name: [] for name in COLUMNS}, features=features())
+    return concatenate_datasets(tables) if tables else empty_dataset()
 
 
 def raise_faults(faults: list[Fault], place: str | Path) -> None:
@@ -136,7 +138,7 @@ def _read_parquet(files: list[Path], faults: list[Fault] | None) -> "datasets.Da
         raise UserError(f"{files[0].parent}: got a damaged Parquet file ({fault}). Copy it again.") from fault
     names = pq.read_schema(files[0]).names
     _check_columns(names, files[0])
-    table = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+    table = load_dataset("parquet", data_files=[glob.escape(str(f)) for f in files], split="train")
     where = [f"{file}:{n}" for file, count in zip(files, counts, strict=True) for n in range(1, count + 1)]
     return _complete(table, where)
 
@@ -236,7 +238,7 @@ def _shard_rows(shard: Path) -> Iterator[Mapping[str, Any] | Fault]:
                 images.append(info.name)
     for key, (text, images) in samples.items():
         where = f"{shard}:{key}"
-        entry = parse_object(text.decode(errors="replace"), where) if text is not None else Fault(where, "has no .json.")
+        entry = parse_object(text, where) if text is not None else Fault(where, "has no .json.")
         if isinstance(entry, Fault):
             yield entry
         else:
@@ -247,17 +249,20 @@ def _shard_rows(shard: Path) -> Iterator[Mapping[str, Any] | Fault]:
 
 def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     """Yield (`file:line`, object) for every line that is not blank; a line that is no object becomes a Fault."""
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
+            plain = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if plain.strip():
                 where = f"{file}:{number}"
-                yield where, parse_object(line, where)
+                yield where, parse_object(plain, where)
 
 
-def parse_object(text: str, where: str) -> dict[str, Any] | Fault:
-    """Parse one JSON object; anything else is a Fault."""
+def parse_object(text: bytes, where: str) -> dict[str, Any] | Fault:
+    """Parse one JSON object in UTF-8; anything else is a Fault."""
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as fault:
+        return Fault(where, f"got text that is not UTF-8 ({fault}). Save the file as UTF-8.")
     except ValueError as fault:
         return Fault(where, f"got no valid JSON ({fault}), want one object a line. Correct the line.")
     return value if isinstance(value, dict) else Fault(where, f"got a JSON {type(value).__name__}, want an object.")
@@ -272,18 +277,16 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
     unknown = [key for key in entry if key not in ENTRY_KEYS]
     if unknown:
         return Fault(where, f"got the unknown key {unknown[0]}.{nearest(unknown[0], ENTRY_KEYS)}")
+    scores = entry.get("scores") or {}
     try:
         return {
             "id": str(entry.get("id", default_id)),
             "prompt": _content(entry.get("prompt", ""), resolve),
-            "candidates": [_content(c, resolve) for c in entry.get("candidates", [])],
-            "scores": [
-                {"judge": str(judge), "values": [float(v) for v in values]}
-                for judge, values in (entry.get("scores") or {}).items()
-            ],
-            "ranks": None if entry.get("ranks") is None else [float(r) for r in entry["ranks"]],
+            "candidates": [_content(c, resolve) for c in _list(entry, "candidates")],
+            "scores": [{"judge": str(judge), "values": [float(v) for v in _list(scores, judge)]} for judge in scores],
+            "ranks": None if entry.get("ranks") is None else [float(r) for r in _list(entry, "ranks")],
             **{k: None if entry.get(k) is None else float(entry[k]) for k in ("prob", "weight", "margin")},
-            "provenance": [json.dumps(p, sort_keys=True) for p in entry.get("provenance") or ()],
+            "provenance": [json.dumps(p, sort_keys=True) for p in _list(entry, "provenance")],
             "where": where,
         }
     except (TypeError, ValueError, AttributeError) as fault:
@@ -295,8 +298,17 @@ def _content(value: Any, resolve: Callable[[str], str]) -> dict[str, Any]:
         return {"text": value, "images": []}
     if not isinstance(value, dict) or set(value) - {"text", "image", "images"}:
         raise TypeError(f"{json.dumps(value)[:60]}, want a text or an object with text, image or images")
-    paths = [value["image"]] if "image" in value else value.get("images", [])
+    paths = [value["image"]] if "image" in value else _list(value, "images")
+    if not all(isinstance(path, str) for path in paths):
+        raise TypeError(f"{json.dumps(value)[:60]}, want paths of images as texts")
     return {"text": value.get("text"), "images": [{"bytes": None, "path": resolve(path)} for path in paths]}
+
+
+def _list(entry: dict[str, Any], key: str) -> list[Any]:
+    value = entry.get(key)
+    if not isinstance(value, list | None):
+        raise TypeError(f"{key} {json.dumps(value)[:60]}, want a list")
+    return value or []
 
 
 def _beside(file: Path) -> Callable[[str], str]:

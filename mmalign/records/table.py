@@ -87,7 +87,7 @@ def comparison(row: Mapping[str, Any], where: str = "") -> Comparison:
         prob=row.get("prob"),
         weight=row.get("weight"),
         margin=row.get("margin"),
-        provenance=tuple(json.loads(p) for p in provenance),
+        provenance=tuple(_provenance(p, where) for p in provenance),
         where=where,
     )
     problems = faults_of(value)
@@ -97,15 +97,35 @@ def comparison(row: Mapping[str, Any], where: str = "") -> Comparison:
 
 
 def _content(value: Mapping[str, Any], where: str) -> Content:
+    if not isinstance(value.get("text"), str | None):
+        raise UserError(f"{where}: got the text {value['text']!r}, want a string. Correct the row.")
     images = (Media(data=m["bytes"], path=m["path"], where=where) for m in value.get("images") or ())
     return Content(text=value.get("text"), images=tuple(images))
+
+
+def _provenance(text: str, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        entry = text
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: got the provenance {entry!r}, want an object a candidate. Correct it or remove it.")
+    return entry
 
 
 def to_dataset(comparisons: Iterable[Comparison]) -> "datasets.Dataset":
     """Return the comparisons as an in-memory table of our schema. For more than memory holds use `write`."""
     from datasets import Dataset
 
-    return Dataset.from_list([to_row(c) for c in comparisons], features=features())
+    rows = [to_row(c) for c in comparisons]
+    return Dataset.from_list(rows, features=features()) if rows else empty_dataset()
+
+
+def empty_dataset() -> "datasets.Dataset":
+    """Return a table of our schema without rows."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({name: [] for name in COLUMNS}, features=features())
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,12 @@ def ranked(row: Comparison, *, by: str = "auto", num_candidates: int | None = No
             with fewer are dropped. None keeps each row's k.
 
     A row whose phi are all equal teaches nothing and is dropped as a tie.
+
+    Raises:
+        UserError: num_candidates below 2; `auto` with several judges and no ranks.
     """
+    if num_candidates is not None and num_candidates < 2:
+        raise UserError(f"view: got num_candidates {num_candidates}, want 2 or more, or null for all candidates of a row.")
     if by == "auto" and row.scores:
         judges: Sequence[tuple[float, ...]] = list(row.scores.values())
     else:
