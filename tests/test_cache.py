@@ -184,6 +184,14 @@ def test_opening_for_other_fields_is_refused(tmp_path: Path) -> None:
     assert "count" not in str(caught.value)
 
 
+def test_a_reader_that_expects_other_fields_is_refused(tmp_path: Path) -> None:
+    fields = {"mean": ((2,), torch.float16)}
+    TensorStore.create(tmp_path / "store", fields=fields, fingerprint={"a": 1})
+    assert TensorStore.open(tmp_path / "store", fields=fields, fingerprint={"a": 1}).fields == fields
+    with pytest.raises(UserError, match=r"fields\.mean\.shape: got \[2\], want \[3\]"):
+        TensorStore.open(tmp_path / "store", fields={"mean": ((3,), torch.float16)}, fingerprint={"a": 1})
+
+
 def test_a_store_is_never_made_over_another_or_among_other_files(tmp_path: Path) -> None:
     filled(tmp_path / "store", ["1"])
     with pytest.raises(UserError, match="got a folder with a cache, want a new one"):

@@ -1,5 +1,6 @@
 """`mmalign prepare`: training from the cache is training without it, and each thing is encoded once."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,33 @@ MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
         r"references: MADE.*timesteps\.name: got",
     ),
 }
+
+
+PRECISION = r'images: MADE.*fields\.mean\.dtype: got "float16", want "float32".*Run `mmalign prepare` into another folder'
+
+
+def test_a_cache_of_another_precision_is_refused_with_both(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    fill(tmp_path / "out", adapter={"cache": cache, "cache_dtype": "float16"})
+    with pytest.raises(UserError, match=f"(?s){PRECISION.replace('MADE', MADE)}"):
+        train(tmp_path / "out", adapter={"cache": cache})
+    assert not (tmp_path / "out").exists()
+    train(tmp_path / "same", adapter={"cache": cache, "cache_dtype": "float16"})
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_cache_of_another_tokenizer_is_refused(tmp_path: Path, family: str) -> None:
+    cache, other = str(tmp_path / "cache"), tmp_path / "other"
+    fill(tmp_path / "out", family=family, adapter={"cache": cache})
+    name = "tokenizer_2" if family == "sdxl" else "tokenizer"
+    shutil.copytree(tiny_folder(family), other)
+    file = other / name / "tokenizer.json"
+    changed = json.loads(file.read_text())
+    vocabulary = changed["model"]["vocab"]
+    vocabulary["a</w>"], vocabulary["b</w>"] = vocabulary["b</w>"], vocabulary["a</w>"]
+    file.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=f"(?s)prompts: {MADE}.*{name}: got"):
+        train(tmp_path / "out", family=family, adapter={"model": str(other), "cache": cache})
 
 
 @pytest.fixture(scope="module")

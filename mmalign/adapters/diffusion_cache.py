@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -66,7 +67,7 @@ class Cache:
         opened = {
             name: TensorStore.open_or_create(folder / name, fields=fields, fingerprint=fingerprint, part=part)
             if part >= 0
-            else TensorStore.open(folder / name, fingerprint=fingerprint)
+            else TensorStore.open(folder / name, fields=fields, fingerprint=fingerprint)
             for name, (fields, fingerprint) in stores.items()
         }
         self.images, self.prompts = opened["images"], opened["prompts"]
@@ -159,7 +160,8 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
     """Open the adapter's cache folder for reading, or for filling by process number `part`.
 
     Raises:
-        UserError: there is none, or it was made with other weights, sizes or draws; every difference is named.
+        UserError: there is none, or it was made with other weights, tokenizers, sizes, precision or draws; every difference is
+            named.
     """
     settings = policy.settings
     pipe = policy.pipe
@@ -168,6 +170,8 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
     scaling = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
     images = {"vae": weights_fingerprint(pipe.vae), **scaling, **geometry}
     prompts = {name: weights_fingerprint(encoder) for name, encoder in encoders.items()}
+    tokenizers = {name: getattr(pipe, name) for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None)}
+    prompts |= {name: _tokenizer_fingerprint(tokenizer) for name, tokenizer in tokenizers.items()}
     fingerprints: dict[str, Any] = {"frames": geometry, "images": images, "prompts": prompts}
     if settings.draws is not None:
         fingerprints["references"] = {
@@ -179,9 +183,19 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
             "seed": policy.seed,
             "prediction": policy.schedule.prediction,
             "timesteps": resolved(settings.timesteps),
-            **{name: getattr(settings, name) for name in ("noise", "latents", "flip", "prompt_dropout", "cache_dtype")},
+            **{
+                name: getattr(settings, name)
+                for name in ("noise", "timestep", "latents", "flip", "prompt_dropout", "cache_dtype")
+            },
         }
     return Cache(policy, Path(settings.cache or ""), fingerprints, -1 if part is None else part)
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    """The sha256 of vocabulary and rules, padding token and length; not of how the last call padded and cut."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
+    return content_key(json.dumps(rules), tokenizer.pad_token_id, tokenizer.model_max_length)
 
 
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

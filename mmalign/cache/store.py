@@ -62,14 +62,17 @@ class TensorStore:
         return cls(folder, header, part)
 
     @classmethod
-    def open(cls, folder: Path, *, fingerprint: Mapping[str, Any], part: int = 0) -> "TensorStore":
-        """Open an existing store.
+    def open(
+        cls, folder: Path, *, fingerprint: Mapping[str, Any], fields: Fields | None = None, part: int = 0
+    ) -> "TensorStore":
+        """Open an existing store; `fields` None takes those that it has.
 
         Raises:
-            UserError: there is none, its header is broken, or its fingerprint differs; every difference is named.
+            UserError: there is none, its header is broken, or fingerprint or fields differ; every difference is named.
         """
         header = read_header(folder)
-        check_same(folder, header, make_header({}, fingerprint) | {"fields": header["fields"]})
+        described = {"fields": header["fields"]} if fields is None else {}
+        check_same(folder, header, make_header(fields or {}, fingerprint) | described)
         return cls(folder, header, part)
 
     @classmethod
