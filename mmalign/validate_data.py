@@ -45,6 +45,7 @@ class Report:
     last_won: int = 0
     repeated_prompts: int = 0
     repeated_rows: int = 0
+    repeated_ids: list[str] = field(default_factory=list)
     same_image: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     mixed_sizes: int = 0
@@ -65,7 +66,12 @@ class Report:
     def __str__(self) -> str:
         """Return the report as a table, the places of faults below it, and the verdict as the last line."""
         lines = [f"{name:<18}{value}" for name, value in self._table()]
-        for title, places in (("Broken rows", [str(f) for f in self.faults]), ("Same image twice in a row", self.same_image)):
+        shown = {
+            "Broken rows": [str(f) for f in self.faults],
+            "Id of an earlier row": self.repeated_ids,
+            "Same image twice in a row": self.same_image,
+        }
+        for title, places in shown.items():
             if places:
                 lines += ["", f"{title}:", *(f"  {place}" for place in places[:SHOWN])]
                 lines += [f"  and {len(places) - SHOWN} more"] if len(places) > SHOWN else []
@@ -84,7 +90,7 @@ class Report:
         yield (
             "repeated",
             (
-                f"{self.repeated_prompts} prompts seen before, {self.repeated_rows} whole rows, "
+                f"{self.repeated_prompts} prompts seen before, {self.repeated_rows} whole rows, {len(self.repeated_ids)} ids, "
                 f"{len(self.same_image)} rows with the same image twice"
             ),
         )
@@ -103,6 +109,8 @@ class Report:
             return f"Refused: {len(self.faults)} rows are broken and strict is set. Mend or remove them."
         if self.faults:
             return f"Usable without the {len(self.faults)} broken rows."
+        if self.repeated_ids:
+            return "Usable, but verdicts are kept by id: give each row its own before it is scored or annotated."
         return "Good."
 
 
@@ -127,10 +135,13 @@ def main(config: ValidateDataConfig) -> Report:
     report = Report(faults=list(imported.faults), strict=config.strict)
     prompts: Counter[str] = Counter()
     rows: Counter[tuple[str, ...]] = Counter()
+    first: dict[str, str] = {}
     for row in whole_rows(imported.dataset, report, images=config.images):
         count_verdicts(row, report)
         prompt = row.prompt.text or ""
         prompts[prompt] += 1
+        if first.setdefault(row.id, row.where) != row.where:
+            report.repeated_ids.append(f"{row.where}: got id {row.id!r} again, first in {first[row.id]}")
         if config.images:
             keys = [content_key(c) for c in row.candidates]
             rows[(prompt, *sorted(keys))] += 1

@@ -334,3 +334,70 @@ def test_every_importer_takes_settings_only(name):
     parameters = inspect.signature(IMPORTERS[name]).parameters.values()
     assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
     assert {"path", "split", "faulty", "verify"} <= {p.name for p in parameters}
+
+
+# --- Faults of what was given ----------------------------------------------------------------------------------------
+
+
+def test_pick_a_pic_downloads_nothing_that_was_not_named():
+    assert inspect.signature(pick_a_pic).parameters["path"].default is inspect.Parameter.empty
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"human_preference": 1},
+        {"human_preference": ["a", 1]},
+        {"human_preference": {"0": 1}},
+        {"human_preference": None, "rank": ["a", "b"]},
+        {"file_path": [1, 2]},
+        {"prompt": 5},
+    ],
+)
+def test_hpdv2_names_the_row_of_a_value_of_the_wrong_type(tmp_path, change):
+    save_images(tmp_path, "a.jpg", "b.jpg")
+    entry = {"prompt": "a cat", "file_path": ["a.jpg", "b.jpg"], "human_preference": [1, 0]}
+    (tmp_path / "train.json").write_text(json.dumps([entry, {**entry, **change}]))
+    with pytest.raises(UserError, match=r"train\.json:2: (prompt: )?got"):
+        hpdv2(path=str(tmp_path))
+
+
+def test_imagefolder_refuses_two_images_of_one_name(tmp_path):
+    save_images(tmp_path, "chosen/a.png", "chosen/a.jpg", "rejected/a.png", "chosen/b.png", "rejected/b.png")
+    for name in "ab":
+        (tmp_path / f"chosen/{name}.txt").write_text("a cat")
+    with pytest.raises(UserError, match=r"got a\.jpg and a\.png in one folder"):
+        imagefolder(path=str(tmp_path))
+    assert [row.id for row in rows_of(imagefolder(path=str(tmp_path), faulty="drop"))] == ["b"]
+
+
+def test_imagefolder_names_a_caption_that_is_not_utf8(tmp_path):
+    save_images(tmp_path, "chosen/a.png", "rejected/a.png")
+    (tmp_path / "chosen/a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt, which is not UTF-8"):
+        imagefolder(path=str(tmp_path))
+
+
+def test_every_importer_knows_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picks(tmp_path, [("a cat", 1, 0)])
+    assert len(pick_a_pic(path="~/train.parquet").dataset) == 1
+    save_images(tmp_path, "pairs/chosen/a.png", "pairs/rejected/a.png")
+    (tmp_path / "pairs/chosen/a.txt").write_text("a cat")
+    folder = imagefolder(path="~/pairs")
+    assert len(folder.dataset) == 1
+    write(rows_of(folder), tmp_path / "rows.jsonl")
+    assert len(comparisons(path="~/rows.jsonl").dataset) == 1
+    entry = {"prompt": "a cat", "file_path": ["chosen/a.png", "rejected/a.png"], "human_preference": [1, 0]}
+    (tmp_path / "test.json").write_text(json.dumps([entry]))
+    assert len(hpdv2(path="~/test.json", images="~/pairs").dataset) == 1
+    ratings = [{"prompt_id": "p", "prompt": "a cat", "rank": n, "image_path": f"pairs/{n}.png"} for n in (1, 2)]
+    save_images(tmp_path, "pairs/1.png", "pairs/2.png")
+    (tmp_path / "ratings.json").write_text(json.dumps(ratings))
+    assert len(image_reward_db(path="~/ratings.json").dataset) == 1
+
+
+def test_pick_a_pic_reads_the_file_that_was_named_whatever_signs_are_in_it(tmp_path):
+    picks(tmp_path, [("the other file", 1, 0)], name="d1.parquet")
+    path = picks(tmp_path, [("this file", 1, 0)], name="d[1].parquet")
+    assert [row.prompt.text for row in rows_of(pick_a_pic(path=path))] == ["this file"]

@@ -126,3 +126,22 @@ def test_a_missing_data_set_is_one_clear_error(tmp_path, capsys):
     assert "gone.jsonl: got no such file or folder" in capsys.readouterr().err
     with pytest.raises(UserError, match="want one"):
         main(ValidateDataConfig())
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_an_id_given_twice_is_reported_with_both_rows(tmp_path, images):
+    red, blue = save(tmp_path / "red.png", "red"), save(tmp_path / "blue.png", "blue")
+    rows = [{"id": name, "prompt": "a", "candidates": [red, blue], "ranks": [1, 2]} for name in ("x", "y", "x")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    report = main(ValidateDataConfig(path=str(path), images=images))
+    assert report.repeated_ids == [f"{path}:3: got id 'x' again, first in {path}:1"]
+    assert report.repeated_ids[0] in str(report)
+    assert str(report).splitlines()[-1].startswith("Usable, but")
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "caf\xe9"}', '{"prompt": "a", "candidates": ["a", "b"], "provenance": [1, 2]}'])
+def test_data_that_will_not_do_end_with_2_and_the_line(tmp_path, capsys, line):
+    (tmp_path / "pairs.jsonl").write_bytes(line.encode("latin-1"))
+    assert command_line(ValidateDataConfig, main, [str(tmp_path / "pairs.jsonl")]) == 2
+    assert "pairs.jsonl:1: got" in capsys.readouterr().out

@@ -26,7 +26,7 @@ def comparisons(
     Raises:
         UserError: nothing there, no known format, faulty rows.
     """
-    place = Path(path)
+    place = Path(path).expanduser()
     if split is not None:
         named = sorted(place.glob(f"{split}.*")) if place.is_dir() else []
         place = named[0] if named and not (place / split).exists() else place / split

@@ -7,6 +7,8 @@ from typing import Any
 from mmalign.importers.tables import Faulty, Imported, finish, json_list
 from mmalign.records import Fault, collect
 
+PREFERENCES = ([1, 0], [0, 1], [0, 0], [1, 1], [0.5, 0.5])
+
 
 def hpdv2(
     *,
@@ -30,10 +32,11 @@ def hpdv2(
     Raises:
         UserError: no such file, no JSON list, faulty rows.
     """
-    file = Path(path) / f"{split}.json" if Path(path).is_dir() else Path(path)
+    place = Path(path).expanduser()
+    file = place / f"{split}.json" if place.is_dir() else place
     entries = json_list(file)
     beside = file.parent / file.stem
-    root = Path(images) if images is not None else beside if beside.is_dir() else file.parent
+    root = Path(images).expanduser() if images is not None else beside if beside.is_dir() else file.parent
 
     def rows() -> Iterator[dict[str, Any] | Fault]:
         for number, entry in enumerate(entries, 1):
@@ -46,17 +49,17 @@ def hpdv2(
 
 def _row(entry: Any, where: str, name: str, root: Path) -> dict[str, Any] | Fault:
     paths = entry.get("file_path", entry.get("image_path")) if isinstance(entry, dict) else None
-    if not isinstance(paths, list):
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         return Fault(where, "got a row without file_path or image_path, want the list of images. Is this HPDv2?")
     preference, rank = entry.get("human_preference"), entry.get("rank")
     if preference is not None:
-        if len(preference) != 2 or sorted(preference) not in ([0, 1], [0, 0], [1, 1], [0.5, 0.5]):
-            return Fault(where, f"got human_preference {preference}, want [1, 0], [0, 1] or equal values. Correct it.")
+        if preference not in PREFERENCES:
+            return Fault(where, f"got human_preference {preference!r}, want [1, 0], [0, 1] or equal values. Correct it.")
         ranks = [1.0 if p == max(preference) else 2.0 for p in preference]
-    elif isinstance(rank, list) and rank:
+    elif isinstance(rank, list) and rank and all(isinstance(r, int | float) for r in rank):
         ranks = [float(r - min(rank) + 1) for r in rank]
     else:
-        return Fault(where, "got neither human_preference nor rank, want one of them. Is this HPDv2?")
+        return Fault(where, "got neither human_preference nor rank, want one of them, as a list of numbers. Is this HPDv2?")
     return {
         "id": name,
         "prompt": {"text": entry.get("prompt"), "images": []},

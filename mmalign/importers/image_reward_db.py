@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import UserError
-from mmalign.importers.tables import Faulty, Imported, check_columns, finish, json_list, open_table, stored_image, undecoded
+from mmalign.importers.tables import (
+    Faulty,
+    Imported,
+    check_columns,
+    finish,
+    json_list,
+    local_path,
+    open_table,
+    stored_image,
+    undecoded,
+)
 from mmalign.records import Conversion, Fault, collect, fault_of
 
 if TYPE_CHECKING:
@@ -34,6 +44,7 @@ def image_reward_db(
     Raises:
         UserError: no such data, missing columns, faulty rows.
     """
+    path = local_path(path)
     table, root = _opened(path, split)
     has_image = "image" in table.column_names
     check_columns(table, (*NEEDED, *(() if has_image else ("image_path",))), path, "ImageRewardDB columns")

@@ -31,9 +31,9 @@ def imagefolder(
         faulty, verify, num_proc: as in `pick_a_pic`.
 
     Raises:
-        UserError: no such folders, faulty rows (an image without partner, a missing or empty caption).
+        UserError: no such folders, faulty rows (an image without partner or two of one name, a missing or empty caption).
     """
-    folder = Path(path) / split if split is not None else Path(path)
+    folder = Path(path).expanduser() / (split or "")
     faults: list[Fault] = []
     if (folder / "metadata.jsonl").exists():
         dataset = read(folder / "metadata.jsonl", faults=faults)
@@ -51,25 +51,37 @@ def imagefolder(
 def _paired(chosen: Path, rejected: Path) -> Iterator[dict[str, Any] | Fault]:
     better, worse = _images(chosen), _images(rejected)
     for stem in sorted(better.keys() | worse.keys()):
-        where = str(better.get(stem) or worse[stem])
+        where = str((better.get(stem) or worse[stem])[0])
+        twice = next((files for files in (better.get(stem, []), worse.get(stem, [])) if len(files) > 1), None)
         captions = [f for f in (chosen / f"{stem}.txt", rejected / f"{stem}.txt") if f.is_file()]
-        if stem not in better or stem not in worse:
+        if twice:
+            names = " and ".join(file.name for file in twice)
+            yield Fault(where, f"got {names} in one folder, want one image of that name. Remove or rename the others.")
+        elif stem not in better or stem not in worse:
             lacking = rejected if stem in better else chosen
             yield Fault(where, f"got an image without partner, want one of the same name in {lacking}. Add or remove it.")
         elif not captions:
             yield Fault(where, f"got no caption, want the prompt in {chosen / (stem + '.txt')}. Write it.")
         else:
-            images = (better[stem], worse[stem])
+            try:
+                caption = captions[0].read_text(encoding="utf-8-sig").strip()
+            except UnicodeDecodeError as fault:
+                yield Fault(where, f"got the caption {captions[0]}, which is not UTF-8 ({fault}). Save it as UTF-8.")
+                continue
+            images = (better[stem][0], worse[stem][0])
             yield {
                 "id": stem,
-                "prompt": {"text": captions[0].read_text(encoding="utf-8").strip(), "images": []},
+                "prompt": {"text": caption, "images": []},
                 "candidates": [{"text": None, "images": [{"bytes": None, "path": str(i.absolute())}]} for i in images],
                 "ranks": [1.0, 2.0],
                 "where": where,
             }
 
 
-def _images(folder: Path) -> dict[str, Path]:
-    """Return stem -> image, for subfolders too (`set/a`)."""
-    files = (f for f in sorted(folder.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES)
-    return {f.relative_to(folder).with_suffix("").as_posix(): f for f in files}
+def _images(folder: Path) -> dict[str, list[Path]]:
+    """Return stem -> images (one, or there is a fault), for subfolders too (`set/a`)."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    return found

@@ -11,6 +11,7 @@ from mmalign.importers.tables import (
     byte_counts,
     check_columns,
     finish,
+    local_path,
     open_table,
     row_place,
     stored_image,
@@ -29,7 +30,7 @@ BATCH_ROWS = 10_000
 
 def pick_a_pic(
     *,
-    path: str = "yuvalkirstain/pickapic_v2",
+    path: str,
     split: str = "train",
     faulty: Faulty = "raise",
     verify: bool = True,
@@ -41,7 +42,7 @@ def pick_a_pic(
     Rows with `has_label` false are kept without a judgement, which every view then counts as not judged.
 
     Args:
-        path: hub id (`yuvalkirstain/pickapic_v1`, `..._v2`, `kashif/pickascore`), or a local Parquet file or folder.
+        path: hub id (`yuvalkirstain/pickapic_v1`, `..._v2`: 335 GB, `kashif/pickascore`), or a local Parquet file or folder.
         split: of the data set.
         faulty: rows with a wrong label, an empty caption or a missing image: `raise`, or `drop` and report.
         verify: decode every image once and leave broken ones out (some of the published ones are); the result is
@@ -51,6 +52,7 @@ def pick_a_pic(
     Raises:
         UserError: no such data set, split or columns; faulty rows.
     """
+    path = local_path(path)
     table = undecoded(_opened(path, split), MEDIA)
     place = row_place(path, split)
     faults, keep = [], []

@@ -1,5 +1,6 @@
 """What the importers share: opening a table by path or hub id, checking columns and images, and their common answer."""
 
+import glob
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ def open_table(path: str, split: str) -> "datasets.Dataset":
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
+    path = local_path(path)
     place = Path(path)
     if not place.exists() and not HUB_ID.fullmatch(path):
         raise UserError(f"{path}: got no such file or folder, want a data set. Check the path, or give a hub id.")
@@ -51,7 +53,7 @@ def open_table(path: str, split: str) -> "datasets.Dataset":
             kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(place.suffix)
             if kind is None:
                 raise UserError(f"{path}: got a file ending in {place.suffix!r}, want .parquet, .json, .jsonl or .csv.")
-            return load_dataset(kind, data_files=path, split="train")
+            return load_dataset(kind, data_files=glob.escape(path), split="train")
         if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
             table = load_from_disk(path)
         else:
@@ -71,6 +73,11 @@ def open_table(path: str, split: str) -> "datasets.Dataset":
     return table
 
 
+def local_path(path: str) -> str:
+    """Return the path with `~` as the home folder; a hub id stays as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 def _first_line(fault: Exception) -> str:
     return (str(fault.__cause__ or fault).splitlines() or [type(fault).__name__])[0]
 
@@ -84,7 +91,7 @@ def json_list(file: Path) -> list[Any]:
     if not file.is_file():
         raise UserError(f"{file}: got no such file, want a JSON list. Check the path and the split.")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as fault:
         raise UserError(f"{file}: got no valid JSON ({fault}), want a list of rows. Copy the file again.") from fault
     if not isinstance(value, list):
