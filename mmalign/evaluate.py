@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, overload
 import torch
 from PIL.Image import Image
 
-from mmalign.config import Choice, command_line, write_resolved
+from mmalign.config import Choice, check_folder, command_line, write_resolved
 from mmalign.errors import UserError
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
@@ -20,6 +20,7 @@ from mmalign.records import Comparison, Media, comparison, read
 from mmalign.report import Curve, Evaluation, ScorerChange, TrainingDrift, before_after_grid, report_page
 from mmalign.score import SCORER_TABLE, build_scorers
 from mmalign.scorers import Scorer, finite_scores
+from mmalign.scorers.clip import torch_device
 from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel_std, win_rate
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class EvaluateConfig:
         before, after: comparisons from `mmalign generate` with the same prompts and seeds; candidates carry their seed.
         scorers: judges; the first one's win rate is the result.
         held_out: judges that took no part in making the preferences; the first one's mean is the fidelity.
-        output: folder for results.json, report.html and grid.png.
+        output: folder for results.json, report.html, grid.png and evaluation.yaml; it may be the run's, whose files stay.
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
         run: output folder of the training run, for its implicit-reward accuracy and error drift.
@@ -114,6 +115,10 @@ class OpenedLate(Sequence[Image]):
 
 def main(config: EvaluateConfig) -> EvaluateResult:
     """Compare images made before and after training: win rates with intervals, a held-out judge, diversity, a report."""
+    output = Path(config.output).expanduser()
+    check_folder(output)
+    if config.device is not None:
+        torch_device(config.device)
     prompts, before, after = paired_images(_comparisons(config.before), _comparisons(config.after))
     scorers = build_scorers((*config.scorers, *config.held_out), device=config.device)
     training = None if config.run is None else training_drift(Path(config.run))
@@ -131,7 +136,6 @@ def main(config: EvaluateConfig) -> EvaluateResult:
         training=training,
     )
     evaluation = replace(evaluation, pairs=fit)
-    output = Path(config.output)
     write_report(
         evaluation,
         prompts,
@@ -142,7 +146,7 @@ def main(config: EvaluateConfig) -> EvaluateResult:
         cols=config.cols,
         title=config.title,
     )
-    write_resolved(config, output)
+    write_resolved(config, output, config="evaluation.yaml", versions="evaluation_environment.json")
     return EvaluateResult(evaluation=evaluation, output=output)
 
 
@@ -256,7 +260,7 @@ def _by_prompt_and_seed(comparisons: Iterable[Comparison]) -> dict[tuple[str, An
         origins = row.provenance or ({},) * len(row.candidates)
         for number, (candidate, origin) in enumerate(zip(row.candidates, origins, strict=True), 1):
             place = f"{row.where or row.id}: candidate {number}"
-            if origin.get("seed") is None:
+            if not isinstance(origin.get("seed"), int | str):
                 raise UserError(
                     f"{place}: got no seed in its provenance, want one to pair it by. Images of `mmalign generate` carry it."
                 )
@@ -281,7 +285,7 @@ def training_drift(run: Path) -> TrainingDrift:
     if not path.is_file():
         raise UserError(f"run: got {run}, want the output folder of a training run, with metrics.jsonl. Check the path.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmalign.config import command_line, differences, resolved, write_resolved
+from mmalign.config import check_folder, command_line, differences, resolved, write_resolved
 from mmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ def main(config: GenerateConfig) -> Generated:
     """
     prompts = read_prompts(config.prompts)
     settings = _settings(config, prompts)
-    _check_folder(config.output, settings)
+    check_folder(config.output)
+    _check_state(config.output, settings)
     run = _Run(config=config, key=_sha256(json.dumps(settings, sort_keys=True)), prompts=prompts[: config.limit])
     done = _done_rows(run.file)
     rows = [index for index in range(len(run.prompts)) if run.row_id(index) not in done]
@@ -144,7 +145,7 @@ def read_prompts(source: str | Sequence[str]) -> list[str]:
         if file.suffix not in (".txt", ".jsonl"):
             raise UserError(f"prompts: got {source!r}, want a .txt or .jsonl file, or a list of prompts.")
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as fault:
             raise UserError(f"{source}: cannot be read ({fault}). Give a .txt or .jsonl file in UTF-8.") from fault
         numbered = [(f"{source}:{number}", line) for number, line in enumerate(lines, 1)]
@@ -179,11 +180,16 @@ def _settings(config: GenerateConfig, prompts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _check_folder(output: Path, settings: dict[str, Any]) -> None:
+def _check_state(output: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder of other files, or one made with other settings."""
     state = output / STATE_FILE
     if state.is_file():
-        changed = differences(json.loads(state.read_text(encoding="utf-8")), settings)
+        try:
+            changed = differences(json.loads(state.read_text(encoding="utf-8")), settings)
+        except ValueError as fault:
+            raise UserError(
+                f"{state}: got no valid JSON ({fault}), want the settings that made the images. Name another output folder."
+            ) from fault
         if changed:
             raise UserError(
                 f"{output}: was made with other settings: {'; '.join(changed)}. "
@@ -237,7 +243,17 @@ def _done_rows(file: Path) -> set[str]:
         logger.info("%s: the last line was cut short; it is written again", file)
         with open(file, "rb+") as rows:
             rows.truncate(len(whole))
-    return {json.loads(line)["id"] for line in whole.splitlines()}
+    return {_id_of(line, f"{file}:{number}") for number, line in enumerate(whole.splitlines(), 1)}
+
+
+def _id_of(line: bytes, where: str) -> str:
+    try:
+        return str(json.loads(line)["id"])
+    except (ValueError, TypeError, KeyError) as fault:
+        text = line.decode(errors="replace")[:60]
+        raise UserError(
+            f"{where}: got {text!r}, want a row that generate wrote. Remove the line; its row is then written again."
+        ) from fault
 
 
 def _open(config: GenerateConfig) -> Any:
@@ -247,6 +263,7 @@ def _open(config: GenerateConfig) -> Any:
     from mmalign.models.sampling import set_scheduler, use_lora
 
     pipe = open_pipeline(config.family, config.model, dtype=getattr(torch, config.dtype), revision=config.revision)
+    torch.nn.Module.to(pipe.vae, getattr(torch, config.dtype))
     if config.scheduler is not None:
         set_scheduler(pipe, config.scheduler)
     if config.lora is not None:

@@ -14,7 +14,10 @@ from torch import Tensor
 from mmalign.config import read_config
 from mmalign.errors import UserError
 from mmalign.experiment import Data, TrainConfig, read_examples
+from mmalign.records import Example, Examples
+from mmalign.records.table import in_batches
 from mmalign.report import PairFit
+from mmalign.scorers.clip import torch_device
 from mmalign.statistics import win_rate
 
 logger = logging.getLogger(__name__)
@@ -24,7 +27,8 @@ def pair_fit(run: Path, data: Data, *, draws: int = 8, batch_size: int = 4, devi
     """Implicit-reward accuracy and error drift of a run's final weights on held-out pairs.
 
     reward = logp of the tuned model - logp of its base, mean over `draws` seeded (timestep, noise) draws of each pair;
-    a pair counts as right if the chosen image has the higher reward, an equal one half.
+    a pair counts as right if the chosen image has the higher reward, an equal one half. A pair whose label is a tie
+    (prob 0.5) has no chosen image: it is left out and counted.
 
     Source: the implicit-reward accuracy of Wallace et al. 2023, section 5.2 (60.8 % SD 1.5, 72.0 % SDXL, published).
     Args:
@@ -34,9 +38,10 @@ def pair_fit(run: Path, data: Data, *, draws: int = 8, batch_size: int = 4, devi
         batch_size: pairs at a time.
         device: None: the GPU if there is one.
     Raises:
-        UserError: no run there, or data that are not pairs.
+        UserError: no run there, no such device, data that are not pairs, or only ties.
     """
     config = _run_config(run)
+    where = torch_device(device or "auto")
     examples, summary = read_examples(data)
     if len(examples[0].samples) != 2:
         raise UserError(f"pairs: got {len(examples[0].samples)} candidates an example, want 2. Set pairs.view: pair.")
@@ -45,29 +50,40 @@ def pair_fit(run: Path, data: Data, *, draws: int = 8, batch_size: int = 4, devi
         config.adapter.with_settings(cache=None, draws=draws, prompt_dropout=0.0, validation=None)
         .build()
         .open(
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=where,
             seed=config.seed + 1,  # other draws than in training
             weights=run,
         )
     )
     policy.network.eval()
-    rewards, readings = zip(*_batches(policy, examples, draws, batch_size), strict=True)
+    batches = list(_batches(policy, examples, draws, batch_size))
+    if not batches:
+        raise UserError(f"pairs: got {len(examples)} ties, want pairs with a better image. Give other data.")
+    rewards, readings = zip(*batches, strict=True)
     mean_rewards = torch.cat(list(rewards))
     drift = torch.cat(list(readings)).mean(0).tolist()
+    num_tied_labels = len(examples) - len(mean_rewards)
+    if num_tied_labels:
+        logger.info("pairs      %d of %d are ties by their label (prob 0.5) and left out", num_tied_labels, len(examples))
     return PairFit(
         num_draws=draws,
         accuracy=win_rate(mean_rewards[:, 1], mean_rewards[:, 0]),
         chosen_drift=drift[0],
         rejected_drift=drift[1],
+        num_tied_labels=num_tied_labels,
     )
 
 
-def _batches(policy: Any, examples: Any, draws: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rewards, error above the reference's), each (batch, 2) and averaged over the draws."""
+def _decided(examples: Examples) -> Iterator[Example]:
+    """The pairs whose label is no tie."""
     from tqdm import tqdm
 
-    for start in tqdm(range(0, len(examples), batch_size), desc="held-out pairs"):
-        group = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
+    return (example for example in tqdm(examples, desc="held-out pairs") if example.side.get("prob") != 0.5)
+
+
+def _batches(policy: Any, examples: Examples, draws: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rewards, error above the reference's), each (batch, 2) and averaged over the draws."""
+    for group in in_batches(_decided(examples), batch_size):
         ratios, drifts = [], []
         for draw in range(draws):
             prepared = policy.prepare(policy.collate([policy.item(example, draw) for example in group]))

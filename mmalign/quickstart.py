@@ -41,7 +41,10 @@ LORA_TARGETS = (
 )
 STATE = "quickstart.json"
 MADE = ("candidates", "cache", "lora", "before", "after")
-MADE_FILES = ("results.json", "report.html", "grid.png", "config.yaml", "environment.json", "scored.parquet")
+MADE_FILES = (
+    *("results.json", "report.html", "grid.png", "evaluation.yaml", "evaluation_environment.json"),
+    *("config.yaml", "environment.json", "scored.parquet"),
+)
 # What a run must show; beneath it, it says so and ends with exit code 1.
 LEAST_WIN_RATE, LEAST_LOW, LEAST_GAIN, MOST_DIVERSITY_CHANGE = 0.70, 0.55, 0.08, 0.20
 
@@ -150,7 +153,8 @@ def main(config: QuickstartConfig) -> Quickstarted:
                 for name, lora in (("before", None), ("after", trained.output))
             )
             evaluation = evaluate.main(comparison_config(before.file, after.file, trained.output, out)).evaluation
-    shutil.copyfile(trained.output / "config.yaml", out / "config.yaml")
+    for name in ("config.yaml", "environment.json"):
+        shutil.copyfile(trained.output / name, out / name)
     result = Quickstarted(
         evaluation=evaluation, seconds=stages.seconds, out=out, loading=f"import diffusers; {trained.loading}"
     )

@@ -14,13 +14,14 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
-from mmalign.config import Choice, Table, command_line, resolved
+from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.errors import UserError
 from mmalign.records import (
     Comparison,
     Fault,
     Judgement,
     append_judgements,
+    check_target,
     comparison,
     read,
     read_judgements,
@@ -126,15 +127,24 @@ class Row:
 
 
 def main(config: ScoreConfig) -> ScoreResult:
-    """Judge the candidates of every comparison by one or more scorers. Interrupted, the same command goes on."""
+    """Judge the candidates of every comparison by one or more scorers. Interrupted, the same command goes on.
+
+    Run again, also with more judges, it keeps the verdicts and replaces the output.
+
+    Raises:
+        UserError: no usable rows, an output that cannot be written or would destroy other data, a judge that cannot judge.
+    """
+    data = Path(config.data).expanduser()
+    output = Path(config.output).expanduser() if config.output else _beside(data)
+    journal = output.with_name(output.name + ".judgements.jsonl")
+    made_here = journal.exists() and (output / "dataset_info.json").exists()
+    _check_output(data, output, replace=made_here)
     judges = [
         Judge(scorer=scorer, settings=_settings(choice))
         for scorer, choice in zip(build_scorers(config.scorers, device=config.device), config.scorers, strict=True)
     ]
-    output = Path(config.output) if config.output else _beside(Path(config.data))
-    journal = output.with_name(output.name + ".judgements.jsonl")
     faults: list[Fault] = []
-    dataset = read(config.data, faults=faults)
+    dataset = read(data, faults=faults)
     known = _known_verdicts(journal, judges)
     num_judged = num_kept = 0
     good: list[int] = []
@@ -149,7 +159,7 @@ def main(config: ScoreConfig) -> ScoreResult:
     if not good:
         raise UserError("\n".join([f"{config.data}: got no usable row, want at least one.", *map(str, faults[:SHOWN_FAULTS])]))
     scored = (_scored(comparison(dataset[place]), known, judges) for place in good)
-    write(scored, output)
+    write(scored, output, replace=made_here)
     return ScoreResult(
         output=output,
         judgements=journal,
@@ -193,6 +203,15 @@ def _settings(choice: Choice) -> dict[str, Any]:
 def _beside(data: Path) -> Path:
     plain = data.parent if data.name == "metadata.jsonl" else data
     return plain.with_name(f"{plain.stem}_scored{plain.suffix}" if plain.is_file() else f"{plain.name}_scored")
+
+
+def _check_output(data: Path, output: Path, *, replace: bool) -> None:
+    """Refuse, before anything is judged, an output that cannot be written or would take the place of the data."""
+    source, target = data.resolve(), output.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise UserError(f"output: got {output} for the data {data}, want a place outside the data. Name another output.")
+    check_folder(output.parent)
+    check_target(output, replace=replace)
 
 
 def _known_verdicts(journal: Path, judges: Sequence[Judge]) -> dict[str, dict[str, Judgement]]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import mmalign
 from mmalign.config import (
     Choice,
     Table,
+    check_folder,
     command_line,
     describe,
     differences,
@@ -579,3 +581,17 @@ def test_reading_a_config_never_loads_torch(tmp_path: Path) -> None:
         "assert read_config(C, None, ['a=2']).a == 2\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_resolved_values_are_written_beside_those_of_another_run(tmp_path):
+    write_resolved(Settings(data="x"), tmp_path)
+    write_resolved(Settings(data="y"), tmp_path, config="other.yaml", versions="other.json")
+    assert read_config(Settings, tmp_path / "config.yaml").data == "x"
+    assert read_config(Settings, tmp_path / "other.yaml").data == "y"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with pytest.raises(UserError, match="cannot"):
+        check_folder(tmp_path / "closed" / "below")

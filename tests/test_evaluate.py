@@ -101,7 +101,7 @@ def test_results_json_holds_win_rate_fidelity_and_diversity(sides, tmp_path):
     assert list(results["scorers"]) == ["brightness", "sharpness", "colourfulness"]
     assert [results["scorers"][name]["held_out"] for name in results["scorers"]] == [False, False, True]
     assert results["scorers"]["brightness"]["effect_size"] > 0
-    assert (tmp_path / "report/config.yaml").exists()
+    assert (tmp_path / "report/evaluation.yaml").exists()
 
 
 def test_ties_are_counted_in_standard_deviations_of_the_scores_before():
@@ -309,3 +309,52 @@ def test_prompts_beyond_ascii_do_not_become_empty_boxes():
     box = bytes(font.getmask("\uffff"))
     assert all(bytes(font.getmask(letter)) != box for letter in text)
     assert sheet.width == 2 * 40 + 2 * 260 + 28
+
+
+def test_evaluate_into_the_folder_of_a_run_leaves_its_files(sides, tmp_path):
+    run = metrics(tmp_path / "report", drifting_rows())
+    for name in ("config.yaml", "environment.json"):
+        (run / name).write_text("of the run")
+    evaluate(*sides, tmp_path, "scorers=brightness", f"run={run}")
+    assert [(run / name).read_text() for name in ("config.yaml", "environment.json")] == ["of the run"] * 2
+    again = read_config(EvaluateConfig, run / "evaluation.yaml")
+    assert (again.before, again.run) == (str(sides[0]), str(run))
+    assert "packages" in json.loads((run / "evaluation_environment.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["letter.txt", "letter.txt/below"])
+def test_an_output_that_is_no_folder_is_refused_before_anything_is_scored(sides, tmp_path, capsys, name):
+    (tmp_path / "letter.txt").write_text("keep me")
+    words = [f"before={sides[0]}", f"after={sides[1]}", f"output={tmp_path / name}", f"scorers={{name: '{__name__}:never'}}"]
+    assert command_line(EvaluateConfig, main, words) == 2
+    assert "letter.txt is a file" in capsys.readouterr().err
+
+
+def never():
+    raise AssertionError("the scorer was built before the output was checked")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_ends_with_2(sides, tmp_path, capsys, device):
+    words = [f"before={sides[0]}", f"after={sides[1]}", f"output={tmp_path / 'o'}", "scorers=brightness", f"device={device}"]
+    assert command_line(EvaluateConfig, main, words) == 2
+    assert f"device: got '{device}'" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("entry", "named"), [("[1, 2, 3, 4]", "want an object"), ('[{"seed": [1]}, {}, {}, {}]', "no seed")])
+def test_provenance_of_another_kind_ends_with_2_and_the_line(sides, tmp_path, capsys, entry, named):
+    rows = [json.loads(line) for line in sides[0].read_text().splitlines()]
+    rows[1]["provenance"] = json.loads(entry)
+    sides[0].write_text("\n".join(map(json.dumps, rows)))
+    words = [f"before={sides[0]}", f"after={sides[1]}", f"output={tmp_path / 'o'}", "scorers=brightness"]
+    assert command_line(EvaluateConfig, main, words) == 2
+    error = capsys.readouterr().err
+    assert "before.jsonl:2: " in error
+    assert named in error
+
+
+def test_metrics_that_are_not_utf8_are_refused_with_their_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"caf\xe9": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: got no JSON"):
+        training_drift(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny import IMAGE_SIZE, tiny_folder, tiny_pipeline
 
@@ -156,6 +157,17 @@ def test_a_lora_changes_the_images_by_its_scale(tmp_path: Path) -> None:
     assert (entry["lora"], entry["lora_scale"]) == (str(tmp_path / "lora"), 0.5)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_half_precision_samples_as_the_stock_pipeline_does(tmp_path: Path, family: str) -> None:
+    folder = tiny_folder(family)
+    main(settings(tmp_path / "out", family=family, model=str(folder), dtype="bfloat16", limit=1, size=(32, 32)))
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    seeds = [torch.Generator().manual_seed(image_seed(0, 0, number)) for number in range(2)]
+    stock = pipe([PROMPTS[0]] * 2, generator=seeds, num_inference_steps=2, guidance_scale=3.0, height=32, width=32).images
+    for number, image in enumerate(stock):
+        assert np.array_equal(pixels(tmp_path / "out")[f"000000-{number:02d}.png"], np.asarray(image).astype(int))
+
+
 def test_the_sampler_and_the_size_can_be_chosen(tmp_path: Path) -> None:
     main(settings(tmp_path / "out", limit=1, scheduler="DDIMScheduler", size=(16, 40)))
     row = comparison(read(tmp_path / "out")[0])
@@ -224,3 +236,33 @@ def test_the_command_line_makes_images_and_says_where(tmp_path: Path, capsys: py
     assert command_line(GenerateConfig, main, words) == 0
     assert str(tmp_path / "out" / "comparisons.jsonl") in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out" / "comparisons.jsonl").read_text())["candidates"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("comparisons.jsonl", b"garbage\n", r"comparisons\.jsonl:1: got 'garbage'"),
+        ("comparisons.jsonl", b"[1]\n", r"comparisons\.jsonl:1: got"),
+        ("comparisons.jsonl", b"\xe9\n", r"comparisons\.jsonl:1: got"),
+        ("generation.json", b"{half", r"generation\.json: got no valid JSON"),
+        ("generation.json", b"\xe9", r"generation\.json: got no valid JSON"),
+    ],
+)
+def test_a_file_of_the_folder_that_was_spoilt_is_named(tmp_path: Path, file: str, content: bytes, named: str) -> None:
+    main(settings(tmp_path / "out", prompts=PROMPTS[:1], steps=1))
+    (tmp_path / "out" / file).write_bytes(content)
+    with pytest.raises(UserError, match=named):
+        main(settings(tmp_path / "out", prompts=PROMPTS[:1], steps=1))
+    assert (tmp_path / "out" / file).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["letter.txt", "letter.txt/below"])
+def test_an_output_that_is_no_folder_is_refused_before_the_model_is_opened(tmp_path: Path, name: str) -> None:
+    (tmp_path / "letter.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"letter\.txt is a file"):
+        main(settings(tmp_path / name, model=str(tmp_path / "no model")))
+
+
+def test_prompts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs", encoding="utf-8-sig")
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["a red cube", "two dogs"]

@@ -64,3 +64,32 @@ def test_a_folder_without_a_run_and_data_that_are_no_pairs_are_refused(tmp_path:
         measured(run, ranked)
     with pytest.raises(UserError, match=r"config\.yaml"):
         measured(tmp_path, ranked)
+
+
+def test_pairs_whose_label_is_a_tie_are_left_out_and_counted(tmp_path: Path) -> None:
+    run, data = trained(tmp_path / "run", "smoke_dpo_sd15", "training.steps=2")
+    table = data.importer.build().dataset
+    rows = [comparison(table[index]) for index in range(3)]
+    rows = [
+        replace(row, candidates=row.candidates[:2], ranks=None, prob=prob)
+        for row, prob in zip(rows, (1.0, 0.5, 0.7), strict=True)
+    ]
+    paths = {"all": rows, "decided": [rows[0], rows[2]], "ties": rows[1:2]}
+    fits = {}
+    for name, some in paths.items():
+        write(some, tmp_path / f"{name}.parquet")
+        importer = data.importer.with_settings(path=str(tmp_path / f"{name}.parquet"))
+        changed = replace(data, importer=importer, view=data.view.with_settings(ties="soft"))
+        if name == "ties":
+            with pytest.raises(UserError, match="got 1 ties"):
+                measured(run, changed)
+        else:
+            fits[name] = measured(run, changed)
+    assert fits["all"].num_tied_labels == 1
+    assert replace(fits["all"], num_tied_labels=0) == fits["decided"]
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    run, data = trained(tmp_path / "run", "smoke_dpo_sd15", "training.steps=1")
+    with pytest.raises(UserError, match="device: got 'foo'"):
+        pair_fit(run, data, device="foo")

@@ -185,3 +185,48 @@ def test_score_from_the_command_line_ends_with_0_or_2(data, tmp_path, capsys):
 def test_the_journal_is_json_lines_that_any_tool_reads(data):
     lines = score(data, "scorers=brightness").judgements.read_text().splitlines()
     assert [json.loads(line)["comparison"] for line in lines] == ["a", "b", "c"]
+
+
+def test_score_runs_again_with_more_judges_on_a_folder(data, tmp_path):
+    write((comparison(row) for row in read(data)), tmp_path / "cand")
+    for folder in ("cand_scored", "other"):
+        more = [] if folder == "cand_scored" else [f"output={tmp_path / folder}"]
+        assert score(tmp_path / "cand", "scorers=brightness", *more).output == tmp_path / folder
+        again = score(tmp_path / "cand", "scorers=[brightness, sharpness]", *more)
+        assert (again.num_judged, again.num_kept) == (3, 3)
+        assert len(scores_of(again.output, "sharpness")["b"]) == 3
+
+
+def test_a_folder_of_other_files_is_refused_before_anything_is_judged(data, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/letter.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not empty"):
+        score(data, "scorers=brightness", f"output={tmp_path / 'full'}")
+    assert (tmp_path / "full/letter.txt").read_text() == "keep me"
+    assert not (tmp_path / "full.judgements.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "./rows.jsonl", "folder/rows.jsonl/x", "letter.txt/x.jsonl", "x.jpg"])
+def test_an_output_that_cannot_be_written_or_is_the_data_ends_with_2(data, tmp_path, capsys, name):
+    (tmp_path / "letter.txt").write_text("keep me")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/rows.jsonl").write_text("a file")
+    before = data.read_bytes()
+    assert command_line(ScoreConfig, main, [str(data), "scorers=brightness", f"output={tmp_path}/{name}"]) == 2
+    assert "got" in capsys.readouterr().err
+    assert data.read_bytes() == before
+    assert not list(tmp_path.rglob("*.judgements.jsonl"))
+
+
+def test_an_output_inside_the_folder_of_the_data_is_refused(data, tmp_path):
+    write((comparison(row) for row in read(data)), tmp_path / "cand")
+    with pytest.raises(UserError, match="want a place outside the data"):
+        score(tmp_path / "cand", "scorers=brightness", f"output={tmp_path / 'cand/scored.parquet'}")
+
+
+def test_a_folder_is_not_replaced_by_a_file_nor_the_reverse(data, tmp_path):
+    (tmp_path / "x.jsonl").mkdir()
+    (tmp_path / "x").write_text("keep me")
+    for name, wanted in (("x.jsonl", "want a file"), ("x", "want a folder")):
+        with pytest.raises(UserError, match=wanted):
+            score(data, "scorers=brightness", f"output={tmp_path / name}")

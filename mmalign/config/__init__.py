@@ -13,12 +13,13 @@ config.loss.build(policy, reference)
 from mmalign.config.command import command_line, read_config
 from mmalign.config.description import describe, describe_names
 from mmalign.config.schema import Choice, Setting, Table, import_address, settings_of
-from mmalign.config.writing import differences, environment, resolved, write_resolved
+from mmalign.config.writing import check_folder, differences, environment, resolved, write_resolved
 
 __all__ = [
     "Choice",
     "Setting",
     "Table",
+    "check_folder",
     "command_line",
     "describe",
     "describe_names",

@@ -16,6 +16,7 @@ from typing import Any
 import mmalign
 from mmalign.config.reading import dump
 from mmalign.config.schema import Choice, show
+from mmalign.errors import UserError
 
 _PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip_torch", "pydantic", "numpy", "pillow",
@@ -40,12 +41,29 @@ def resolved(instance: Any) -> Any:
     return os.fspath(instance) if isinstance(instance, os.PathLike) else instance
 
 
-def write_resolved(instance: Any, folder: str | Path) -> None:
-    """Writes config.yaml and environment.json into `folder`, each complete or not at all."""
+def check_folder(folder: Path, *, key: str = "output") -> None:
+    """Refuses a folder that cannot be made or written, before any work is done for it. Nothing is made.
+
+    Raises:
+        UserError: it is a file or lies below one, or may not be written; the message begins with `key`.
+    """
+    place = Path(os.path.abspath(folder))
+    while not os.path.exists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{key}: got {folder}, want a folder, and {place} is a file. Choose another one.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: got {folder}, want a folder that can be written, and {place} cannot. Choose another one.")
+
+
+def write_resolved(
+    instance: Any, folder: str | Path, *, config: str = "config.yaml", versions: str = "environment.json"
+) -> None:
+    """Writes config.yaml and environment.json, or under the names given, into `folder`; each complete or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "config.yaml", dump(resolved(instance)))
-    _replace(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    _replace(folder / config, dump(resolved(instance)))
+    _replace(folder / versions, json.dumps(environment(), indent=2) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:

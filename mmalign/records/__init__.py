@@ -7,7 +7,7 @@ from mmalign.records.reading import IMAGE_SUFFIXES, collect, fault_of, raise_fau
 from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Sample, faults_of
 from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
 from mmalign.records.views import SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, unpaired
-from mmalign.records.writing import FORMATS, write
+from mmalign.records.writing import FORMATS, check_target, write
 
 __all__ = [
     "COLUMNS",
@@ -27,6 +27,7 @@ __all__ = [
     "Sample",
     "append_judgements",
     "best",
+    "check_target",
     "collect",
     "comparison",
     "fault_of",

@@ -24,33 +24,51 @@ ROWS_A_GROUP = 100  # a row group is held in memory with its images
 SHARD_ROWS = 1000
 
 
-def write(rows: "datasets.Dataset | Iterable[Comparison]", path: str | Path, *, format: str | None = None) -> Path:
-    """Write comparisons and return the path; the format is told from the ending, none is a save_to_disk folder.
-
-    `x.parquet`, `x.tar` and folders hold the images; `x.jsonl` puts them in `x_media/`, except those that already lie in
-    its folder, which stay where they are. A file is replaced; a folder must be new or empty.
-
-    Args:
-        rows: a table of our schema, or comparisons; they are streamed, not gathered.
-        path: file or folder.
-        format: a name of FORMATS, to override the ending: `imagefolder`, or `webdataset` for a folder of shards.
+def check_target(path: str | Path, *, format: str | None = None, replace: bool = False) -> str:
+    """Return the name in FORMATS under which `write` would write there.
 
     Raises:
-        UserError: the ending tells no format, the folder is not empty, or the format cannot hold a row.
+        UserError: the ending tells no format, the folder is not empty, or a file stands where a folder goes or the reverse.
     """
     target = Path(path)
     name = format or {".parquet": "parquet", ".jsonl": "jsonl", ".tar": "webdataset", "": "arrow"}.get(target.suffix, "")
     if name not in FORMATS:
         raise UserError(f"{target}: got format {name or target.suffix!r}, want one of {', '.join(FORMATS)}. Set format.")
-    if target.is_dir() and any(target.iterdir()):
+    wants_folder = name in ("arrow", "imagefolder") or (name == "webdataset" and target.suffix != ".tar")
+    if target.exists() and target.is_dir() != wants_folder:
+        kinds = ("file", "folder") if wants_folder else ("folder", "file")
+        raise UserError(f"{target}: got a {kinds[0]}, want a {kinds[1]} for the format {name}. Name another one.")
+    if not replace and target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target}: the folder exists and is not empty. Name another one or remove it.")
+    return name
+
+
+def write(
+    rows: "datasets.Dataset | Iterable[Comparison]", path: str | Path, *, format: str | None = None, replace: bool = False
+) -> Path:
+    """Write comparisons and return the path; the format is told from the ending, none is a save_to_disk folder.
+
+    `x.parquet`, `x.tar` and folders hold the images; `x.jsonl` puts them in `x_media/`, except those that already lie in
+    its folder, which stay where they are. A file is replaced; a folder must be new or empty, or `replace` is set.
+
+    Args:
+        rows: a table of our schema, or comparisons; they are streamed, not gathered.
+        path: file or folder.
+        format: a name of FORMATS, to override the ending: `imagefolder`, or `webdataset` for a folder of shards.
+        replace: a folder that stands there goes, with all that is in it, once the new one is whole.
+
+    Raises:
+        UserError: as `check_target`, or the format cannot hold a row.
+    """
+    target = Path(path)
+    name = check_target(target, format=format, replace=replace)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     _remove(partial)
     try:
         FORMATS[name](_comparisons(rows), target, partial)
         if partial.is_dir() and target.exists():
-            target.rmdir()
+            shutil.rmtree(target) if replace else target.rmdir()
         os.replace(partial, target)
     finally:
         _remove(partial)

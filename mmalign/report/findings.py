@@ -79,12 +79,18 @@ class PairFit:
         num_draws: (timestep, noise) draws that each pair was averaged over.
         accuracy: share of pairs whose chosen image has the higher implicit reward, ties half, with its interval.
         chosen_drift, rejected_drift: mean denoising error above the base model's.
+        num_tied_labels: pairs that were left out because their label is a tie.
     """
 
     num_draws: int
     accuracy: WinRate
     chosen_drift: float
     rejected_drift: float
+    num_tied_labels: int = 0
+
+    def left_out(self) -> str:
+        """Say how many pairs were left out, or nothing."""
+        return f"{self.num_tied_labels} pairs whose label is a tie were left out" if self.num_tied_labels else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +213,8 @@ class Evaluation:
                 "",
                 f"held-out pairs: implicit-reward accuracy {percent(fit.accuracy.rate)} "
                 f"({100 * fit.accuracy.low:.1f} to {percent(fit.accuracy.high)}), "
-                f"error above the base {fit.chosen_drift:+.2e} chosen, {fit.rejected_drift:+.2e} rejected",
+                f"error above the base {fit.chosen_drift:+.2e} chosen, {fit.rejected_drift:+.2e} rejected"
+                + (f"; {fit.left_out()}" if fit.left_out() else ""),
             ]
         if self.warnings():
             lines += ["", *(f"Note: {warning}" for warning in self.warnings())]
@@ -248,6 +255,7 @@ def _plain_pairs(fit: PairFit) -> dict[str, Any]:
         "chosen_error_drift": fit.chosen_drift,
         "rejected_error_drift": fit.rejected_drift,
         "num_pairs": fit.accuracy.wins + fit.accuracy.ties + fit.accuracy.losses,
+        "num_tied_labels": fit.num_tied_labels,
         "num_draws": fit.num_draws,
     }
 

@@ -203,12 +203,13 @@ def _pairs(fit: PairFit | None) -> str:
         return ""
     accuracy = fit.accuracy
     drift = f"{_signed(1e3 * fit.chosen_drift, 3)} chosen, {_signed(1e3 * fit.rejected_drift, 3)} rejected"
+    left_out = f" {fit.left_out()}." if fit.left_out() else ""
     return (
         "<h2>Held-out pairs</h2>\n"
         f"<p>The tuned model's implicit reward orders {percent(accuracy.rate)} of "
         f"{accuracy.wins + accuracy.ties + accuracy.losses} preference pairs that it was not trained on "
         f"({100 * accuracy.low:.1f} to {percent(accuracy.high)}; {fit.num_draws} noise draws a pair). "
-        f"Denoising error above the base model's, in thousandths: {drift}.</p>"
+        f"Denoising error above the base model's, in thousandths: {drift}.{left_out}</p>"
     )
 
 

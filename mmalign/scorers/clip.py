@@ -237,14 +237,16 @@ def torch_device(device: str) -> torch.device:
     """`auto` is the GPU if there is one, else the CPU; anything else is torch's own name of a device.
 
     Raises:
-        UserError: not a name that torch knows.
+        UserError: not a name that torch knows, or a device that is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device: got {device!r}, want auto, cpu, cuda or cuda:N. Use auto to take what is there.") from error
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
+        raise UserError(
+            f"device: got {device!r}, want auto, cpu, cuda or cuda:N ({_first_line(error)}). Use auto to take what is there."
+        ) from error
 
 
 def _transformers_preprocess(processor: Any) -> PixelPreprocess:
