@@ -219,6 +219,20 @@ def test_bfloat16_training_shows_validation_images_and_rounds_no_frozen_weight_o
             assert largest_difference(saved, base) == 0
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_in_bfloat16_the_vae_keeps_every_bit_whatever_is_sampled(tmp_path: Path, family: str) -> None:
+    config = config_of(tree(tmp_path / "out", family, adapter={"validation": {"prompts": ["a red 1"], "steps": 1}}))
+    examples = read_examples(config.data)[0]
+    half, whole = (config.adapter.build().open(mixed_precision=precision) for precision in ("bf16", "no"))
+    assert (half.pipe.text_encoder.dtype, half.network.unet.dtype) == (torch.bfloat16, torch.bfloat16)
+    pixels = torch.stack([one.pixels for one in half.item(examples[0], 0)["framed"]])
+    wanted = whole.encode(pixels)
+    torch.testing.assert_close(half.encode(pixels), wanted, atol=1e-6, rtol=0)
+    half.validate(tmp_path / "images")
+    assert (tmp_path / "images" / "000.png").is_file()
+    torch.testing.assert_close(half.encode(pixels), wanted, atol=1e-6, rtol=0)
+
+
 SUITS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": {"name": "dpo", "beta": 500, "label_smoothing": 0.1}},
     "robust": {"loss": {"name": "robust", "beta": 500}},

@@ -424,16 +424,28 @@ def test_a_tiny_autoencoder_encodes_without_spread() -> None:
     assert torch.equal(std, torch.zeros_like(mean))
 
 
-def test_a_vae_that_overflows_in_half_precision_is_run_in_float32() -> None:
+@families
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_of_a_half_precision_pipeline_are_those_of_the_float32_vae(family: str, dtype: torch.dtype) -> None:
+    pixels = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole, half = (encode_images(opened(family, dtype=one)[0], pixels) for one in (torch.float32, dtype))
+    torch.testing.assert_close(half, whole, atol=1e-6, rtol=0)
+
+
+def test_a_vae_that_overflows_in_half_precision_is_kept_in_float32(tmp_path: Path) -> None:
     assert vae_dtype({"force_upcast": True}, torch.float16) == torch.float32
     assert vae_dtype({"force_upcast": False}, torch.float16) == torch.float16
-    pipe, _ = opened("sdxl", dtype=torch.float16)
+    pipe, denoiser = opened("sdxl", dtype=torch.float16)
+    assert (pipe.vae.dtype, pipe.text_encoder.dtype, denoiser.unet.dtype) == (torch.float32, torch.float16, torch.float16)
     with torch.no_grad():
         pipe.vae.encoder.conv_in.weight.fill_(2e4)  # sums of 27 products pass 65504, the largest float16
     pixels = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     mean, _ = encode_images(pipe, pixels)
     assert torch.isfinite(mean).all()
-    assert pipe.vae.dtype == torch.float16, "as stock sampling expects it"
-    pipe.vae.register_to_config(force_upcast=False)
+    repaired = tiny_pipeline("sdxl", tmp_path, vae={"force_upcast": False})
+    pipe = open_pipeline("sdxl", repaired, dtype=torch.float16)
+    assert pipe.vae.dtype == torch.float16
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.fill_(2e4)
     with pytest.raises(UserError, match="NaN or infinite latents"):
         encode_images(pipe, pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from mmalign.models.diffusion import (
     schedule_of,
     trainable_parameters,
     training_plan,
+    vae_dtype,
 )
 from mmalign.models.sampling import sample_images
 from mmalign.models.tiny import TINY
@@ -95,7 +97,8 @@ class DiffusionAdapter:
         noise: `shared`: the candidates of an example see one noise and timestep; `independent`: each its own.
         latents: a sample of the VAE's posterior, or its mean.
         lora: None trains all weights against a frozen copy.
-        dtype: of frozen weights; auto: that of the mixed precision for LoRA, float32 for full fine-tuning.
+        dtype: of frozen weights: text encoders and, under a LoRA, the network; auto: that of the mixed precision. Always
+            float32: trained weights, the reference of a full fine-tune, and a VAE whose config says force_upcast.
         cache: folder that `mmalign prepare` fills and training reads; None encodes at every step.
         cache_dtype: of the cached tensors; float32 gives the same numbers as no cache.
         draws: number of seeded (timestep, noise) draws per example, used in turn epoch by epoch; with a cache their reference
@@ -203,8 +206,9 @@ class DiffusionPolicy:
         self.pipe.to(device)
         for part in self._encoders():
             part.requires_grad_(False).eval()
-            if part.dtype != frozen:
+            if part is not self.pipe.vae and part.dtype != frozen:
                 part.to(frozen)
+        nn.Module.to(self.pipe.vae, vae_dtype(self.pipe.vae.config, frozen))
         self.denoiser = Denoiser(self.family, self.pipe.unet)
         self._check_timesteps()
         self.cache: Cache | None = None
@@ -361,7 +365,12 @@ class DiffusionPolicy:
 
     @contextmanager
     def _encoders_as_network(self) -> Iterator[None]:
-        """The encoders on the device and in the dtype of the network: a pipeline of mixed dtypes cannot sample."""
+        """The encoders on the device and in the dtype of the network: a pipeline of mixed dtypes cannot sample.
+
+        Samples with a copy of the VAE, because casting it down and up again would round the one that encodes.
+        """
+        vae = self.pipe.vae
+        self.pipe.vae = copy.deepcopy(vae)
         before: list[tuple[nn.Module, Any, Any]] = [(part, part.device, part.dtype) for part in self._encoders()]
         try:
             for part, _, _ in before:
@@ -370,6 +379,7 @@ class DiffusionPolicy:
         finally:
             for part, device, dtype in before:
                 nn.Module.to(part, device, dtype)
+            self.pipe.vae = vae
 
     def _make_trainable(self, weights: Path | None) -> None:
         lora = self.settings.lora

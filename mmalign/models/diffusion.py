@@ -84,7 +84,8 @@ def open_pipeline(
     Args:
         family: a name in FAMILIES, an address, or a Family.
         model: folder with `model_index.json`, hub id `owner/name`, or `tiny` for a tiny random pipeline of the family.
-        dtype: of all weights. `encode_images` lifts a VAE that overflows in half precision to float32 by itself.
+        dtype: of all weights, but a VAE that overflows in half precision is loaded and kept in float32: cast it
+            before sampling with stock code, which wants one dtype.
         revision, variant: of a hub id; variant ("fp16") also of a folder.
         local_files_only: use only what the hub cache holds.
     Raises:
@@ -93,7 +94,7 @@ def open_pipeline(
     family = find_family(family)
     folder = model_folder(family, model, revision=revision, variant=variant, local_files_only=local_files_only)
     check_family(folder, model, family=family.name, pipeline=family.pipeline, known=tuple(FAMILIES))
-    options: dict[str, Any] = {"dtype": dtype, "variant": variant, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": {"vae": torch.float32, "default": dtype}, "variant": variant, "local_files_only": True}
     if "safety_checker" in inspect.signature(family.pipeline_class().__init__).parameters:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
@@ -101,6 +102,7 @@ def open_pipeline(
             pipe = family.pipeline_class().from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         raise UserError(f"{model}: diffusers cannot load it ({fault}). Download or save the model again.") from fault
+    nn.Module.to(pipe.vae, vae_dtype(pipe.vae.config, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -124,10 +126,10 @@ def schedule_of(pipe: Any) -> Schedule:
 
 
 def vae_dtype(vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """The dtype to run a VAE in when the pipeline has `dtype`: float32 where its config says force_upcast.
+    """The dtype to keep a VAE in when the pipeline has `dtype`: float32 where its config says force_upcast.
 
     The SDXL VAE overflows to NaN in float16 and loses detail in bfloat16; the repaired one (fp16-fix) says
-    force_upcast false and runs in `dtype`.
+    force_upcast false and runs in `dtype`. Those of SD 1.x and 2.x say nothing, which diffusers reads as true.
     """
     return torch.float32 if vae_config.get("force_upcast", False) else dtype
 
@@ -136,7 +138,9 @@ def vae_dtype(vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
 def encode_images(
     pipe: Any, pixels: Float[Tensor, "n 3 height width"], *, check: bool = True
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-    """Mean and standard deviation of the scaled latents: (x - shift) * scaling of the VAE's posterior, in float32.
+    """Mean and standard deviation of the scaled latents: (x - shift) * scaling of the VAE's posterior, as float32.
+
+    Computed in the VAE's dtype, which `open_pipeline` chose.
 
     A latent is mean + std * noise. AutoencoderTiny has no posterior: its std is 0.
     Args:
@@ -145,20 +149,15 @@ def encode_images(
     Raises:
         UserError: the VAE gave NaN or infinite latents, and `check` is on.
     """
-    vae, stored = pipe.vae, pipe.vae.dtype
-    dtype = vae_dtype(vae.config, stored)
+    vae = pipe.vae
     shift, scaling = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
-    nn.Module.to(vae, dtype)
-    try:
-        encoded = vae.encode(pixels.to(vae.device, dtype))
-    finally:
-        nn.Module.to(vae, stored)
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):  # AutoencoderKL
         mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     else:  # AutoencoderTiny
         mean, std = encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
     if check and not torch.isfinite(mean).all():
-        raise UserError(f"VAE: got NaN or infinite latents in {dtype}. Set dtype: bfloat16, or use a VAE made for float16.")
+        raise UserError(f"VAE: got NaN or infinite latents in {vae.dtype}. Set dtype: bfloat16, or use a VAE made for float16.")
     return (mean - shift) * scaling, std * scaling
 
 
