@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 # network(noisy (n, *dims), timestep (n,), **condition (n, ...)) -> (n, *dims)
@@ -176,7 +176,11 @@ class TransitionInputs:
 
 
 def winner_guard(
-    residual: Float[Tensor, "batch 2 *dims"], *, mu: float = 0.9, per: Literal["pair", "batch"] = "pair"
+    residual: Float[Tensor, "batch 2 *dims"],
+    tie: Bool[Tensor, " batch"] | None = None,
+    *,
+    mu: float = 0.9,
+    per: Literal["pair", "batch"] = "pair",
 ) -> Float[Tensor, "batch 2"]:
     """Diffusion-SDPO's safeguard: how much of the loser's gradient may pass so that the winner's error does not rise.
 
@@ -187,6 +191,7 @@ def winner_guard(
     Source: arXiv 2511.03317 and its published code, which takes one lambda per micro-batch (`per="batch"`).
     Args:
         residual: network output minus target, chosen first, detached.
+        tie: pairs without a winner to guard; both their gradients pass whole.
         mu: how much of the winner's descent is kept. Published: 0.9 (SD 1.5), 0.6 (SDXL).
         per: one lambda for each pair (ours, finer), or one for the batch (published).
     """
@@ -196,6 +201,8 @@ def winner_guard(
         squared_norm, inner = squared_norm.sum().expand_as(inner), inner.sum().expand_as(inner)
     ratio = (1 - mu) * squared_norm / torch.where(inner > 0, inner, torch.ones_like(inner))
     scale = torch.where(inner > 0, ratio.clamp(0, 1), torch.ones_like(inner))
+    if tie is not None:
+        scale = torch.where(tie, torch.ones_like(scale), scale)
     return torch.stack([torch.ones_like(scale), scale], dim=1)
 
 

@@ -90,9 +90,14 @@ class Objective:
         return any("reference" in term.data for term in self.terms)
 
     @property
+    def uses_statistics(self) -> bool:
+        """Whether any term asks for a mean over the batch."""
+        return any(name in STATISTICS for term in self.terms for name in term.data)
+
+    @property
     def data(self) -> frozenset[str]:
         """Names of all side data that any term can use."""
-        return frozenset(name for term in self.terms for name in term.data) - {"policy", "reference"} - STATISTICS.keys()
+        return frozenset(name for term in self.terms for name in term.data) - {"policy", "reference", *STATISTICS}
 
     def check(self, side: Collection[str], num_candidates: int) -> None:
         """Refuse data that the losses can't be computed on.
@@ -101,6 +106,13 @@ class Objective:
             UserError: a needed name is missing, the number of candidates is not the loss's, or nothing is there for an
                 automatic beta to follow.
         """
+        passed_over = sorted({"prob", "margin"} & set(side) - self.data)
+        if passed_over:
+            names = ", ".join(term.name for term in self.terms)
+            raise UserError(
+                f"loss: the data have {' and '.join(passed_over)} (soft ties are prob 0.5), which {names} would pass over. "
+                "Choose a loss that takes them (dpo does), data.view.ties: drop, or data without the column."
+            )
         for term in self.terms:
             needed = {name for name, required in term.data.items() if required} - {"policy", "reference"}
             missing = sorted(needed - set(side))
@@ -119,6 +131,28 @@ class Objective:
                 raise UserError(
                     f"loss.{term.name}: got {num_candidates} candidates a prompt, want {term.num_candidates}. "
                     f"Choose another data.view (pair gives 2, ranked all, unpaired and best 1) or another loss."
+                )
+
+    def try_out(self, side: Mapping[str, Any], num_candidates: int) -> None:
+        """Compute every term once where policy and reference agree: what it refuses is told before anything is loaded.
+
+        Args:
+            side: side data of one example.
+            num_candidates: k.
+        Raises:
+            UserError: the loss refuses its settings, or is not finite where policy and reference agree.
+        """
+        zeros = torch.zeros(2, num_candidates)
+        twice = {name: torch.tensor([value, value], dtype=torch.float32) for name, value in side.items()}
+        for term in self.terms:
+            try:
+                result = term.loss(**self._arguments(term, zeros, zeros, twice, torch.mean))
+            except ValueError as fault:
+                raise UserError(f"loss.{fault}") from fault
+            if not torch.isfinite(result.losses).all():
+                raise UserError(
+                    f"loss.{term.name}: is not finite where policy and reference agree, with {dict(term.settings)}. "
+                    "Correct its settings."
                 )
 
     def __call__(

@@ -55,14 +55,16 @@ def test_the_candidates_of_an_example_share_noise_and_timestep_and_examples_do_n
     assert len(set(inputs.timestep[:, 0].tolist())) > 1
 
 
-def test_independent_candidates_have_noise_and_timestep_of_their_own(tmp_path: Path) -> None:
-    policy, examples = opened(tmp_path, noise="independent")
+@pytest.mark.parametrize("own", ["noise", "timestep"])
+def test_what_is_set_independent_is_drawn_for_each_candidate_and_the_other_is_shared(tmp_path: Path, own: str) -> None:
+    policy, examples = opened(tmp_path, **{own: "independent"})
     inputs = prepared(policy, *((examples[i], 0) for i in range(4))).inputs
-    assert (inputs.target[:, 0] != inputs.target[:, 1]).float().mean() > 0.99
-    assert (inputs.timestep[:, 0] != inputs.timestep[:, 1]).any()
+    share_of_other_noise = (inputs.target[:, 0] != inputs.target[:, 1]).float().mean()
+    assert share_of_other_noise > 0.99 if own == "noise" else share_of_other_noise == 0
+    assert bool((inputs.timestep[:, 0] != inputs.timestep[:, 1]).any()) == (own == "timestep")
 
 
-@pytest.mark.parametrize("adapter", [{}, {"flip": True, "noise": "independent"}, {"crop": "random"}])
+@pytest.mark.parametrize("adapter", [{}, {"flip": True, "noise": "independent", "timestep": "independent"}, {"crop": "random"}])
 def test_a_draw_does_not_depend_on_the_batch_it_is_in(tmp_path: Path, adapter: dict[str, Any]) -> None:
     policy, examples = opened(tmp_path, **adapter)
     together = prepared(policy, (examples[0], 1), (examples[1], 1), (examples[2], 4)).inputs
@@ -80,14 +82,15 @@ def test_every_epoch_has_draws_of_its_own_and_a_bank_repeats_them(tmp_path: Path
     assert len({prepared(fresh, (examples[0], epoch)).inputs.target.sum().item() for epoch in range(4)}) == 4
 
 
-@pytest.mark.parametrize("noise", ["shared", "independent"])
-def test_a_flipped_label_changes_no_draw(tmp_path: Path, noise: str) -> None:
-    policy, examples = opened(tmp_path, noise=noise, flip=True)
+@pytest.mark.parametrize("each", ["shared", "independent"])
+def test_a_flipped_label_changes_no_draw(tmp_path: Path, each: str) -> None:
+    policy, examples = opened(tmp_path, noise=each, timestep=each, flip=True)
     example = examples[0]
     swapped = replace(example, samples=example.samples[::-1])
-    one, other = (prepared(policy, (each, 3)).inputs for each in (example, swapped))
+    one, other = (prepared(policy, (labelled, 3)).inputs for labelled in (example, swapped))
     assert torch.equal(one.noisy, other.noisy.flip(1))
     assert torch.equal(one.target, other.target.flip(1))
+    assert torch.equal(one.timestep, other.timestep.flip(1))
 
 
 def test_each_image_keeps_its_own_aspect_ratio_crop_and_sdxl_time_ids(tmp_path: Path) -> None:

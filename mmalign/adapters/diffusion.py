@@ -83,6 +83,13 @@ class Validation:
     steps: int = 25
     guidance_scale: float = 7.5
 
+    def __post_init__(self) -> None:
+        """Refuse what could only fail when the run is nearly over."""
+        if not self.prompts:
+            raise ValueError("prompts: got none, want one or more, or validation: null.")
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}, want 1 or more.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionAdapter:
@@ -94,7 +101,8 @@ class DiffusionAdapter:
         crop, flip: how images become that size; `flip` mirrors each image with probability 1/2, each on its own.
         prompt_dropout: share of examples trained on the empty prompt. Published: 0.2 (Salesforce), 0 (diffusers).
         timesteps: distribution of the timestep.
-        noise: `shared`: the candidates of an example see one noise and timestep; `independent`: each its own.
+        noise, timestep: `shared`: the candidates of an example see one; `independent`: each its own. Published: both shared;
+            for RankDPO the noise is each image's own.
         latents: a sample of the VAE's posterior, or its mean.
         lora: None trains all weights against a frozen copy.
         dtype: of frozen weights: text encoders and, under a LoRA, the network; auto: that of the mixed precision. Always
@@ -116,6 +124,7 @@ class DiffusionAdapter:
     prompt_dropout: float = 0.0
     timesteps: Annotated[Choice, Table(TIMESTEPS)] = UNIFORM
     noise: Literal["shared", "independent"] = "shared"
+    timestep: Literal["shared", "independent"] = "shared"
     latents: Literal["sample", "mean"] = "sample"
     lora: Lora | None = Lora()
     winner_guard: WinnerGuard | None = None
@@ -144,6 +153,16 @@ class DiffusionAdapter:
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    def check_examples(self, kinds: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
+        """Refuse examples that are not one image a candidate; `kinds` as `records.Examples` has them.
+
+        Raises:
+            UserError: names the first such row.
+        """
+        for (_, images), where in kinds.items():
+            if images != (1,):
+                raise UserError(f"{where}: got candidates with {images[0]} images, want 1 each. Complete or remove the row.")
 
     def open(
         self,
@@ -273,16 +292,15 @@ class DiffusionPolicy:
         prompts = ["" if dropped else text for dropped, text in zip(drop, batch["prompt"], strict=True)]
         timestep = self.settings.timesteps.build(u, self.schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
         noise = noise.expand(mean.shape)
-        guard = self.settings.winner_guard
+        side = {name: value.to(self.device) for name, value in batch["side"].items()}
         inputs = DenoisingInputs(
             noisy=self.schedule.add_noise(clean, noise, timestep),
             timestep=self.schedule.network_timestep(timestep),
             target=self.schedule.target(clean, noise, timestep),
             condition={**self._prompts(prompts), **{k: v.to(self.device) for k, v in batch["sizes"].items()}},
             per_candidate=frozenset(batch["sizes"]),
-            safeguard=None if guard is None else partial(winner_guard, mu=guard.mu, per=guard.per),
+            safeguard=self._safeguard(side),
         )
-        side = {name: value.to(self.device) for name, value in batch["side"].items()}
         reference = None if self.cache is None else self.cache.reference(batch["key"], batch["draw"])
         if reference is not None:
             reference = reference.to(self.device)
@@ -423,20 +441,28 @@ class DiffusionPolicy:
         index = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return {name: value[index.to(value.device)].to(self.device) for name, value in encoded.items()}
 
+    def _safeguard(self, side: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+        guard = self.settings.winner_guard
+        if guard is None:
+            return None
+        tie = side["prob"] == 0.5 if "prob" in side else None
+        return partial(winner_guard, tie=tie, mu=guard.mu, per=guard.per)
+
     def _draws(
         self, batch: Mapping[str, Any], shape: tuple[int, ...]
-    ) -> tuple[list[bool], Float[Tensor, "batch m"], Float[Tensor, "batch m c h w"], Float[Tensor, "batch k c h w"]]:
+    ) -> tuple[list[bool], Float[Tensor, "batch m"], Float[Tensor, "batch n c h w"], Float[Tensor, "batch k c h w"]]:
         """Every random number of a step, from (seed, content of the example, draw): the same however batches are split."""
         drop, u, noise, posterior = [], [], [], []
         for key, draw, images in zip(batch["unordered"], batch["draw"], batch["images"], strict=True):
-            count = 1 if self.settings.noise == "shared" else len(images)
             place = torch.tensor(sorted(range(len(images)), key=images.__getitem__)).argsort()
-            own = place[:count] * (count > 1)  # of each candidate's own timestep and noise; the shared one is number 0
+            own_u, own_noise = (
+                place if way == "independent" else place[:1] * 0 for way in (self.settings.timestep, self.settings.noise)
+            )
             generator = torch.Generator().manual_seed(int(content_key(self.seed, key, draw)[:15], 16))
-            first = torch.rand(1 + count, generator=generator, dtype=torch.float64)
+            first = torch.rand(1 + len(own_u), generator=generator, dtype=torch.float64)
             drop.append(bool(first[0] < self.settings.prompt_dropout))
-            u.append(first[1:][own])
-            noise.append(torch.randn((count, *shape), generator=generator)[own])
+            u.append(first[1:][own_u])
+            noise.append(torch.randn((len(own_noise), *shape), generator=generator)[own_noise])
             posterior.append(torch.randn((len(images), *shape), generator=generator)[place])
         return (
             drop,

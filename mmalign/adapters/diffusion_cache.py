@@ -183,7 +183,10 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
             "seed": policy.seed,
             "prediction": policy.schedule.prediction,
             "timesteps": resolved(settings.timesteps),
-            **{name: getattr(settings, name) for name in ("noise", "latents", "flip", "prompt_dropout", "cache_dtype")},
+            **{
+                name: getattr(settings, name)
+                for name in ("noise", "timestep", "latents", "flip", "prompt_dropout", "cache_dtype")
+            },
         }
     return Cache(policy, Path(settings.cache or ""), fingerprints, -1 if part is None else part)
 

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import sys
 import types
 import typing
@@ -333,6 +334,9 @@ def _check_leaf(kind: Any, value: Any, path: KeyPath, faults: Faults) -> Any:
     """pydantic in strict JSON mode: no text for numbers, but lists for tuples, text for paths, integers for floats."""
     from pydantic import TypeAdapter, ValidationError
 
+    if isinstance(value, float) and math.isnan(value):
+        faults.append((path, "got NaN, want a number."))
+        return FAULTY
     try:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:

@@ -23,6 +23,18 @@ class PreferenceLoss:
     rewards: Float[Tensor, "batch k"]
 
 
+def check_label_smoothing(name: str, label_smoothing: float) -> None:
+    """Refuse a flip probability that would turn the labels around."""
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"{name}.label_smoothing: got {label_smoothing}, want at least 0 and below 0.5.")
+
+
+def check_beta(name: str, beta: float) -> None:
+    """Refuse a beta that would teach nothing or the opposite."""
+    if not beta > 0:
+        raise ValueError(f"{name}.beta: got {beta}, want a positive number.")
+
+
 def pair_delta(policy: Float[Tensor, "batch 2"], reference: Float[Tensor, "batch 2"]) -> Float[Tensor, " batch"]:
     """How much more than the reference the policy prefers the best candidate, in nats."""
     ratios = policy - reference

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.losses.links import PreferenceLoss, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, weighted
 
 
 def rank_dpo(
@@ -40,6 +40,7 @@ def rank_dpo(
         log: base of the discount; only rescales the loss.
         ties: equal scores share their mean rank, or keep their order in the list.
     """
+    check_beta("rank_dpo", beta)
     rewards = beta * (policy - reference)
     ranks = _ranks(scores if rank_by == "label" else rewards.detach(), average=ties == "average")
     discount = torch.log1p(ranks) if log == "natural" else torch.log2(1 + ranks)

@@ -14,7 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from mmalign.losses.links import PreferenceLoss, logistic, pair_delta, two_sided, weighted
+from mmalign.losses.links import (
+    PreferenceLoss,
+    check_beta,
+    check_label_smoothing,
+    logistic,
+    pair_delta,
+    two_sided,
+    weighted,
+)
 
 
 def dpo(
@@ -39,8 +47,12 @@ def dpo(
         weight: factor of each pair's loss.
         margin: reward units that the margin must exceed, per pair.
         beta: reward per nat. Published: 0.1 for text; 2000 (SD 1.5) and 5000 (SDXL) for diffusion.
-        label_smoothing: probability that a label is wrong, below 0.5.
+        label_smoothing: probability that a label is wrong, at least 0 and below 0.5.
+    Raises:
+        ValueError: beta not positive, or label_smoothing outside [0, 0.5).
     """
+    check_beta("dpo", beta)
+    check_label_smoothing("dpo", label_smoothing)
     logit = beta * pair_delta(policy, reference)
     if margin is not None:
         logit = logit - margin.to(logit)
@@ -69,8 +81,8 @@ def robust(
     Raises:
         ValueError: label_smoothing outside [0, 0.5).
     """
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"robust: got label_smoothing {label_smoothing}, want at least 0 and below 0.5.")
+    check_beta("robust", beta)
+    check_label_smoothing("robust", label_smoothing)
     logit = beta * pair_delta(policy, reference)
     if margin is not None:
         logit = logit - margin.to(logit)
@@ -104,6 +116,7 @@ def ipo(
         beta: reward per nat. Published: 0.1 for text.
         scale_free: the form with target 1/2 in reward units. Published: False.
     """
+    check_beta("ipo", beta)
     logit = beta * pair_delta(policy, reference)
     offset = 0.5 if margin is None else margin.to(logit) + 0.5
     losses = two_sided((logit - offset) ** 2, (-logit - offset) ** 2, prob)
@@ -130,6 +143,7 @@ def hinge(
         policy, reference, prob, weight, beta: as in `dpo`.
         margin: reward units, one number or one per pair. Published: 1.
     """
+    check_beta("hinge", beta)
     logit = beta * pair_delta(policy, reference)
     losses = two_sided(relu(margin - logit), relu(margin + logit), prob)
     return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
@@ -181,6 +195,9 @@ def spo(
         beta: reward per nat. Published: 10 (LPO: 500).
         clip: half-width of the allowed ratio. Published: 0.1.
     """
+    check_beta("spo", beta)
+    if not 0.0 < clip < 1.0:
+        raise ValueError(f"spo.clip: got {clip}, want a number between 0 and 1.")
     # Clamped in logarithms: the same value and gradient, and no overflow of the ratio.
     ratios = (policy - reference).clamp(math.log1p(-clip), math.log1p(clip))
     losses = logistic(beta * (ratios[:, 0] - ratios[:, 1]), prob)
@@ -213,6 +230,7 @@ def mapo(
         scale: v1 only, the number of training timesteps. Published: 1000.
         parametrisation: which of the two.
     """
+    check_beta("mapo", beta)
     error = -2 * policy
     if parametrisation == "v1":
         log_score, score_scale, margin_weight = _log_error_odds(snr * error), scale, beta

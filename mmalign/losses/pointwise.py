@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmalign.losses.links import PreferenceLoss, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, weighted
 
 
 def batch_mean_ratio(policy: Float[Tensor, "batch k"], reference: Float[Tensor, "batch k"]) -> Float[Tensor, " values"]:
@@ -34,11 +34,13 @@ def kto(
     Args:
         policy, reference: logps, one candidate a row.
         labels: 1 (or True) desirable, 0 (or False) undesirable.
-        anchor: reference point in nats, gathered over processes and detached; None: the mean of this batch.
+        anchor: reference point in nats, gathered over processes and detached; None: the mean of this batch. In training it is
+            the mean of a micro-batch over all processes, as published: accumulating does not widen it.
         weight: factor of each row's loss.
         beta: reward per nat. Published: 0.1 for text; Diffusion-KTO's 1000 on errors without the half is 2000 here.
         desirable_weight, undesirable_weight: lambda of each class. Published: 1.
     """
+    check_beta("kto", beta)
     ratio = (policy - reference)[:, 0]
     if anchor is None:
         anchor = batch_mean_ratio(policy, reference).mean()
