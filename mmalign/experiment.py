@@ -13,12 +13,11 @@ from mmalign.adapters import ADAPTERS
 from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
-from mmalign.loop import changed_keys
 from mmalign.losses import LOSSES
 from mmalign.objective import AutoBeta, Objective, Term
 from mmalign.records import VIEWS, Examples
 from mmalign.sources import SOURCES
-from mmalign.training import Training
+from mmalign.training import Training, changed_keys
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,11 @@ class Data:
         default=Choice(name="pair", target=VIEWS["pair"]), metadata={"help": "candidates of a row -> examples"}
     )
     limit: int | None = field(default=None, metadata={"help": "only the first rows"})
+
+    def __post_init__(self) -> None:
+        """Refuse a number without meaning."""
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: got {self.limit}, want 1 or more, or null for all rows.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class TrainConfig:
         """Refuse what only several keys together tell."""
         if not self.loss:
             raise ValueError("loss: got an empty list, want at least one loss.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, want 0 to {2**32 - 1}.")
 
 
 def read_examples(data: Data) -> tuple[Examples, str]:
@@ -72,15 +78,22 @@ def read_examples(data: Data) -> tuple[Examples, str]:
     if data.limit is not None:
         rows = rows.select(range(min(data.limit, len(rows))))
     examples = Examples(rows, partial(data.view.target, **data.view.settings))
+    if len({k for k, _ in examples.kinds}) > 1:
+        kinds = "; ".join(f"{where}: {k}" for (k, _), where in list(examples.kinds.items())[:4])
+        raise UserError(
+            f"data: examples of one run must have one number of candidates, got {kinds}. Set data.view.num_candidates, or "
+            "filter the rows."
+        )
     faults = f"; {len(imported.faults)} faulty rows left out, first: {imported.faults[0]}" if imported.faults else ""
     return examples, examples.summary() + faults
 
 
 def build_objective(config: TrainConfig, examples: Examples) -> Objective:
-    """The sum of the config's losses, checked against the data.
+    """The sum of the config's losses, checked against the data and tried out.
 
     Raises:
-        UserError: a loss needs data that the view does not give, or another number of candidates.
+        UserError: a loss needs data that the view does not give, wants another number of candidates, would pass over soft
+            labels or margins, or has a setting that it refuses.
     """
     terms = [
         Term(name=one.name, loss=one.target, settings=one.settings, weight=one.extra.get("weight", 1.0)) for one in config.loss
@@ -88,12 +101,19 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     objective = Objective(terms, config.auto_beta)
     first = examples[0]
     objective.check(first.side, len(first.samples))
+    objective.try_out(first.side, len(first.samples))
     return objective
 
 
 def open_policy(config: TrainConfig, examples: Examples, objective: Objective, accelerator: Any, **more: Any) -> Any:
-    """The adapter's policy on this process's device."""
-    return config.adapter.build().open(
+    """The adapter's policy on this process's device.
+
+    Raises:
+        UserError: the examples are not of the adapter's kind, or the model cannot be opened.
+    """
+    adapter = config.adapter.build()
+    adapter.check_examples(examples.kinds)
+    return adapter.open(
         device=accelerator.device,
         mixed_precision=accelerator.mixed_precision,
         seed=config.seed,
@@ -104,15 +124,28 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
 
 
 def check_output(config: TrainConfig) -> None:
-    """Refuse to write over a run.
+    """Refuse to write over a run, or among other files.
 
     Raises:
-        UserError: the output folder holds one, and neither `resume` nor `overwrite` is set.
+        UserError: the output folder holds a run, and neither `resume` nor `overwrite` is set; or it holds something else.
     """
-    taken = (config.output / "config.yaml").exists() and config.resume is None
-    if taken and not config.overwrite and not config.dry_run:
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file, want a folder. Choose another output.")
+    inside = config.resume is not None and (
+        config.resume == "latest" or Path(config.resume).parent.resolve() == output.resolve()
+    )
+    if config.dry_run or inside or not output.exists():
+        return
+    others = [path.name for path in output.iterdir() if not path.name.startswith(".")]
+    ours = (output / "config.yaml").exists() and (output / "environment.json").exists()
+    if others and not ours:
         raise UserError(
-            f"output: {config.output} holds a run already. Go on with resume=latest, choose another output, or set "
+            f"output: {output} holds other files ({sorted(others)[0]}), want a new or empty folder. Choose another."
+        )
+    if others and not config.overwrite:
+        raise UserError(
+            f"output: {output} holds a run already. Go on with resume=latest, choose another output, or set "
             "overwrite=true to start again there."
         )
 

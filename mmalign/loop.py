@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,21 +17,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmalign import checkpoints, metrics
-from mmalign.config import differences
 from mmalign.errors import UserError
 from mmalign.objective import Objective
 from mmalign.sources import Order
-from mmalign.training import Training
+from mmalign.training import Training, changed_keys
 
 logger = logging.getLogger(__name__)
 
 TRAINABLE = "trainable.safetensors"
 METRICS = "metrics.jsonl"
-# What may differ between a checkpoint's config and the run that goes on from it.
-FREE_ON_RESUME = (
-    *("resume", "output", "overwrite", "dry_run", "source.num_workers"),
-    *(f"training.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "trackers")),
-)
+MOST_SKIPPED = 50  # steps in a row that float16 may lose to overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +79,7 @@ class _Run:
     order: Order
     output: Path
     config: Mapping[str, Any]
+    data: str
     total: int
     network: nn.Module = field(init=False)
     optimiser: Any = field(init=False)
@@ -94,6 +89,7 @@ class _Run:
     step: int = 0
     sums: metrics.Sums = field(default_factory=dict)
     since: tuple[int, float] = (0, 0.0)
+    skipped: int = 0  # steps in a row
 
     def __post_init__(self) -> None:
         from diffusers.optimization import get_scheduler
@@ -127,13 +123,21 @@ class _Run:
                 finite.append(self.micro_step(self.policy.prepare(batch), sync=last))
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
         norm = torch.as_tensor(norm, device=self.accelerator.device)
-        self._stop_unless_finite(finite, norm)
-        self.optimiser.step()
-        self.scheduler.step()
+        taken = self._stop_unless_finite(finite, norm)
+        self.optimiser.step()  # of an overflown step under loss scaling: lowers the scale, leaves the weights
         self.optimiser.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.step(self.parameters)
-        self.sums = metrics.add(self.sums, {"grad_norm": (norm.detach().double(), torch.ones_like(norm, dtype=torch.float64))})
+        self.skipped = 0 if taken else self.skipped + 1
+        if taken:
+            self.scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+            one = torch.ones_like(norm, dtype=torch.float64)
+            self.sums = metrics.add(self.sums, {"grad_norm": (norm.detach().double(), one)})
+        elif self.skipped == MOST_SKIPPED:
+            raise UserError(
+                f"step {self.step + 1}: float16 overflowed in {MOST_SKIPPED} steps in a row. Use mixed_precision bf16, or a "
+                "smaller learning_rate."
+            )
         self.step += 1
 
     def micro_step(self, prepared: Prepared, *, sync: bool) -> tuple[Tensor, Sequence[str]]:
@@ -192,14 +196,17 @@ class _Run:
         gathered: Tensor = self.accelerator.gather(values) if self.accelerator.num_processes > 1 else values
         return gathered.mean()
 
-    def _stop_unless_finite(self, finite: list[tuple[Tensor, Sequence[str]]], norm: Tensor) -> None:
-        """Stop before the optimiser has touched a weight; the one host synchronisation of a step."""
-        scaled = self.accelerator.mixed_precision == "fp16"  # whose loss scaling overflows by design, and skips the step
-        fine = torch.stack([ok.all() for ok, _ in finite] + ([] if scaled else [torch.isfinite(norm)])).all()
+    def _stop_unless_finite(self, finite: list[tuple[Tensor, Sequence[str]]], norm: Tensor) -> bool:
+        """Stop before the optimiser has touched a weight; the one host synchronisation of a step.
+
+        Returns: whether the step is taken. Loss scaling overflows by design, and skips the step.
+        """
+        fine = torch.stack([torch.stack([ok.all() for ok, _ in finite]).all(), torch.isfinite(norm)]).float()
         if self.accelerator.num_processes > 1:
-            fine = self.accelerator.reduce(fine.float(), reduction="sum") == self.accelerator.num_processes
-        if bool(fine):
-            return
+            fine = self.accelerator.reduce(fine, reduction="mean")
+        losses_fine, norm_fine = (bool(value == 1) for value in fine.tolist())
+        if losses_fine and (norm_fine or self.accelerator.scaler is not None):
+            return norm_fine
         bad = [name for ok, ids in finite for good, name in zip(ok.tolist(), ids, strict=True) if not good]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -210,7 +217,7 @@ class _Run:
         remedy = f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
         raise UserError(
             f"step {self.step + 1}: {what}. {remedy} Look at these samples; try a smaller learning_rate or beta, "
-            "mixed_precision bf16 instead of fp16, or a VAE in float32."
+            "training.mixed_precision bf16 instead of fp16."
         )
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
@@ -225,8 +232,7 @@ class _Run:
             path = broadcast_object_list([str(folder)])[0]
             self.accelerator.save_state(path)
             if main:
-                state = {"step": self.step, "config": self.config, "examples": self.order.num_examples}
-                checkpoints.write_state(Path(path), {**state, "per_step": self.order.per_step})
+                checkpoints.write_state(Path(path), {"step": self.step, "config": self.config, **self._identity()})
             self.accelerator.wait_for_everyone()
         if main:
             checkpoints.rotate(self.output, self.training.keep_checkpoints)
@@ -238,11 +244,12 @@ class _Run:
         Raises:
             UserError: the checkpoint is of another config, dataset or batch.
         """
+        checkpoints.check_complete(checkpoint)
         state = checkpoints.read_state(checkpoint)
         changed = changed_keys(state["config"], self.config)
-        for name, now in (("examples", self.order.num_examples), ("per_step", self.order.per_step)):
-            if state[name] != now:
-                changed.append(f"{name}: {state[name]} -> {now}")
+        for name, now in self._identity().items():
+            if state.get(name) != now:
+                changed.append(f"{name}: was {state.get(name)}, is now {now}")
         if changed:
             raise UserError(
                 f"{checkpoint}: is of another run ({'; '.join(changed[:6])}). Resume with the same config, data and effective "
@@ -258,12 +265,17 @@ class _Run:
         self.accelerator.wait_for_everyone()
         logger.info("resumed from %s", checkpoint)
 
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that goes on from it share beside the config."""
+        return {"examples": self.order.num_examples, "per_step": self.order.per_step, "data": self.data}
+
     def _save_trainable(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         from safetensors.torch import save_file
 
         weights.clear()
         if self.accelerator.is_main_process:
-            save_file(self._trainable(), Path(folder) / TRAINABLE)
+            # Channels-last weights are not contiguous, which safetensors demands.
+            save_file({name: value.contiguous() for name, value in self._trainable().items()}, Path(folder) / TRAINABLE)
 
     def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
         from safetensors.torch import load_file
@@ -293,7 +305,7 @@ class _Run:
         values["learning_rate"] = self.optimiser.param_groups[0]["lr"]
         values["epoch"] = self.step * self.order.per_step / self.order.num_examples
         values["throughput/examples_per_s"] = (self.step - before) * self.order.per_step / seconds
-        values["memory/peak_gb"] = _peak_memory()
+        values["memory/peak_gb"] = metrics.peak_memory()
         beta = self.objective.beta()
         if beta is not None:
             values["dpo/beta"] = beta
@@ -348,6 +360,7 @@ def fit(
     seed: int,
     output: Path,
     config: Mapping[str, Any],
+    data: str = "",
     resume: Path | None = None,
 ) -> Path:
     """Train the policy; returns the output folder with the final weights.
@@ -362,6 +375,7 @@ def fit(
         seed: of the order of the examples, and of dropout.
         output: folder for checkpoints, metrics and the final weights.
         config: the resolved config; a checkpoint of another config is not resumed.
+        data: fingerprint of the examples; nor is a checkpoint of other data.
         resume: a checkpoint folder to go on from.
     Raises:
         UserError: the loss or gradient is not finite, or the checkpoint is of another run.
@@ -385,21 +399,21 @@ def fit(
         order=order,
         output=output,
         config=config,
+        data=data,
         total=total,
     )
     if resume is not None:
         run.resume(resume)
     if training.trackers:
-        accelerator.init_trackers("mmalign", config={"config": json.dumps(config)})
+        where = {"wandb": {"dir": str(output)}}
+        accelerator.init_trackers("mmalign", config=_flat(config), init_kwargs=where)
     _steps(run, batches)
+    if training.checkpoint_every:
+        run.save_checkpoint()
     run.save()
+    run.validate(run.output / "validation" / f"step-{run.step}")  # last: a fault here costs no weights
     accelerator.end_training()
     return output
-
-
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each key in which two resolved configs are different runs: `loss.0.beta: was 5000, is now 2000`."""
-    return [line for line in differences(dict(old), dict(new)) if not line.startswith(FREE_ON_RESUME)]
 
 
 def _steps(run: _Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> None:
@@ -417,11 +431,26 @@ def _steps(run: _Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> No
             last = run.step == run.total
             if last or run.step % training.log_every == 0:
                 bar.set_postfix_str(_postfix(run.log()))
+            start = time.perf_counter()
             # Before the checkpoint, so that a run killed in between makes these samples again.
-            if last or (training.validate_every and run.step % training.validate_every == 0):
+            if not last and training.validate_every and run.step % training.validate_every == 0:
                 run.validate(run.output / "validation" / f"step-{run.step}")
-            if training.checkpoint_every and (last or run.step % training.checkpoint_every == 0):
+            if not last and training.checkpoint_every and run.step % training.checkpoint_every == 0:
                 run.save_checkpoint()
+            run.since = (run.since[0], run.since[1] + time.perf_counter() - start)  # not counted as throughput
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, which trackers can filter by: `training.optimiser.learning_rate`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            flat |= _flat({str(place): one for place, one in enumerate(value)}, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
 
 
 def _postfix(values: Mapping[str, float]) -> str:
@@ -432,16 +461,14 @@ def _postfix(values: Mapping[str, float]) -> str:
 
 
 def _check_dropout(network: nn.Module, training: Training) -> None:
-    active = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
-    if active and training.candidate_microbatch is not None:
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if any("lora" not in name for name in names):
+        raise UserError(
+            f"model: its layer {names[0]} has dropout, whose masks would differ between policy and reference. Set the "
+            "dropout in the model's config to 0."
+        )
+    if names and training.candidate_microbatch is not None:
         raise UserError(
             "training.candidate_microbatch: the network has dropout, whose masks would differ between the passes. "
             "Set lora.dropout to 0, or candidate_microbatch to null."
         )
-
-
-def _peak_memory() -> float:
-    """Peak memory of this process in GB (2^30 bytes): of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

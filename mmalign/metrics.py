@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,6 +70,14 @@ def add(total: Sums, more: Sums) -> Sums:
         old = out.get(name)
         out[name] = (value, count) if old is None else (old[0] + value, old[1] + count)
     return out
+
+
+def peak_memory() -> float:
+    """Peak memory of this process in GB (2^30 bytes): of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def forget_after(path: Path, step: int) -> None:

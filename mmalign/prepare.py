@@ -49,9 +49,10 @@ def main(config: TrainConfig) -> PreparedData:
     """
     if config.adapter.settings.get("cache") is None:
         raise UserError("adapter.cache: got none, want the folder to fill. Set it in the config that you train with.")
-    examples, summary = read_examples(config.data)
-    objective = build_objective(config, examples)
     accelerator = start(config.training, config.output)
+    with accelerator.main_process_first():
+        examples, summary = read_examples(config.data)
+    objective = build_objective(config, examples)
     policy = open_policy(config, examples, objective, accelerator, caching=accelerator.process_index)
     if accelerator.is_main_process:
         logger.info("data       %s", summary)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mmalign import checkpoints
 from mmalign.config import command_line, resolved, write_resolved
+from mmalign.errors import UserError
 from mmalign.experiment import TrainConfig, build_objective, check_output, find_checkpoint, open_policy, read_examples
 from mmalign.loop import METRICS, fit
 from mmalign.memory import OPTIMISER_BYTES, SIZES, activations, memory_estimate
@@ -29,13 +30,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left: its folder, and stock code that loads the tuned weights. Of a dry run, the plan."""
+    """What a run left: its folder, and stock code that loads the tuned weights. Of a dry run, the plan.
+
+    Only one of several processes has it `told`.
+    """
 
     output: Path
     loading: str
     plan: str = ""
+    told: bool = True
 
     def __str__(self) -> str:
+        if not self.told:
+            return ""
         if self.plan:
             return self.plan
         return f"tuned weights: {self.output}\nload them with stock diffusers:\n{self.loading}"
@@ -48,24 +55,35 @@ def main(config: TrainConfig) -> Trained:
         UserError: any fault of config, data, model or checkpoint, told before training starts; or a loss that is not finite.
     """
     check_output(config)
-    examples, summary = read_examples(config.data)
-    objective = build_objective(config, examples)
     accelerator = start(config.training, config.output)
+    with accelerator.main_process_first():  # one process reads and decodes; the others find it done
+        examples, summary = read_examples(config.data)
+    objective = build_objective(config, examples)
     checkpoint = find_checkpoint(config, accelerator)
+    if objective.uses_statistics and config.training.batch_size * accelerator.num_processes < 2:
+        raise UserError(
+            "training.batch_size: got 1 on one process, want 2 or more: the anchor of this loss is the mean of a micro-batch "
+            "over all processes, and one example would be its own anchor."
+        )
     policy = open_policy(config, examples, objective, accelerator)
     num_candidates = len(examples[0].samples)
     plan = _plan(config, policy, objective, len(examples), num_candidates, accelerator.num_processes, summary)
     loading = policy.loading_lines(config.output)
     if config.dry_run:
-        return Trained(config.output, loading, plan)
+        return Trained(config.output, loading, plan, told=accelerator.is_main_process)
+    first = range(min(config.training.batch_size, len(examples)))
+    policy.prepare(
+        policy.collate([policy.item(examples[i], 0) for i in first])
+    )  # a fault of the data shows before any file does
     if accelerator.is_main_process:
         logger.info("%s", plan)
-        config.output.mkdir(parents=True, exist_ok=True)
+        _make_folder(config.output)
         for folder in (config.output, config.output / "raw"):
             checkpoints.remove_leftovers(folder)
-        if checkpoint is None:
-            if (config.output / "config.yaml").exists():
-                _clear(config.output)
+        begun = (config.output / "config.yaml").exists()
+        if checkpoint is None and begun:
+            _clear(config.output)
+        if checkpoint is None or not begun:
             write_resolved(config, config.output)
     accelerator.wait_for_everyone()
     settings = resolved(config)
@@ -79,6 +97,7 @@ def main(config: TrainConfig) -> Trained:
         seed=config.seed,
         output=config.output,
         config=settings,
+        data=examples.fingerprint,
         resume=checkpoint,
     )
     if accelerator.is_main_process:
@@ -92,7 +111,7 @@ def main(config: TrainConfig) -> Trained:
             loading=loading,
             lora=adapter.get("lora") is not None,
         )
-    return Trained(config.output, loading)
+    return Trained(config.output, loading, told=accelerator.is_main_process)
 
 
 def _plan(
@@ -161,6 +180,15 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
     )
     missing = "" if stock else "; activations not counted for a network of this size"
     return f"{estimate}{missing}" + ("" if known else "; the optimiser counted as adamw")
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".writable").touch()
+        (output / ".writable").unlink()
+    except OSError as fault:
+        raise UserError(f"output: {output} cannot be written ({fault}). Choose another folder.") from fault
 
 
 def _clear(output: Path) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mmalign.config import Choice, Table
+from mmalign.config import Choice, Table, differences
+from mmalign.errors import UserError
 from mmalign.optimisers import OPTIMISERS
 
 POSITIVE = (
     *("steps", "epochs", "batch_size", "accumulation", "log_every", "keep_checkpoints"),
     *("candidate_microbatch", "checkpoint_every", "validate_every", "max_grad_norm"),
+)
+
+# What may differ between a checkpoint's config and the run that goes on from it.
+FREE_ON_RESUME = (
+    *("resume", "output", "overwrite", "dry_run", "source.num_workers", "adapter.validation"),
+    *(f"training.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "trackers")),
 )
 
 
@@ -26,10 +36,11 @@ class Training:
         accumulation: micro-batches per optimiser step.
         schedule: of the learning rate, by diffusers' names.
         max_grad_norm: global norm that gradients are clipped to; None: no clipping.
-        ema_decay: of the moving average of the weights, which is then what is saved; None: no average. Published: 0.9999.
+        ema_decay: of the moving average of the weights, which is then what is saved; None: no average. Published: 0.9999. At
+            step n it is at most (1 + n) / (10 + n), as in diffusers.
         candidate_microbatch: candidates back-propagated at a time: memory of that many, exact gradients, one more forward pass.
         mixed_precision: None: what `accelerate` was configured with.
-        checkpoint_every, keep_checkpoints: steps between checkpoints, and how many to keep.
+        checkpoint_every, keep_checkpoints: steps between checkpoints (None: none), and how many to keep.
         validate_every: steps between validation samples; None: only at the end.
     """
 
@@ -45,7 +56,7 @@ class Training:
     candidate_microbatch: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     log_every: int = 1
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = 500
     keep_checkpoints: int = 2
     validate_every: int | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -69,12 +80,52 @@ class Training:
 
 
 def start(training: Training, output: Path) -> Any:
-    """The `accelerate` state of this process; call it before models are opened."""
-    from accelerate import Accelerator
+    """The `accelerate` state of this process; call it before models are opened.
 
-    return Accelerator(
+    Raises:
+        UserError: a tracker that is not installed; sharded training; float16 without a GPU; or one of several processes that do
+            not find each other, and would all write the same files.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+    for tracker in training.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f'training.trackers: {tracker} is not installed. Run `pip install "mmalign[trackers]"`.')
+    accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
+        # The loop accumulates by itself: whatever the launcher was told must not divide the loss again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(training.trackers) or None,
-        project_dir=str(output),
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
         step_scheduler_with_optimizer=False,
     )
+    _check_launch(accelerator)
+    return accelerator
+
+
+def _check_launch(accelerator: Any) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"launch: got {launched} processes, each of which works alone, want them connected. For several processes on CPUs "
+            "set ACCELERATE_USE_CPU=1 in the environment; for GPUs see that each process has one."
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(
+            f"launch: got {kind}, want one process or data parallelism (MULTI_GPU, MULTI_CPU): nothing is sharded yet."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise UserError("training.mixed_precision: got fp16 without a GPU to scale the loss for, want bf16 or no.")
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each key in which two resolved configs are different runs: `loss.0.beta: was 5000, is now 2000`.
+
+    A run may be made longer or shorter where its learning rate does not depend on its length.
+    """
+    free = FREE_ON_RESUME
+    if str(new.get("training", {}).get("schedule", "")).startswith("constant"):
+        free += ("training.steps", "training.epochs")
+    return [line for line in differences(dict(old), dict(new)) if not line.startswith(free)]

@@ -1,4 +1,4 @@
-"""Every shipped config is read, says what it must, and every smoke config trains on a CPU into weights that stock diffusers loads."""
+"""Every shipped config is read and says what it must; every smoke config trains into weights that stock diffusers loads."""
 
 import importlib
 import math
@@ -53,7 +53,8 @@ def test_smoke_config_trains_and_its_weights_load_in_stock_diffusers(
     after = _image(_stock_pipeline(result.loading.splitlines(), tmp_path, path))
     if "pipeline" in result.loading.splitlines()[0].split("/")[-1]:
         base = importlib.import_module("mmalign.models.tiny").tiny_folder("sd2")
-        before = _image(_stock_pipeline([f'pipe = diffusers.StableDiffusionPipeline.from_pretrained("{base}")'], tmp_path, path))
+        line = f'pipe = diffusers.StableDiffusionPipeline.from_pretrained("{base}")'
+        before = _image(_stock_pipeline([line], tmp_path, path))
     assert after.shape == (32, 32, 3)
     assert not np.array_equal(before, after)
 

@@ -1,5 +1,6 @@
 """Examples: a table seen through a view, as a sequence whose media are read when an item is."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, overload
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 class Examples(Sequence[Example]):
     """The examples of a table under a view, in the table's order; what the view dropped is counted by reason.
 
-    Building it reads no media. Item i reads the one row it comes from.
+    Building it reads no media. Item i reads the one row it comes from. `kinds` tells (number of samples, numbers of images in a
+    sample) of the examples there are, each with its first row; `fingerprint` is a hash of all that was read.
 
     Args:
         dataset: a table of our schema.
@@ -30,13 +32,20 @@ class Examples(Sequence[Example]):
         self.dataset = dataset
         self.view = view
         self.dropped: Counter[str] = Counter()
+        self.kinds: dict[tuple[int, tuple[int, ...]], str] = {}
         self._places: list[tuple[int, int]] = []
+        digest = hashlib.sha256()
         for index, row in enumerate(outlines(dataset)):
             outcome = view(row)
+            digest.update(repr((row.id, row.prompt.text, len(row.candidates), row.ranks, row.prob, row.scores)).encode())
             if isinstance(outcome, Dropped):
                 self.dropped[outcome.reason] += 1
             else:
                 self._places += [(index, n) for n in range(len(outcome))]
+                for example in outcome:
+                    images = tuple(sorted({len(sample.completion.images) for sample in example.samples}))
+                    self.kinds.setdefault((len(example.samples), images), row.where or f"row {index + 1}")
+        self.fingerprint = digest.hexdigest()
         if not self._places:
             raise UserError(f"data: got no usable row, want at least one: {self.summary()}. Check the view's settings.")
 
