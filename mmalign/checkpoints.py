@@ -51,8 +51,7 @@ def write_folder(final: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         _mark_complete(temporary)
-        _sync_tree(temporary)
-        _move_into_place(temporary, final)
+        move_into_place(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
@@ -67,16 +66,6 @@ def latest(folder: Path) -> Path | None:
     """Return the complete `checkpoint-N` of the highest N in `folder`, or None; incomplete ones are warned about."""
     checkpoints = _checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
-
-
-def check_complete(checkpoint: Path) -> None:
-    """Refuse a checkpoint that misses a file or was cut short.
-
-    Raises:
-        UserError: it is not whole.
-    """
-    if fault := _fault(checkpoint):
-        raise UserError(f"{checkpoint}: got an incomplete checkpoint ({fault}), want a whole one. Name another, or `latest`.")
 
 
 def rotate(folder: Path, keep: int) -> None:
@@ -182,9 +171,14 @@ def _mark_complete(folder: Path) -> None:
     (folder / COMPLETE).write_text(json.dumps({"files": sizes}, indent=2), encoding="utf-8")
 
 
-def _move_into_place(temporary: Path, final: Path) -> None:
+def move_into_place(temporary: Path, final: Path) -> None:
+    """Put a finished file or folder on disk and rename it to `final`, in the same folder or one below.
+
+    What stood at `final` is not removed before the new one stands: killed in between, `remove_leftovers` puts it back.
+    """
+    _sync_tree(temporary)
     replaced = None
-    if final.exists():
+    if final.is_dir():
         replaced = _hidden(final, "old")
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
@@ -210,8 +204,11 @@ def _hidden(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{kind}-{os.getpid()}")
 
 
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
+def _sync_tree(top: Path) -> None:
+    """Have the kernel put a file, or a folder with all in it, on disk."""
+    if top.is_file():
+        _sync(top)
+    for parent, _, names in os.walk(top):
         for name in names:
             _sync(Path(parent, name))
         _sync(Path(parent))

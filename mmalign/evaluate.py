@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 
 from mmalign.config import Choice, check_folder, command_line, write_resolved
+from mmalign.devices import torch_device
 from mmalign.errors import UserError
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
@@ -20,7 +21,6 @@ from mmalign.records import Comparison, Media, comparison, read
 from mmalign.report import Curve, Evaluation, ScorerChange, TrainingDrift, before_after_grid, report_page
 from mmalign.score import SCORER_TABLE, build_scorers
 from mmalign.scorers import Scorer, finite_scores
-from mmalign.scorers.clip import torch_device
 from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel_std, win_rate
 
 logger = logging.getLogger(__name__)

@@ -172,11 +172,13 @@ def _prompt_of(line: str, where: str) -> str:
 
 def _settings(config: GenerateConfig, prompts: Sequence[str]) -> dict[str, Any]:
     """Everything that the images depend on, with fingerprints of what lies behind names."""
+    from mmalign.models.sampling import lora_file
+
     settings = {key: value for key, value in resolved(config).items() if key not in FREE_KEYS}
     settings["prompts"] = f"{len(prompts)} prompts, sha256 {_sha256(json.dumps(prompts))}"
-    for key in ("model", "lora"):
-        if settings[key] is not None:
-            settings[f"files of {key}"] = _fingerprint(Path(settings[key]).expanduser())
+    settings["files of model"] = _fingerprint(Path(config.model).expanduser())
+    if config.lora is not None:
+        settings["files of lora"] = _fingerprint(lora_file(config.lora))
     return settings
 
 
@@ -259,6 +261,7 @@ def _id_of(line: bytes, where: str) -> str:
 def _open(config: GenerateConfig) -> Any:
     import torch
 
+    from mmalign.devices import torch_device
     from mmalign.models.diffusion import open_pipeline
     from mmalign.models.sampling import set_scheduler, use_lora
 
@@ -268,10 +271,8 @@ def _open(config: GenerateConfig) -> Any:
         set_scheduler(pipe, config.scheduler)
     if config.lora is not None:
         use_lora(pipe, config.lora, scale=config.lora_scale)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = (accelerator or "cpu") if config.device == "auto" else config.device
     try:
-        return pipe.to(device)
+        return pipe.to(torch_device(config.device))
     except (RuntimeError, AssertionError) as fault:
         raise UserError(f"device: got {config.device!r}, which cannot be used ({fault}). Set device: auto.") from fault
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mmalign.config import read_config
+from mmalign.devices import torch_device
 from mmalign.errors import UserError
 from mmalign.experiment import Data, TrainConfig, read_examples
 from mmalign.records import Example, Examples
 from mmalign.records.table import in_batches
 from mmalign.report import PairFit
-from mmalign.scorers.clip import torch_device
 from mmalign.statistics import win_rate
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import mmalign
 
 ROOT = Path(mmalign.__file__).parents[1]
 ROOMS = (
-    {"__init__", "errors"},
+    {"__init__", "errors", "devices"},
     {"losses", "likelihoods", "noise", "records", "config", "metrics", "scorers", "memory", "statistics", "model_card"},
     {
         "models",
@@ -48,6 +48,8 @@ ROOMS = (
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 SIDEWAYS = {
+    "devices": {"errors"},
+    "models": {"checkpoints"},
     "loop": {"checkpoints", "objective", "optimisers", "sources", "training"},
     "training": {"optimisers"},
     "train": {"experiment"},

@@ -153,6 +153,8 @@ def test_a_lora_changes_the_images_by_its_scale(tmp_path: Path) -> None:
     assert np.array_equal(base, off)
     assert np.abs(half - base).max() > 0
     assert np.abs(on - half).max() > 0
+    (tmp_path / "lora" / "README.md").write_text("the run's card, written later")
+    assert main(settings(folders[3], limit=1, lora=str(tmp_path / "lora"))).num_images == 0, "only the weights count"
     entry = comparison(read(folders[2])[0]).provenance[0]
     assert (entry["lora"], entry["lora_scale"]) == (str(tmp_path / "lora"), 0.5)
 

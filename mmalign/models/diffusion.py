@@ -47,7 +47,6 @@ __all__ = [
     "schedule_of",
     "trainable_parameters",
     "training_plan",
-    "unconditional",
     "vae_dtype",
 ]
 
@@ -159,15 +158,3 @@ def encode_images(
     if check and not torch.isfinite(mean).all():
         raise UserError(f"VAE: got NaN or infinite latents in {vae.dtype}. Set dtype: bfloat16, or use a VAE made for float16.")
     return (mean - shift) * scaling, std * scaling
-
-
-@torch.no_grad()
-def unconditional(family: str | Family, pipe: Any, *, num: int = 1) -> dict[str, Tensor]:
-    """The condition that stock sampling guides away from, `num` times.
-
-    It is the empty prompt, but zeros for an SDXL whose pipeline says `force_zeros_for_empty_prompt`.
-    """
-    condition = encode_prompt(family, pipe, [""] * num)
-    if pipe.config.get("force_zeros_for_empty_prompt", False):
-        return {name: torch.zeros_like(value) for name, value in condition.items()}
-    return condition

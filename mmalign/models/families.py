@@ -5,7 +5,7 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -67,7 +67,6 @@ class Denoiser(nn.Module):
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
         compile: bool = False,
-        attention: Literal["sdpa", "sliced"] = "sdpa",
     ) -> None:
         """Choose how the network runs; none of these changes its numbers beyond rounding.
 
@@ -76,14 +75,10 @@ class Denoiser(nn.Module):
                 block. Works with LoRA on a frozen network (non-reentrant).
             channels_last: memory format that suits convolutions on tensor cores.
             compile: torch.compile in place, so that saved names stay stock. The first step takes minutes.
-            attention: "sdpa" is torch's fused attention; "sliced" computes one head at a time, for very small memory.
         """
         from diffusers.models.attention_processor import AttnProcessor2_0
 
-        if attention == "sliced":
-            self.unet.set_attention_slice("max")
-        else:
-            self.unet.set_attn_processor(AttnProcessor2_0())
+        self.unet.set_attn_processor(AttnProcessor2_0())
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if gradient_checkpointing:

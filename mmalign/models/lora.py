@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmalign.checkpoints import move_into_place
 from mmalign.errors import UserError
 from mmalign.models.families import Denoiser, Family
 from mmalign.models.quiet import quiet_libraries
@@ -122,8 +123,8 @@ def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
     """Write `pytorch_lora_weights.safetensors`, which the stock pipeline's `load_lora_weights(folder)` reads.
 
     Rank and alpha travel in the file's metadata; the keys are PEFT's. diffusers' `convert_state_dict_to_diffusers` renames
-    those of attention only, and loading such a mixture drops them. Written beside and renamed, so that no half-written
-    file can stand.
+    those of attention only, and loading such a mixture drops them. Written beside, brought to disk and renamed, so that no
+    half-written file can stand.
     Returns: the path of the file.
     """
     from peft.utils import get_peft_model_state_dict
@@ -140,14 +141,14 @@ def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
             unet_lora_layers=weights,
             unet_lora_adapter_metadata=_metadata(denoiser.unet.peft_config[ADAPTER_NAME]),
         )
-        os.replace(scratch / LORA_FILE, folder / LORA_FILE)
+        move_into_place(scratch / LORA_FILE, folder / LORA_FILE)
     return folder / LORA_FILE
 
 
 def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
     """Write the whole pipeline, with the denoiser's network as its UNet, as a folder for `from_pretrained`.
 
-    Written beside and renamed. Replaces a pipeline that stands there.
+    Written beside, brought to disk and renamed. Replaces a pipeline that stands there, which is not removed before.
     Raises:
         ValueError: the denoiser has LoRA: use save_lora.
         UserError: the folder holds something that is no pipeline.
@@ -162,9 +163,7 @@ def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
         parts = {**pipe.components, "unet": denoiser.unet}
         with quiet_libraries():
             type(pipe)(**parts, **_pipeline_flags(pipe)).save_pretrained(scratch)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
+        move_into_place(scratch, folder)
     return folder
 
 

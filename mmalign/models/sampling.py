@@ -73,6 +73,12 @@ def set_scheduler(pipe: Any, name: str) -> None:
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
 
 
+def lora_file(lora: Path | str) -> Path:
+    """The file itself, or `pytorch_lora_weights.safetensors` of a folder."""
+    place = Path(lora).expanduser()
+    return place if place.is_file() else place / LORA_FILE
+
+
 def use_lora(pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
     """Load a LoRA for sampling as any user of stock diffusers would.
 
@@ -82,8 +88,7 @@ def use_lora(pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
     Raises:
         UserError: no such file, or a LoRA of another model.
     """
-    file = Path(lora).expanduser()
-    file = file if file.is_file() else file / LORA_FILE
+    file = lora_file(lora)
     if not file.is_file():
         raise UserError(f"lora: got {str(lora)!r}, want a folder with {LORA_FILE} or a .safetensors file.")
     try:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
+from mmalign.devices import torch_device
 from mmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -231,22 +232,6 @@ def clip_score_open_clip(
         preprocess_images=lambda images: torch.stack([transform(image) for image in images]),
         preprocess_pixels=_open_clip_preprocess(open_clip.get_model_preprocess_cfg(network)),
     )
-
-
-def torch_device(device: str) -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU; anything else is torch's own name of a device.
-
-    Raises:
-        UserError: not a name that torch knows, or a device that is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
-        raise UserError(
-            f"device: got {device!r}, want auto, cpu, cuda or cuda:N ({_first_line(error)}). Use auto to take what is there."
-        ) from error
 
 
 def _transformers_preprocess(processor: Any) -> PixelPreprocess:

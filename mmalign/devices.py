@@ -1,0 +1,25 @@
+"""Where a model runs when nothing else is said. Training asks accelerate instead, which knows of its processes."""
+
+import torch
+
+from mmalign.errors import UserError
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch finds (CUDA, MPS, XPU ...), else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def torch_device(device: str) -> torch.device:
+    """`auto` is the default device; anything else is torch's own name of one.
+
+    Raises:
+        UserError: not a name that torch knows.
+    """
+    if device == "auto":
+        return default_device()
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device: got {device!r}, want auto, cpu, cuda or cuda:N. Use auto to take what is there.") from error
