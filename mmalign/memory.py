@@ -69,13 +69,15 @@ SIZES: Mapping[str, Size] = MappingProxyType(
 class MemoryEstimate:
     """GB by purpose.
 
-    Not counted: the CUDA context and workspace (about 1 GB), fragmentation, validation images, and under checkpointing
-    the one block that is being recomputed, which grows with the batch: many pairs need more than this says.
+    Not counted: the CUDA context and workspace (about 1 GB), fragmentation, validation images, the second half of a VAE
+    kept in float32 (0.2 GB), and under checkpointing the one block that is being recomputed, which grows with the batch:
+    many pairs need more than this says.
     """
 
     weights: float
     gradients: float
     optimiser: float
+    autocast: float
     reference: float
     encoders: float
     ema: float
@@ -105,8 +107,10 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """Memory of one optimiser step.
 
-    trained weights: 4 bytes + 4 gradient + state of the optimiser; frozen weights, reference copy and encoders: 2 bytes
-    in half precision, else 4. SD 1.5 full with AdamW: 859.5 M * 16 bytes = 12.8 GB. SDXL LoRA: 4.8 GB + 0.2 GB.
+    trained weights: 4 bytes + 4 gradient + state of the optimiser, and in half precision 2 of the copy that autocast
+    makes for the forward and the graph keeps for the backward pass; reference copy: 4, as the weights it was taken from;
+    frozen weights and encoders: 2 bytes in half precision, else 4. SD 1.5 full with AdamW: 859.5 M * 16 bytes = 12.8 GB
+    without the autocast copy. SDXL LoRA: 4.8 GB + 0.2 GB.
 
     Args:
         num_parameters: weights of the denoiser, LoRA not included.
@@ -129,7 +133,8 @@ def memory_estimate(
         weights=(4 * num_trained + frozen_bytes * num_frozen) / GB,
         gradients=4 * num_trained / GB,
         optimiser=OPTIMISER_BYTES[optimiser] * num_trained / GB,
-        reference=frozen_bytes * num_parameters / GB if reference_copy else 0.0,
+        autocast=(0 if precision == "no" else 2) * num_trained / GB,
+        reference=4 * num_parameters / GB if reference_copy else 0.0,
         encoders=frozen_bytes * num_encoder_parameters / GB,
         ema=4 * num_trained / GB if ema else 0.0,
         activations=num_samples * activations_per_sample * (2 if precision == "no" else 1),

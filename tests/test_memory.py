@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from mmalign.errors import UserError
 from mmalign.memory import SIZES, activations, family_estimate, memory_estimate
@@ -14,7 +15,8 @@ def test_full_tuning_of_sd15_repeats_the_published_floor() -> None:
 def test_full_tuning_of_sdxl_repeats_the_published_floor() -> None:
     estimate = family_estimate("sdxl", lora_rank=None, checkpointing=True, pairs=2)
     assert estimate.weights + estimate.gradients + estimate.optimiser == pytest.approx(38.3, abs=0.05)
-    assert estimate.reference == pytest.approx(4.8, abs=0.05)
+    assert estimate.reference == pytest.approx(9.6, abs=0.05), "float32, as the weights it is a copy of"
+    assert estimate.autocast == pytest.approx(4.8, abs=0.05)
     assert estimate.encoders == pytest.approx(1.7, abs=0.05)
     assert estimate.activations == pytest.approx(2.2)
 
@@ -45,14 +47,30 @@ def test_the_parts_by_hand() -> None:
     assert str(estimate).startswith("about 46.00 GB (weights 16.00, gradients 4.00")
 
 
-def test_a_half_precision_reference_costs_half() -> None:
+def test_half_precision_keeps_a_float32_reference_and_adds_the_copies_of_autocast() -> None:
     full, half = (
         memory_estimate(
             num_parameters=2**30, num_trained=2**30, num_samples=0, activations_per_sample=0, precision=p, reference_copy=True
-        ).reference
+        )
         for p in ("no", "bf16")
     )
-    assert (full, half) == (4, 2)
+    assert (full.reference, half.reference) == (4, 4)
+    assert (full.autocast, half.autocast) == (0, 2)
+
+
+def test_autocast_keeps_a_half_precision_copy_of_trained_weights_for_the_backward_pass() -> None:
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16 and tensor.shape[-1] != 3:
+            kept.append(tensor.numel())
+        return tensor
+
+    network = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 7, bias=False))
+    pixels = torch.ones(1, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        network(pixels)
+    assert 5 * 7 in kept
 
 
 @pytest.mark.parametrize("family", SIZES)
