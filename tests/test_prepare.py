@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "flips": {"flip": True},
     "prompt_dropout": {"prompt_dropout": 0.5},
-    "independent": {"noise": "independent", "latents": "mean"},
+    "independent": {"noise": "independent", "timestep": "independent", "latents": "mean"},
     "full": {"lora": None, "flip": True},
 }
 
