@@ -68,6 +68,16 @@ def latest(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
+def check_complete(checkpoint: Path) -> None:
+    """Refuse a checkpoint that misses a file or was cut short.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    if fault := _fault(checkpoint):
+        raise UserError(f"{checkpoint}: got an incomplete checkpoint ({fault}), want a whole one. Name another, or `latest`.")
+
+
 def rotate(folder: Path, keep: int) -> None:
     """Delete the oldest complete checkpoints of `folder`, by step number, until `keep` are left.
 
