@@ -98,11 +98,11 @@ class _Run:
         training = self.training
         self.parameters = list(self.policy.parameters())
         optimiser = training.optimiser.build(self.parameters)
-        self.network, self.optimiser = self.accelerator.prepare(self.policy.network, optimiser)
         # The scheduler is stepped once per optimiser step, by us, whatever the number of processes.
         self.scheduler = get_scheduler(
             training.schedule, optimiser, num_warmup_steps=training.warmup_steps, num_training_steps=self.total
         )
+        self.network, self.optimiser = self.accelerator.prepare(self.policy.network, optimiser)
         if training.ema_decay is not None:
             self.ema = EMAModel(self.parameters, decay=training.ema_decay)
             self.ema.to(self.accelerator.device)
