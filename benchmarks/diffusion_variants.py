@@ -13,9 +13,10 @@ from measuring import Answer
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.adapters.diffusion import DiffusionAdapter, DiffusionPolicy, Lora
+from mmalign.adapters.diffusion import DiffusionAdapter, DiffusionPolicy
+from mmalign.adapters.options import Lora
 from mmalign.config import Choice
-from mmalign.loop import _Run as Run  # the micro step and the optimiser step of `fit`, without its log and checkpoints
+from mmalign.loop import Run  # the micro step and the optimiser step of `fit`, without its log and checkpoints
 from mmalign.losses import LOSSES
 from mmalign.objective import Objective, Term
 from mmalign.optimisers import OPTIMISERS

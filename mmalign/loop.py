@@ -20,7 +20,7 @@ from mmalign import checkpoints, metrics
 from mmalign.errors import UserError
 from mmalign.objective import Objective
 from mmalign.sources import Order
-from mmalign.training import Training, changed_keys
+from mmalign.training import Training, changed_keys, check_dropout, flat_settings
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Policy(Protocol):
 
 
 @dataclass(kw_only=True)
-class _Run:
+class Run:
     """The state of one training run."""
 
     accelerator: Any
@@ -390,8 +390,8 @@ def fit(
     )
     total = training.num_steps(num_examples, order.per_step)
     torch.manual_seed(seed + accelerator.process_index)  # dropout; every other draw has a generator of its own
-    _check_dropout(policy.network, training)
-    run = _Run(
+    check_dropout(policy.network, training)
+    run = Run(
         accelerator=accelerator,
         policy=policy,
         objective=objective,
@@ -406,7 +406,7 @@ def fit(
         run.resume(resume)
     if training.trackers:
         where = {"wandb": {"dir": str(output)}}
-        accelerator.init_trackers("mmalign", config=_flat(config), init_kwargs=where)
+        accelerator.init_trackers("mmalign", config=flat_settings(config), init_kwargs=where)
     _steps(run, batches)
     if training.checkpoint_every:
         run.save_checkpoint()
@@ -416,7 +416,7 @@ def fit(
     return output
 
 
-def _steps(run: _Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> None:
+def _steps(run: Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> None:
     from tqdm import tqdm
 
     training = run.training
@@ -440,35 +440,8 @@ def _steps(run: _Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> No
             run.since = (run.since[0], run.since[1] + time.perf_counter() - start)  # not counted as throughput
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, which trackers can filter by: `training.optimiser.learning_rate`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            flat |= _flat({str(place): one for place, one in enumerate(value)}, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
-
-
 def _postfix(values: Mapping[str, float]) -> str:
     shown = [f"loss {values['loss']:.4f}"]
     if "rewards/accuracies" in values:
         shown.append(f"accuracy {values['rewards/accuracies']:.2f}")
     return ", ".join([*shown, f"{values['throughput/examples_per_s']:.2g} examples/s", f"{values['memory/peak_gb']:.1f} GB"])
-
-
-def _check_dropout(network: nn.Module, training: Training) -> None:
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if any("lora" not in name for name in names):
-        raise UserError(
-            f"model: its layer {names[0]} has dropout, whose masks would differ between policy and reference. Set the "
-            "dropout in the model's config to 0."
-        )
-    if names and training.candidate_microbatch is not None:
-        raise UserError(
-            "training.candidate_microbatch: the network has dropout, whose masks would differ between the passes. "
-            "Set lora.dropout to 0, or candidate_microbatch to null."
-        )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from torch import nn
+
 from mmalign.config import Choice, Table, differences
 from mmalign.errors import UserError
 from mmalign.optimisers import OPTIMISERS
@@ -129,3 +131,35 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if str(new.get("training", {}).get("schedule", "")).startswith("constant"):
         free += ("training.steps", "training.epochs")
     return [line for line in differences(dict(old), dict(new)) if not line.startswith(free)]
+
+
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, which trackers can filter by: `training.optimiser.learning_rate`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            flat |= flat_settings({str(place): one for place, one in enumerate(value)}, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def check_dropout(network: nn.Module, training: Training) -> None:
+    """Refuse dropout whose masks would make numbers differ that must not.
+
+    Raises:
+        UserError: the model itself has dropout, or LoRA has it and candidates go one at a time.
+    """
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if any("lora" not in name for name in names):
+        raise UserError(
+            f"model: its layer {names[0]} has dropout, whose masks would differ between policy and reference. Set the "
+            "dropout in the model's config to 0."
+        )
+    if names and training.candidate_microbatch is not None:
+        raise UserError(
+            "training.candidate_microbatch: the network has dropout, whose masks would differ between the passes. "
+            "Set lora.dropout to 0, or candidate_microbatch to null."
+        )

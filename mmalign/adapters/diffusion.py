@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmalign.adapters.diffusion_cache import Cache, opened_cache
+from mmalign.adapters.options import Lora, Validation, WinnerGuard
 from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
 from mmalign.config import Choice, Table
@@ -46,49 +47,8 @@ from mmalign.records import Example
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FULL = "pipeline"  # the folder, in a run's output, that a full fine-tune is saved to
+LORA = Lora()
 UNIFORM = Choice(name="uniform", target=TIMESTEPS["uniform"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank weights instead of full fine-tuning.
-
-    Args:
-        rank: published 4 to 64.
-        alpha: scale alpha / rank; None: the rank.
-        targets: names of layers; None: the family's (attention).
-        dropout: 0 for preference training.
-    """
-
-    rank: int = 8
-    alpha: float | None = None
-    targets: tuple[str, ...] | None = None
-    dropout: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WinnerGuard:
-    """Diffusion-SDPO's safeguard for pairs; see `likelihoods.winner_guard`."""
-
-    mu: float = 0.9
-    per: Literal["pair", "batch"] = "pair"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """Images made during training, always from the same prompts and seeds."""
-
-    prompts: tuple[str, ...]
-    seed: int = 0
-    steps: int = 25
-    guidance_scale: float = 7.5
-
-    def __post_init__(self) -> None:
-        """Refuse what could only fail when the run is nearly over."""
-        if not self.prompts:
-            raise ValueError("prompts: got none, want one or more, or validation: null.")
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, want 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +86,7 @@ class DiffusionAdapter:
     noise: Literal["shared", "independent"] = "shared"
     timestep: Literal["shared", "independent"] = "shared"
     latents: Literal["sample", "mean"] = "sample"
-    lora: Lora | None = Lora()
+    lora: Lora | None = LORA
     winner_guard: WinnerGuard | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
