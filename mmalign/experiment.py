@@ -33,9 +33,14 @@ class Data:
         default=Choice(name="pair", target=VIEWS["pair"]), metadata={"help": "candidates of a row -> examples"}
     )
     limit: int | None = field(default=None, metadata={"help": "only the first rows"})
+    check_images: int = field(
+        default=500, metadata={"help": "images that are decoded before a run begins, to find damaged ones"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse a number without meaning."""
+        if self.check_images < 0:
+            raise ValueError(f"check_images: got {self.check_images}, want 0 or more.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: got {self.limit}, want 1 or more, or null for all rows.")
 
@@ -86,6 +91,22 @@ def read_examples(data: Data) -> tuple[Examples, str]:
         )
     faults = f"; {len(imported.faults)} faulty rows left out, first: {imported.faults[0]}" if imported.faults else ""
     return examples, examples.summary() + faults
+
+
+def check_images(examples: Examples, count: int) -> None:
+    """Decode the first images, so that a small data set is known to be whole before a run writes anything.
+
+    Raises:
+        UserError: a damaged or missing image, with its row.
+    """
+    checked = 0
+    for index in range(len(examples)):
+        if checked >= count:
+            return
+        for sample in examples[index].samples:
+            for media in (*sample.prompt.images, *sample.completion.images):
+                media.inspect()
+                checked += 1
 
 
 def build_objective(config: TrainConfig, examples: Examples) -> Objective:

@@ -13,7 +13,15 @@ from typing import Any
 from mmalign import checkpoints
 from mmalign.config import command_line, resolved, write_resolved
 from mmalign.errors import UserError
-from mmalign.experiment import TrainConfig, build_objective, check_output, find_checkpoint, open_policy, read_examples
+from mmalign.experiment import (
+    TrainConfig,
+    build_objective,
+    check_images,
+    check_output,
+    find_checkpoint,
+    open_policy,
+    read_examples,
+)
 from mmalign.loop import METRICS, fit
 from mmalign.memory import OPTIMISER_BYTES, SIZES, activations, memory_estimate
 from mmalign.model_card import write_card
@@ -71,6 +79,8 @@ def main(config: TrainConfig) -> Trained:
     loading = policy.loading_lines(config.output)
     if config.dry_run:
         return Trained(config.output, loading, plan, told=accelerator.is_main_process)
+    if accelerator.is_main_process and config.adapter.settings.get("cache") is None:
+        check_images(examples, config.data.check_images)
     first = range(min(config.training.batch_size, len(examples)))
     policy.prepare(
         policy.collate([policy.item(examples[i], 0) for i in first])

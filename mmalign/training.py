@@ -23,7 +23,7 @@ POSITIVE = (
 
 # What may differ between a checkpoint's config and the run that goes on from it.
 FREE_ON_RESUME = (
-    *("resume", "output", "overwrite", "dry_run", "source.num_workers", "adapter.validation"),
+    *("resume", "output", "overwrite", "dry_run", "source.num_workers", "adapter.validation", "data.check_images"),
     *(f"training.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "trackers")),
 )
 

@@ -129,6 +129,10 @@ def test_a_truncated_image_stops_the_run_with_its_row_and_leaves_nothing_half_wr
     told = capsys.readouterr().err
     assert re.search(r"data\.parquet:3.*candidate 2.*got a damaged image .*Replace it or remove the row", told), told
     assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+    # Beyond the images that are checked at the start, the run stops where it meets the damaged one.
+    assert run(tmp_path, values, "training.steps=9", "data.check_images=0") == 2
+    assert re.search(r"data\.parquet:3.*candidate 2.*got a damaged image", capsys.readouterr().err)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
