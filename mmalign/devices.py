@@ -15,11 +15,11 @@ def torch_device(device: str) -> torch.device:
     """`auto` is the default device; anything else is torch's own name of one.
 
     Raises:
-        UserError: not a name that torch knows.
+        UserError: not a name that torch knows, or a device that is not there.
     """
     if device == "auto":
         return default_device()
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
         raise UserError(f"device: got {device!r}, want auto, cpu, cuda or cuda:N. Use auto to take what is there.") from error

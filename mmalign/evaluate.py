@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import torch
 from PIL.Image import Image
@@ -25,6 +25,10 @@ from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    Images = Sequence[Image]
+else:
+    Images = Sequence  # items are decoded when asked for, which a check of types must not do
 IMAGES_AT_ONCE = 64  # opened together; a scorer's own batch_size may be smaller
 
 
@@ -152,8 +156,8 @@ def main(config: EvaluateConfig) -> EvaluateResult:
 
 def evaluate_pairs(
     prompts: Sequence[str],
-    before: Sequence[Image],
-    after: Sequence[Image],
+    before: Images,
+    after: Images,
     *,
     scorers: Sequence[Scorer],
     held_out: Sequence[Scorer] = (),
@@ -204,8 +208,8 @@ def evaluate_pairs(
 def _change(
     scorer: Scorer,
     prompts: Sequence[str],
-    before: Sequence[Image],
-    after: Sequence[Image],
+    before: Images,
+    after: Images,
     interval: str,
     tie_eps: float,
     *,
@@ -227,7 +231,7 @@ def _change(
     )
 
 
-def _scores(scorer: Scorer, prompts: Sequence[str], images: Sequence[Image], side: str) -> torch.Tensor:
+def _scores(scorer: Scorer, prompts: Sequence[str], images: Images, side: str) -> torch.Tensor:
     parts = []
     for start in range(0, len(prompts), IMAGES_AT_ONCE):
         part = slice(start, start + IMAGES_AT_ONCE)
@@ -317,8 +321,8 @@ def _curve(rows: Sequence[dict[str, Any]], name: str, *, minus: str | None = Non
 def write_report(
     evaluation: Evaluation,
     prompts: Sequence[str],
-    before: Sequence[Image],
-    after: Sequence[Image],
+    before: Images,
+    after: Images,
     output: Path,
     *,
     rows: int = 6,

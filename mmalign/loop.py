@@ -79,7 +79,7 @@ class Run:
     order: Order
     output: Path
     config: Mapping[str, Any]
-    data: str
+    data: str = ""
     total: int
     network: nn.Module = field(init=False)
     optimiser: Any = field(init=False)

@@ -15,9 +15,10 @@ def test_without_an_accelerator_the_default_is_the_cpu() -> None:
 
 
 def test_a_named_device_is_taken_as_it_is_and_an_unknown_one_refused() -> None:
-    assert torch_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="device: got 'gpu', want auto, cpu, cuda"):
-        torch_device("gpu")
+    assert torch_device("cpu") == torch.device("cpu")
+    for absent in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"device: got '{absent}', want auto, cpu, cuda"):
+            torch_device(absent)
 
 
 def test_the_scorers_follow_that_rule() -> None:
