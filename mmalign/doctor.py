@@ -244,7 +244,7 @@ def _lines(findings: Findings) -> Iterator[str]:
         yield f"  {d.kind}: {d.name}, {memory}, bf16 {'yes' if d.bf16 else 'no'}{f', {d.note}' if d.note else ''}"
     disk, hub = findings.disk, findings.hub
     yield f"\ndisk: {disk['free_gb']:.1f} GB free in {disk['folder']}{'' if disk['writable'] else ', NOT WRITABLE'}"
-    online = "offline (HF_HUB_OFFLINE)" if hub["offline"] else "online"
+    online = "offline (HF_HUB_OFFLINE)" if hub["offline"] else "used when a model is named by id"
     yield f"hub: {online}, cache {hub['cache']}{'' if hub['writable'] else ', NOT WRITABLE: set HF_HOME'}"
     if findings.fits:
         yield f"\npairs per backward pass that would fit on {findings.devices[0].name} (at most; native resolution, AdamW)"

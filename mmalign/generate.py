@@ -66,10 +66,7 @@ class Generated:
 
     def __str__(self) -> str:
         """Say where the rows are and what comes next."""
-        return (
-            f"{self.num_prompts} prompts, {self.num_images} new images: {self.file}\n"
-            f"next: mmalign score, or the annotation app, on {self.file}"
-        )
+        return f"{self.num_prompts} prompts, {self.num_images} new images: {self.file}\nnext: mmalign score {self.file}"
 
 
 def main(config: GenerateConfig) -> Generated:

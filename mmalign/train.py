@@ -63,7 +63,7 @@ def main(config: TrainConfig) -> Trained:
         UserError: any fault of config, data, model or checkpoint, told before training starts; or a loss that is not finite.
     """
     check_output(config)
-    accelerator = start(config.training, config.output)
+    accelerator = start(config.training, config.output, dry_run=config.dry_run)
     with accelerator.main_process_first():  # one process reads and decodes; the others find it done
         examples, summary = read_examples(config.data)
     objective = build_objective(config, examples)

@@ -81,7 +81,7 @@ class Training:
         return self.steps if self.steps is not None else max(1, math.ceil((self.epochs or 0) * num_examples / per_step - 1e-9))
 
 
-def start(training: Training, output: Path) -> Any:
+def start(training: Training, output: Path, *, dry_run: bool = False) -> Any:
     """The `accelerate` state of this process; call it before models are opened.
 
     Raises:
@@ -102,7 +102,8 @@ def start(training: Training, output: Path) -> Any:
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
         step_scheduler_with_optimizer=False,
     )
-    _check_launch(accelerator)
+    if not dry_run:
+        _check_launch(accelerator)
     return accelerator
 
 

@@ -137,3 +137,16 @@ def test_soft_labels_that_no_loss_takes_are_refused(tmp_path: Path) -> None:
     values["loss"] = {"name": "sft"}
     with pytest.raises(UserError, match=r"prob .*pass over"):
         main(config_of(values))
+
+
+def test_the_tuned_weights_are_as_readable_as_the_rest_of_the_run(tmp_path: Path) -> None:
+    run = train(tmp_path / "run")
+    assert (run / "pytorch_lora_weights.safetensors").stat().st_mode == (run / "README.md").stat().st_mode
+
+
+def test_the_plan_of_a_float16_recipe_is_told_without_a_gpu(tmp_path: Path) -> None:
+    forget_accelerate()
+    plan = main(config_of(tree(tmp_path / "run", training={"mixed_precision": "fp16"}, dry_run=True))).plan
+    forget_accelerate()
+    assert "examples of 2 per step" in plan
+    assert not (tmp_path / "run").exists()

@@ -317,7 +317,8 @@ class DiffusionPolicy:
         return 0 if self.cache is not None else sum(p.numel() for part in self._encoders() for p in part.parameters())
 
     def loading_lines(self, folder: Path) -> str:
-        """Stock diffusers code that loads the result."""
+        """Stock diffusers code that loads the result, from any folder."""
+        folder = folder.absolute()
         pipeline = self.family.pipeline
         if self.settings.lora is None:
             return f'pipe = diffusers.{pipeline}.from_pretrained("{folder / FULL}")'

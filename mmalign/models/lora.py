@@ -141,6 +141,9 @@ def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
             unet_lora_layers=weights,
             unet_lora_adapter_metadata=_metadata(denoiser.unet.peft_config[ADAPTER_NAME]),
         )
+        umask = os.umask(0)
+        os.umask(umask)
+        (scratch / LORA_FILE).chmod(0o666 & ~umask)  # safetensors keeps its files to their owner
         move_into_place(scratch / LORA_FILE, folder / LORA_FILE)
     return folder / LORA_FILE
 

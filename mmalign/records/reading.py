@@ -43,7 +43,9 @@ def read(path: str | Path, *, faults: list[Fault] | None = None) -> "datasets.Da
     """
     place = Path(path).expanduser()
     if not place.exists():
-        raise UserError(f"{place}: got no such file or folder, want comparisons. Check the path.")
+        raise UserError(
+            f"{place}: got no such file or folder, want comparisons. Check the path: it counts from the folder you are in."
+        )
     reader, files = _format_of(place)
     return reader(files, faults)
 
