@@ -76,12 +76,12 @@ class PublicStep:
         lora = policy.settings.lora
         self.reference: Any = None
         if lora is None:
-            self.reference = policy._copy.unet if policy._copy is not None else None
+            self.reference = policy._copy.core if policy._copy is not None else None
         else:
             self.unet.requires_grad_(False)
             targets = ["to_q", "to_k", "to_v", "to_out.0"]
             self.unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets))
-        self.unet.load_state_dict(policy.denoiser.unet.state_dict())
+        self.unet.load_state_dict(policy.denoiser.core.state_dict())
         self.unet.train()
         self.joint_reference = joint_reference
         self.beta = BETA
@@ -194,7 +194,7 @@ class OurStep:
         self.run.sums = {}
         self.run.micro_step(self.policy.prepare(next(self.items)), sync=True)
         total, count = self.run.sums["loss"]
-        parameters = {name: p for name, p in self.policy.denoiser.unet.named_parameters() if p.requires_grad}
+        parameters = {name: p for name, p in self.policy.denoiser.core.named_parameters() if p.requires_grad}
         return _answer(float(total / count), parameters)
 
     def micro_step_of_next(self) -> None:

@@ -259,7 +259,7 @@ def _open(config: GenerateConfig) -> Any:
     import torch
 
     from mmalign.devices import torch_device
-    from mmalign.models.diffusion import open_pipeline
+    from mmalign.models.diffusion import find_family, open_pipeline
     from mmalign.models.sampling import set_scheduler, use_lora
 
     pipe = open_pipeline(config.family, config.model, dtype=getattr(torch, config.dtype), revision=config.revision)
@@ -267,7 +267,7 @@ def _open(config: GenerateConfig) -> Any:
     if config.scheduler is not None:
         set_scheduler(pipe, config.scheduler)
     if config.lora is not None:
-        use_lora(pipe, config.lora, scale=config.lora_scale)
+        use_lora(find_family(config.family), pipe, config.lora, scale=config.lora_scale)
     try:
         return pipe.to(torch_device(config.device))
     except (RuntimeError, AssertionError) as fault:
@@ -296,9 +296,11 @@ def _fill(run: _Run, pipe: Any, rows: Sequence[int], missing: Sequence[tuple[int
 
 
 def _sampled(run: _Run, pipe: Any, jobs: Sequence[tuple[int, int]]) -> Iterator[Any]:
+    from mmalign.families import find_family
     from mmalign.models.sampling import sample_images
 
     return sample_images(
+        find_family(run.config.family),
         pipe,
         [run.prompts[index] for index, _ in jobs],
         [run.seed(*job) for job in jobs],

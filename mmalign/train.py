@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -144,14 +145,13 @@ def _plan(
         f"length     {steps} steps = {steps * per_step} examples = {steps * per_step / num_examples:.2f} epochs",
         f"trained    {policy.plan()}",
     ]
-    channels, height, width = policy.latent_shape
+    shape = policy.latent_shape
+    latents = " x ".join(map(str, shape))
     for term in objective.terms:
         beta = term.settings.get("beta")
         if isinstance(beta, int | float) and objective.needs_reference:
-            others = ", ".join(
-                f"{value:.4g} ({name})" for name, value in beta_conventions(beta, channels * height * width).items()
-            )
-            lines.append(f"beta       {term.name}: {others}, on {channels} x {height} x {width} latents")
+            others = ", ".join(f"{value:.4g} ({name})" for name, value in beta_conventions(beta, math.prod(shape)).items())
+            lines.append(f"beta       {term.name}: {others}, on {latents} latents")
         elif beta == "auto":
             auto = objective.auto_beta
             lines.append(
@@ -173,7 +173,7 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
     per_sample = 0.0
     if stock:
         checkpointing = bool(adapter.get("gradient_checkpointing"))
-        side = (policy.latent_shape[1] * policy.latent_shape[2]) ** 0.5
+        side = math.prod(policy.latent_shape[-2:]) ** 0.5
         per_sample = activations(adapter["family"], lora=lora, checkpointing=checkpointing, latent_side=side)
     precision: Any = training.mixed_precision or "no"
     known = training.optimiser.name in OPTIMISER_BYTES

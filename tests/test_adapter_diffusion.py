@@ -227,7 +227,7 @@ def test_in_bfloat16_the_vae_keeps_every_bit_whatever_is_sampled(tmp_path: Path,
     config = config_of(tree(tmp_path / "out", family, adapter={"validation": {"prompts": ["a red 1"], "steps": 1}}))
     examples = read_examples(config.data)[0]
     half, whole = (config.adapter.build().open(mixed_precision=precision) for precision in ("bf16", "no"))
-    assert (half.pipe.text_encoder.dtype, half.network.unet.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (half.pipe.text_encoder.dtype, half.network.core.dtype) == (torch.bfloat16, torch.bfloat16)
     pixels = torch.stack([one.pixels for one in half.item(examples[0], 0)["framed"]])
     wanted = whole.encode(pixels)
     torch.testing.assert_close(half.encode(pixels), wanted, atol=1e-6, rtol=0)

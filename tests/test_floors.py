@@ -17,6 +17,7 @@ ROOMS = (
     {"__init__", "errors", "devices"},
     {"losses", "likelihoods", "noise", "records", "config", "metrics", "scorers", "memory", "statistics", "model_card"},
     {
+        "families",
         "models",
         "importers",
         "annotation",
@@ -49,7 +50,7 @@ ROOMS = (
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 SIDEWAYS = {
     "devices": {"errors"},
-    "models": {"checkpoints"},
+    "models": {"checkpoints", "families"},
     "loop": {"checkpoints", "objective", "optimisers", "sources", "training"},
     "training": {"optimisers"},
     "train": {"experiment"},

@@ -199,8 +199,8 @@ def test_the_moving_average_is_what_is_saved_and_validated_with_the_last_weights
     raw = load_file(output / "raw" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     last = load_file(output / "checkpoint-4" / "trainable.safetensors")
     by_hand = averaged_by_hand(output, 0.15)
-    assert largest_difference({f"unet.{name}": value for name, value in raw.items()}, last) == 0
-    saved = {f"unet.{name}": value for name, value in final_weights(output).items()}
+    assert largest_difference({f"core.{name}": value for name, value in raw.items()}, last) == 0
+    saved = {f"core.{name}": value for name, value in final_weights(output).items()}
     assert largest_difference(saved, by_hand) <= 1e-6
     assert largest_difference(saved, last) > 1e-3
     settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 32, "width": 32}

@@ -6,7 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mmalign.models.tiny import IMAGE_SIZE, LATENT_SHAPE, tiny_pipeline, tiny_tokenizer
+from mmalign.families.parts import IMAGE_SIZE, LATENT_SHAPE, tiny_tokenizer
+from mmalign.models.tiny import tiny_pipeline
 
 __all__ = ["IMAGE_SIZE", "LATENT_SHAPE", "tiny_folder", "tiny_pipeline", "tiny_tokenizer"]
 

@@ -20,6 +20,7 @@ from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
+from mmalign.families import weight_dtype
 from mmalign.likelihoods import DenoisingInputs, winner_guard
 from mmalign.loop import Prepared
 from mmalign.models.diffusion import (
@@ -29,6 +30,7 @@ from mmalign.models.diffusion import (
     encode_prompt,
     find_family,
     frozen_copy,
+    latent_shape,
     load_lora,
     lora_off,
     model_folder,
@@ -181,14 +183,14 @@ class DiffusionPolicy:
         frozen = settings.frozen_dtype(mixed_precision)
         trained = frozen if settings.lora is not None else torch.float32
         self.pipe = self._open(trained)
-        self.schedule = schedule_of(self.pipe)
+        self.schedule = schedule_of(self.pipe, settings.size)
         self.pipe.to(device)
         for part in self._encoders():
             part.requires_grad_(False).eval()
             if part is not self.pipe.vae and part.dtype != frozen:
                 part.to(frozen)
         nn.Module.to(self.pipe.vae, vae_dtype(self.pipe.vae.config, frozen))
-        self.denoiser = Denoiser(self.family, self.pipe.unet)
+        self.denoiser = Denoiser(self.family, self.family.core(self.pipe))
         self._check_timesteps()
         self.cache: Cache | None = None
         if settings.cache is not None:
@@ -286,6 +288,7 @@ class DiffusionPolicy:
         try:
             with self._encoders_as_network():
                 images = sample_images(
+                    self.family,
                     self.pipe,
                     wanted.prompts,
                     [wanted.seed + number for number in range(len(wanted.prompts))],
@@ -305,11 +308,9 @@ class DiffusionPolicy:
         return training_plan(self.denoiser)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of the latents of one image."""
-        factor = self.pipe.vae_scale_factor
-        height, width = self.settings.size
-        return (self.pipe.vae.config.latent_channels, height // factor, width // factor)
+        return latent_shape(self.pipe, self.settings.size)
 
     @property
     def num_encoder_parameters(self) -> int:
@@ -353,7 +354,7 @@ class DiffusionPolicy:
         before: list[tuple[nn.Module, Any, Any]] = [(part, part.device, part.dtype) for part in self._encoders()]
         try:
             for part, _, _ in before:
-                nn.Module.to(part, self.device, self.pipe.unet.conv_in.weight.dtype)
+                nn.Module.to(part, self.device, weight_dtype(self.denoiser.core))
             yield
         finally:
             for part, device, dtype in before:
@@ -366,15 +367,14 @@ class DiffusionPolicy:
             self.denoiser.requires_grad_(True)
             if weights is not None:
                 tuned = open_pipeline(self.family, weights / FULL, dtype=torch.float32)
-                self.denoiser.unet.load_state_dict(tuned.unet.state_dict())
+                self.denoiser.core.load_state_dict(self.family.core(tuned).state_dict())
         elif weights is None:
             add_lora(self.denoiser, **vars(lora), seed=self.seed)
         else:
             load_lora(self.denoiser, weights)
 
     def _encoders(self) -> list[nn.Module]:
-        names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-        return [part for part in (getattr(self.pipe, name, None) for name in names) if part is not None]
+        return [part for part in (getattr(self.pipe, name, None) for name in self.family.encoders) if part is not None]
 
     def _check_timesteps(self) -> None:
         try:

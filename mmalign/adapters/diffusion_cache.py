@@ -166,11 +166,11 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
     settings = policy.settings
     pipe = policy.pipe
     geometry = {"resolution": list(settings.size), "crop": settings.crop}
-    encoders = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None)}
+    encoders = {name: getattr(pipe, name) for name in policy.family.encoders[1:] if getattr(pipe, name, None)}
     scaling = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
     images = {"vae": weights_fingerprint(pipe.vae), **scaling, **geometry}
     prompts = {name: weights_fingerprint(encoder) for name, encoder in encoders.items()}
-    tokenizers = {name: getattr(pipe, name) for name in ("tokenizer", "tokenizer_2") if getattr(pipe, name, None)}
+    tokenizers = {name: getattr(pipe, name) for name in policy.family.tokenizers if getattr(pipe, name, None)}
     prompts |= {name: _tokenizer_fingerprint(tokenizer) for name, tokenizer in tokenizers.items()}
     fingerprints: dict[str, Any] = {"frames": geometry, "images": images, "prompts": prompts}
     if settings.draws is not None:

@@ -1,16 +1,16 @@
 """Diffusion pipelines: open one, read its noise schedule, encode its images and prompts. All names of the room meet here."""
 
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from mmalign.errors import UserError
-from mmalign.models.families import FAMILIES, Denoiser, Family, encode_prompt, find_family
+from mmalign.families import FAMILIES, Family, encode_prompt, find_family
+from mmalign.models.denoiser import Denoiser
+from mmalign.models.latents import decode_latents, encode_images, latent_shape, vae_dtype
 from mmalign.models.lora import (
     LORA_FILE,
     add_lora,
@@ -24,8 +24,8 @@ from mmalign.models.lora import (
 )
 from mmalign.models.pipeline_folder import check_family, detect_family, local_folder
 from mmalign.models.quiet import quiet_libraries
+from mmalign.models.schedules import schedule_of
 from mmalign.models.tiny import TINY, tiny_folder
-from mmalign.noise import Schedule, vp_schedule
 
 __all__ = [
     "FAMILIES",
@@ -33,11 +33,13 @@ __all__ = [
     "Denoiser",
     "Family",
     "add_lora",
+    "decode_latents",
     "detect_family",
     "encode_images",
     "encode_prompt",
     "find_family",
     "frozen_copy",
+    "latent_shape",
     "load_lora",
     "lora_off",
     "model_folder",
@@ -92,7 +94,7 @@ def open_pipeline(
     """
     family = find_family(family)
     folder = model_folder(family, model, revision=revision, variant=variant, local_files_only=local_files_only)
-    check_family(folder, model, family=family.name, pipeline=family.pipeline, known=tuple(FAMILIES))
+    check_family(folder, model, family)
     options: dict[str, Any] = {"dtype": {"vae": torch.float32, "default": dtype}, "variant": variant, "local_files_only": True}
     if "safety_checker" in inspect.signature(family.pipeline_class().__init__).parameters:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -104,57 +106,3 @@ def open_pipeline(
     nn.Module.to(pipe.vae, vae_dtype(pipe.vae.config, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def schedule_of(pipe: Any) -> Schedule:
-    """The training noise schedule that the pipeline's sampler was made for.
-
-    Read from the scheduler's config through diffusers' DDPMScheduler: betas, prediction type, zero-terminal SNR.
-    Raises:
-        UserError: a sampler without betas (flow matching, EDM).
-    """
-    from diffusers import DDPMScheduler
-
-    config = pipe.scheduler.config
-    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
-        got = type(pipe.scheduler).__name__
-        raise UserError(f"scheduler: got {got}, which has no betas, want one of a variance-preserving model (DDIM ...).")
-    known = inspect.signature(DDPMScheduler.__init__).parameters
-    scheduler = DDPMScheduler.from_config({name: value for name, value in config.items() if name in known})
-    return vp_schedule(alphas_cumprod=scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type)
-
-
-def vae_dtype(vae_config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """The dtype to keep a VAE in when the pipeline has `dtype`: float32 where its config says force_upcast.
-
-    The SDXL VAE overflows to NaN in float16 and loses detail in bfloat16; the repaired one (fp16-fix) says
-    force_upcast false and runs in `dtype`. Those of SD 1.x and 2.x say nothing, which diffusers reads as true.
-    """
-    return torch.float32 if vae_config.get("force_upcast", False) else dtype
-
-
-@torch.no_grad()
-def encode_images(
-    pipe: Any, pixels: Float[Tensor, "n 3 height width"], *, check: bool = True
-) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-    """Mean and standard deviation of the scaled latents: (x - shift) * scaling of the VAE's posterior, as float32.
-
-    Computed in the VAE's dtype, which `open_pipeline` chose.
-
-    A latent is mean + std * noise. AutoencoderTiny has no posterior: its std is 0.
-    Args:
-        pixels: in [-1, 1], on any device; sides divisible by the VAE's factor (8).
-        check: look for NaN, for which the host must wait for the device.
-    Raises:
-        UserError: the VAE gave NaN or infinite latents, and `check` is on.
-    """
-    vae = pipe.vae
-    shift, scaling = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
-    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-    if hasattr(encoded, "latent_dist"):  # AutoencoderKL
-        mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-    else:  # AutoencoderTiny
-        mean, std = encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
-    if check and not torch.isfinite(mean).all():
-        raise UserError(f"VAE: got NaN or infinite latents in {vae.dtype}. Set dtype: bfloat16, or use a VAE made for float16.")
-    return (mean - shift) * scaling, std * scaling

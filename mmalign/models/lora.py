@@ -15,7 +15,8 @@ from torch import nn
 
 from mmalign.checkpoints import move_into_place
 from mmalign.errors import UserError
-from mmalign.models.families import Denoiser, Family
+from mmalign.families import Family
+from mmalign.models.denoiser import Denoiser
 from mmalign.models.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def add_lora(
     if rank < 1:
         raise UserError(f"lora.rank: got {rank}, want 1 or more.")
     names = tuple(denoiser.family.lora_targets if targets is None else targets)
-    _check_targets(denoiser.unet, names)
+    _check_targets(denoiser.core, names)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -64,10 +65,10 @@ def add_lora(
         target_modules=list(names),
         lora_dropout=dropout,
     )
-    denoiser.unet.requires_grad_(False)
+    denoiser.core.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        denoiser.unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+        denoiser.core.add_adapter(config, adapter_name=ADAPTER_NAME)
     _take_up(denoiser)
 
 
@@ -88,17 +89,17 @@ def load_lora(denoiser: Denoiser, folder: Path | str) -> None:
     state, alphas, metadata = pipeline.lora_state_dict(
         str(folder), weight_name=LORA_FILE, local_files_only=True, return_lora_metadata=True
     )
-    denoiser.unet.requires_grad_(False)
+    denoiser.core.requires_grad_(False)
     try:
-        denoiser.unet.load_lora_adapter(
-            state, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER_NAME
+        denoiser.core.load_lora_adapter(
+            state, prefix=denoiser.family.network, network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER_NAME
         )
     except (RuntimeError, ValueError) as fault:
         text = f"{folder / LORA_FILE}: its layers do not fit this {denoiser.family.name} network ({fault})."
         raise UserError(f"{text} Load it into the base model it was trained on.") from fault
     _take_up(denoiser)
     if not denoiser.lora_layers:
-        raise UserError(f"{folder / LORA_FILE}: got no layers for the UNet, want a LoRA of {denoiser.family.name}.")
+        raise UserError(f"{folder / LORA_FILE}: got no layers for the network, want a LoRA of {denoiser.family.name}.")
 
 
 @contextlib.contextmanager
@@ -133,13 +134,13 @@ def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
         raise ValueError("save_lora: the denoiser has no LoRA. Use save_full.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(denoiser.unet, adapter_name=ADAPTER_NAME)
+    weights = get_peft_model_state_dict(denoiser.core, adapter_name=ADAPTER_NAME)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    metadata = _metadata(denoiser.core.peft_config[ADAPTER_NAME])
     with _scratch(folder / LORA_FILE) as scratch:
         family.pipeline_class().save_lora_weights(
             scratch,
-            unet_lora_layers=weights,
-            unet_lora_adapter_metadata=_metadata(denoiser.unet.peft_config[ADAPTER_NAME]),
+            **{f"{family.network}_lora_layers": weights, f"{family.network}_lora_adapter_metadata": metadata},
         )
         umask = os.umask(0)
         os.umask(umask)
@@ -149,7 +150,7 @@ def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
 
 
 def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
-    """Write the whole pipeline, with the denoiser's network as its UNet, as a folder for `from_pretrained`.
+    """Write the whole pipeline, with the denoiser's network in it, as a folder for `from_pretrained`.
 
     Written beside, brought to disk and renamed. Replaces a pipeline that stands there, which is not removed before.
     Raises:
@@ -163,7 +164,7 @@ def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
         raise UserError(f"{folder}: got a folder with other files, want an empty or absent one. Name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(folder) as scratch:
-        parts = {**pipe.components, "unet": denoiser.unet}
+        parts = {**pipe.components, denoiser.family.network: denoiser.core}
         with quiet_libraries():
             type(pipe)(**parts, **_pipeline_flags(pipe)).save_pretrained(scratch)
         move_into_place(scratch, folder)
@@ -173,7 +174,7 @@ def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
 def frozen_copy(denoiser: Denoiser) -> Denoiser:
     """The reference for full fine-tuning: a copy that takes no gradient. It costs the memory of a second network."""
     twin = copy.deepcopy(denoiser).requires_grad_(False).eval()
-    twin.unet.disable_gradient_checkpointing()
+    twin.core.disable_gradient_checkpointing()
     return twin
 
 
@@ -189,7 +190,7 @@ def training_plan(denoiser: Denoiser) -> str:
     share = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
     if not denoiser.lora_layers:
         return f"{denoiser.family.name}, full fine-tuning: {share}"
-    config = denoiser.unet.peft_config[ADAPTER_NAME]
+    config = denoiser.core.peft_config[ADAPTER_NAME]
     targets = ", ".join(sorted(config.target_modules))
     layers = f"{len(denoiser.lora_layers)} layers ({targets})"
     return f"{denoiser.family.name}, LoRA rank {config.r} alpha {config.lora_alpha:g} on {layers}: {share}"
@@ -198,8 +199,8 @@ def training_plan(denoiser: Denoiser) -> str:
 def _take_up(denoiser: Denoiser) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    denoiser.lora_layers = [module for module in denoiser.unet.modules() if isinstance(module, BaseTunerLayer)]
-    for name, parameter in denoiser.unet.named_parameters():
+    denoiser.lora_layers = [module for module in denoiser.core.modules() if isinstance(module, BaseTunerLayer)]
+    for name, parameter in denoiser.core.named_parameters():
         low_rank = ".lora_" in name
         parameter.requires_grad_(low_rank)
         if low_rank:

@@ -1,11 +1,11 @@
 """Where the files of a diffusers pipeline lie, and which model family its configs describe."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmalign.errors import UserError
+from mmalign.families import FAMILIES, Family
 
 
 def local_folder(model: str | Path, *, revision: str | None, variant: str | None, local_files_only: bool) -> Path:
@@ -41,42 +41,41 @@ def _hub_folder(model: str, *, revision: str | None, variant: str | None, local_
     return Path(folder)
 
 
-def detect_family(index: Mapping[str, Any], unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> str | None:
-    """The name of the family that a pipeline's configs describe; None for one that mmalign does not know.
-
-    SD 2.x differs from SD 1.x in its text encoder (cross-attention width 1024 against 768); at any other width
-    (small models of one's own) velocity prediction tells.
-    """
-    pipeline, width = index.get("_class_name"), unet.get("cross_attention_dim")
-    if pipeline == "StableDiffusionXLPipeline":
-        return "sdxl"
-    if pipeline != "StableDiffusionPipeline":
-        return None
-    if width in (768, 1024):
-        return "sd2" if width == 1024 else "sd15"
-    return "sd2" if scheduler.get("prediction_type") == "v_prediction" else "sd15"
+def detect_family(folder: Path) -> str | None:
+    """The name of the family that a pipeline folder's configs describe; None for one that mmalign does not know."""
+    index, scheduler = _configs(folder, "model_index.json", "scheduler/scheduler_config.json")
+    for family in FAMILIES.values():
+        (network,) = _configs(folder, f"{family.network}/config.json")
+        if family.recognise(index, network, scheduler):
+            return family.name
+    return None
 
 
-def check_family(folder: Path, model: str | Path, *, family: str, pipeline: str, known: tuple[str, ...]) -> None:
+def check_family(folder: Path, model: str | Path, family: Family) -> None:
     """Refuse a folder of another family before any weight is read.
 
     Args:
         folder, model: where the files are, and what the user called them.
-        family, pipeline: the wanted family and its pipeline class; a family outside `known` is held to its class only.
-        known: the families that `detect_family` tells apart.
+        family: the wanted family; one of the user's own, outside FAMILIES, is held to what it recognises.
     Raises:
         UserError: what was found, and the family that fits.
     """
-    index = _read_json(folder / "model_index.json")
-    unet = _read_json(folder / "unet" / "config.json", missing_ok=True)
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", missing_ok=True)
-    found = detect_family(index, unet, scheduler)
-    if found == family or (family not in known and index.get("_class_name") == pipeline):
+    index, network, scheduler = _configs(
+        folder, "model_index.json", f"{family.network}/config.json", "scheduler/scheduler_config.json"
+    )
+    if family.recognise(index, network, scheduler):
         return
-    facts = f"{index.get('_class_name')}, cross_attention_dim {unet.get('cross_attention_dim')}"
+    found = detect_family(folder)
+    facts = str(index.get("_class_name"))
+    if "cross_attention_dim" in network:
+        facts += f", cross_attention_dim {network['cross_attention_dim']}"
     facts += f", prediction_type {scheduler.get('prediction_type', 'epsilon')}"
-    remedy = f"Set family: {found}." if found else f"Families: {', '.join(known)}."
-    raise UserError(f"{model}: got a model of {found or 'an unknown family'} ({facts}), want {family}. {remedy}")
+    remedy = f"Set family: {found}." if found else f"Families: {', '.join(FAMILIES)}."
+    raise UserError(f"{model}: got a model of {found or 'an unknown family'} ({facts}), want {family.name}. {remedy}")
+
+
+def _configs(folder: Path, *names: str) -> list[dict[str, Any]]:
+    return [_read_json(folder / name, missing_ok=name != "model_index.json") for name in names]
 
 
 def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:

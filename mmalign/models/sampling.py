@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mmalign.errors import UserError
+from mmalign.families import Family
 from mmalign.models.lora import LORA_FILE
 from mmalign.models.quiet import quiet_libraries
 
@@ -23,6 +24,7 @@ def image_seed(seed: int, prompt: int, candidate: int) -> int:
 
 
 def sample_images(
+    family: Family,
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -37,6 +39,7 @@ def sample_images(
 
     Noise is drawn on the CPU, so that every device starts from the same. Batch size changes an image by rounding only.
     Args:
+        family: of the pipeline, which knows its keywords.
         pipe: a stock pipeline; its scheduler is the sampler.
         steps: sampler steps. Published evaluations: 50.
         guidance_scale: 1 is no guidance. Published: 7.5 (SD 1.x), 5 (SDXL).
@@ -51,9 +54,8 @@ def sample_images(
             height=height,
             width=width,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
             generator=generators,
+            **family.call_options(guidance_scale, negative_prompt, len(batch)),
         ).images
 
 
@@ -79,7 +81,7 @@ def lora_file(lora: Path | str) -> Path:
     return place if place.is_file() else place / LORA_FILE
 
 
-def use_lora(pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
+def use_lora(family: Family, pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
     """Load a LoRA for sampling as any user of stock diffusers would.
 
     Args:
@@ -96,6 +98,6 @@ def use_lora(pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
             pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=SAMPLING_ADAPTER)
     except (RuntimeError, ValueError, KeyError) as fault:
         raise UserError(f"{file}: its layers do not fit this model ({fault}). Name the base it was trained on.") from fault
-    if SAMPLING_ADAPTER not in getattr(pipe.unet, "peft_config", {}):
-        raise UserError(f"{file}: got no layers for the UNet of this model, want a LoRA trained on it.")
+    if SAMPLING_ADAPTER not in getattr(family.core(pipe), "peft_config", {}):
+        raise UserError(f"{file}: got no layers for the network of this model, want a LoRA trained on it.")
     pipe.set_adapters([SAMPLING_ADAPTER], [scale])
