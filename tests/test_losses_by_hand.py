@@ -9,7 +9,7 @@ import pytest
 import torch
 from loss_inputs import call, data, settings_of, tensor
 
-from mmalign.losses import LOSSES, STATISTICS, dpo, dro, hinge, ipo, kto, mapo, rank_dpo, robust, sft, spo
+from mmalign.losses import LOSSES, STATISTICS, bradley_terry, dpo, dro, hinge, ipo, kto, mapo, rank_dpo, robust, sft, spo
 
 LN2 = math.log(2)
 
@@ -26,7 +26,34 @@ def test_an_untrained_policy_costs_ln_2(loss: Any) -> None:
 def test_mapo_never_asks_for_a_reference() -> None:
     assert "reference" not in inspect.signature(mapo).parameters
     assert "reference" not in inspect.signature(sft).parameters
-    assert all("reference" in inspect.signature(LOSSES[name]).parameters for name in set(LOSSES) - {"mapo", "sft"})
+    assert "reference" not in inspect.signature(bradley_terry).parameters
+    assert all(
+        "reference" in inspect.signature(LOSSES[name]).parameters for name in set(LOSSES) - {"mapo", "sft", "bradley_terry"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "prob", "expected"),
+    [
+        ((2.0, 0.0), None, 0.1269280110429726),  # ln(1 + e^-2)
+        ((2.0, 0.0), 0.0, 2.1269280110429726),  # ln(1 + e^2)
+        ((1.0, 0.0), 0.5, 0.8132616875182228 - LN2),  # 1/2 ln(1 + e^-1) + 1/2 ln(1 + e) - ln 2
+        ((-3.0, -3.0), 0.5, 0.0),
+        ((1.0, 0.0), 0.25, 0.25 * 0.3132616875182228 + 0.75 * 1.3132616875182228),  # no tie: nothing is taken off
+    ],
+)
+def test_bradley_terry_by_hand(scores: tuple[float, float], prob: float | None, expected: float) -> None:
+    soft = None if prob is None else tensor(prob)
+    result = bradley_terry(tensor(list(scores)), soft)
+    assert result.losses.item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert result.rewards.tolist() == [list(scores)]
+
+
+def test_bradley_terry_is_dpo_on_scores_and_a_tie_costs_ln_2_more_where_it_is_not_taken_off() -> None:
+    scores, prob, weight = tensor([2.0, 0.0], [0.3, 0.9], [1.0, 1.0]), tensor(1.0, 0.5, 0.5), tensor(1.0, 3.0, 0.5)
+    whole = bradley_terry(scores, prob, weight, ties_at_zero=False).losses
+    torch.testing.assert_close(whole, dpo(scores, 0 * scores, prob, weight, beta=1.0).losses, rtol=1e-15, atol=0)
+    torch.testing.assert_close(whole - bradley_terry(scores, prob, weight).losses, LN2 * tensor(0.0, 3.0, 0.5))
 
 
 def test_dro_is_hinge_with_other_defaults() -> None:

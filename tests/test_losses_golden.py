@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmalign.likelihoods import DenoisingInputs, TransitionInputs
-from mmalign.losses import PreferenceLoss, dpo, dro, hinge, ipo, kto, mapo, rank_dpo, robust, spo
+from mmalign.losses import PreferenceLoss, bradley_terry, dpo, dro, hinge, ipo, kto, mapo, rank_dpo, robust, spo
 from mmalign.noise import Schedule, beta_conventions, vp_schedule
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -386,6 +386,23 @@ def test_ranked_arrays_have_the_golden_noisy_latents(noise: str) -> None:
     schedule = stable_diffusion()
     noisy = schedule.add_noise(arrays["x0"], arrays[f"{noise}_noise"], arrays["timesteps"])
     assert_equal(noisy, arrays[f"{noise}_noisy_latents"])
+
+
+# The step-aware preference model's own training
+
+
+def test_bradley_terry_repeats_the_loss_and_gradients_of_the_step_aware_models_training() -> None:
+    arrays = golden("spm_criterion")
+    features = {name: leaf(arrays[f"{name}_features"]) for name in ("image_0", "image_1", "text")}
+    images = torch.stack([features["image_0"], features["image_1"]], dim=1)
+    scores = arrays["logit_scale_exp"] * (images * features["text"][:, None]).sum(2)
+    weight = 1 / arrays["num_examples_per_prompt"]
+    assert set(arrays["label_0"].tolist()) == {0.0, 0.5, 1.0} and len(set(weight.tolist())) > 1
+    loss = bradley_terry(scores, arrays["label_0"], weight / weight.mean()).losses.mean()
+    loss.backward()
+    assert_equal(loss, arrays["inbatch0_loss"])
+    for name, values in features.items():
+        assert_equal(values.grad, arrays[f"inbatch0_grad_{name}"])
 
 
 # TRL on summed text log-probabilities

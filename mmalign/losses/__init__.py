@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mmalign.losses.links import PreferenceLoss
 from mmalign.losses.listwise import rank_dpo
-from mmalign.losses.pairwise import dpo, dro, hinge, ipo, mapo, robust, spo
+from mmalign.losses.pairwise import bradley_terry, dpo, dro, hinge, ipo, mapo, robust, spo
 from mmalign.losses.pointwise import batch_mean_ratio, kto, sft
 
 __all__ = ["LOSSES", "STATISTICS", "PreferenceLoss"]
@@ -23,6 +23,7 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "mapo": mapo,
     "rank_dpo": rank_dpo,
     "spo": spo,
+    "bradley_terry": bradley_terry,
     "kto": kto,
     "sft": sft,
 }
