@@ -11,6 +11,7 @@ from torch import Tensor
 from mmalign.errors import UserError
 from mmalign.scorers.clip import clip_score, clip_score_open_clip
 from mmalign.scorers.digits import digit_judge, digit_legibility
+from mmalign.scorers.image_reward import image_reward
 from mmalign.scorers.pixels import brightness, colourfulness, sharpness
 
 
@@ -56,5 +57,6 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "colourfulness": colourfulness,
     "digit_judge": digit_judge,
     "digit_legibility": digit_legibility,
+    "image_reward": image_reward,
     "sharpness": sharpness,
 }
