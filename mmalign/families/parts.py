@@ -18,6 +18,24 @@ def tiny_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
 
 
+def tiny_t5_tokenizer(max_length: int = 512) -> Any:
+    """A T5Tokenizer of the printable ASCII characters, alone: pad 0, end 1, unknown 2, a word's beginning 3."""
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0)]
+    characters = [(chr(code), -3.0) for code in range(33, 127)]
+    return T5Tokenizer(vocab=[*special, *characters], extra_ids=0, model_max_length=max_length)
+
+
+def tiny_t5(hidden_size: int, **changes: Any) -> Any:
+    """A T5EncoderModel with 2 layers of the v1.1 kind (gated GELU) for `tiny_t5_tokenizer`."""
+    from transformers import T5Config, T5EncoderModel
+
+    shape = {"d_model": hidden_size, "d_kv": hidden_size // 2, "d_ff": 2 * hidden_size, "num_heads": 2, "num_layers": 2}
+    kind = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "is_encoder_decoder": False, "use_cache": False}
+    return T5EncoderModel(T5Config(vocab_size=98, **{**shape, **kind, **changes})).eval()
+
+
 def tiny_text_config(hidden_size: int, **changes: Any) -> Any:
     """Of a CLIP text encoder with 2 layers for `tiny_tokenizer`."""
     from transformers import CLIPTextConfig
