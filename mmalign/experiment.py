@@ -110,7 +110,7 @@ def check_images(examples: Examples, count: int) -> None:
 
 
 def build_objective(config: TrainConfig, examples: Examples) -> Objective:
-    """The sum of the config's losses, checked against the data and tried out.
+    """The sum of the config's losses, checked against what the source gives, and tried out.
 
     Raises:
         UserError: a loss needs data that the view does not give, wants another number of candidates, would pass over soft
@@ -120,9 +120,9 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
         Term(name=one.name, loss=one.target, settings=one.settings, weight=one.extra.get("weight", 1.0)) for one in config.loss
     ]
     objective = Objective(terms, config.auto_beta)
-    first = examples[0]
-    objective.check(first.side, len(first.samples))
-    objective.try_out(first.side, len(first.samples))
+    shape = config.source.build().shape(examples)
+    objective.check(shape.side, shape.num_candidates)
+    objective.try_out(shape.side, shape.num_candidates)
     return objective
 
 
@@ -133,12 +133,13 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
         UserError: the examples are not of the adapter's kind, or the model cannot be opened.
     """
     adapter = config.adapter.build()
-    adapter.check_examples(examples.kinds)
+    source = config.source.build()
+    source.check(examples, adapter)
     return adapter.open(
         device=accelerator.device,
         mixed_precision=accelerator.mixed_precision,
         seed=config.seed,
-        num_candidates=len(examples[0].samples),
+        num_candidates=source.shape(examples).num_candidates,
         needs_reference=objective.needs_reference,
         **more,
     )

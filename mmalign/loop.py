@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmalign import checkpoints, metrics
 from mmalign.errors import UserError
 from mmalign.objective import Objective
-from mmalign.sources import Order
+from mmalign.sources import Order, Prepared, Stream
 from mmalign.training import Training, changed_keys, check_dropout, flat_settings
 
 logger = logging.getLogger(__name__)
@@ -27,23 +26,6 @@ logger = logging.getLogger(__name__)
 TRAINABLE = "trainable.safetensors"
 METRICS = "metrics.jsonl"
 MOST_SKIPPED = 50  # steps in a row that float16 may lose to overflow
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """One micro-batch on the device, all random draws made.
-
-    Args:
-        inputs: has `.logps(network)`, `.settle(network)`, `.candidates(slice)`, `.num_candidates`, `.readings(logps)`.
-        side: side data by the names of the losses' data parameters.
-        reference: reference logps where they are known already.
-        ids: of the examples, for messages.
-    """
-
-    inputs: Any
-    side: Mapping[str, Tensor]
-    ids: Sequence[str]
-    reference: Float[Tensor, "batch k"] | None = None
 
 
 @runtime_checkable
@@ -54,9 +36,6 @@ class Policy(Protocol):
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, as a list."""
-
-    def prepare(self, batch: Any) -> Prepared:
-        """A collated micro-batch -> tensors on the device."""
 
     def reference(self) -> AbstractContextManager[Callable[..., Tensor]]:
         """The reference network, for the length of the block."""
@@ -114,13 +93,13 @@ class Run:
 
     # --- one step -------------------------------------------------------------------------------------------------
 
-    def take_step(self, micro_batches: Iterable[Any]) -> None:
+    def take_step(self, micro_batches: Iterable[Prepared]) -> None:
         """One optimiser step over `accumulation` micro-batches."""
         finite: list[tuple[Tensor, Sequence[str]]] = []
-        for number, batch in enumerate(micro_batches):
+        for number, prepared in enumerate(micro_batches):
             last = number == self.training.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
-                finite.append(self.micro_step(self.policy.prepare(batch), sync=last))
+                finite.append(self.micro_step(prepared, sync=last))
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.training.max_grad_norm or math.inf)
         norm = torch.as_tensor(norm, device=self.accelerator.device)
         taken = self._stop_unless_finite(finite, norm)
@@ -352,7 +331,7 @@ class _Averaged(AbstractContextManager[None]):
 def fit(
     policy: Policy,
     objective: Objective,
-    batches: Callable[[Order, int, int], Iterable[Any]],
+    stream: Stream,
     training: Training,
     *,
     accelerator: Any,
@@ -368,7 +347,7 @@ def fit(
     Args:
         policy: an opened adapter.
         objective: the loss.
-        batches: (order, first step, last step) -> this process's micro-batches.
+        stream: an opened source.
         training: lengths, sizes, precision.
         accelerator: from `start`.
         num_examples: of the dataset, which decides epochs and order.
@@ -402,12 +381,14 @@ def fit(
         data=data,
         total=total,
     )
+    if hasattr(stream, "state_dict"):
+        accelerator.register_for_checkpointing(stream)
     if resume is not None:
         run.resume(resume)
     if training.trackers:
         where = {"wandb": {"dir": str(output)}}
         accelerator.init_trackers("mmalign", config=flat_settings(config), init_kwargs=where)
-    _steps(run, batches)
+    _steps(run, stream)
     if training.checkpoint_every:
         run.save_checkpoint()
     run.save()
@@ -416,17 +397,17 @@ def fit(
     return output
 
 
-def _steps(run: Run, batches: Callable[[Order, int, int], Iterable[Any]]) -> None:
+def _steps(run: Run, stream: Stream) -> None:
     from tqdm import tqdm
 
     training = run.training
-    stream = iter(batches(run.order, run.step, run.total))
+    batches = iter(stream.batches(run.order, run.step, run.total))
     run.network.train()
     run.since = (run.step, time.perf_counter())
     bar = tqdm(total=run.total, initial=run.step, desc="train", disable=not run.accelerator.is_main_process)
     with bar:
         while run.step < run.total:
-            run.take_step(next(stream) for _ in range(training.accumulation))
+            run.take_step(next(batches) for _ in range(training.accumulation))
             bar.update()
             last = run.step == run.total
             if last or run.step % training.log_every == 0:

@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from mmalign.model_card import write_card
 from mmalign.models.diffusion import LORA_FILE
 from mmalign.noise import beta_conventions
 from mmalign.objective import Objective
+from mmalign.sources import OfflineStream
 from mmalign.training import start
 
 __all__ = ["TrainConfig", "Trained", "main"]
@@ -75,17 +75,18 @@ def main(config: TrainConfig) -> Trained:
             "over all processes, and one example would be its own anchor."
         )
     policy = open_policy(config, examples, objective, accelerator)
-    num_candidates = len(examples[0].samples)
+    source = config.source.build()
+    num_candidates = source.shape(examples).num_candidates
     plan = _plan(config, policy, objective, len(examples), num_candidates, accelerator.num_processes, summary)
     loading = policy.loading_lines(config.output)
     if config.dry_run:
         return Trained(config.output, loading, plan, told=accelerator.is_main_process)
     if accelerator.is_main_process and config.adapter.settings.get("cache") is None:
         check_images(examples, config.data.check_images)
-    first = range(min(config.training.batch_size, len(examples)))
-    policy.prepare(
-        policy.collate([policy.item(examples[i], 0) for i in first])
-    )  # a fault of the data shows before any file does
+    stream = source.open(examples, policy, accelerator=accelerator, seed=config.seed)
+    if isinstance(stream, OfflineStream):  # a fault of the data shows before any file does
+        first = range(min(config.training.batch_size, len(examples)))
+        policy.prepare(policy.collate([policy.item(examples[i], 0) for i in first]))
     if accelerator.is_main_process:
         logger.info("%s", plan)
         _make_folder(config.output)
@@ -101,7 +102,7 @@ def main(config: TrainConfig) -> Trained:
     fit(
         policy,
         objective,
-        partial(config.source.build, examples, policy),
+        stream,
         config.training,
         accelerator=accelerator,
         num_examples=len(examples),

@@ -7,7 +7,7 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.records import Example
-from mmalign.sources import Draw, Order, offline
+from mmalign.sources import Draw, Offline, Order
 
 
 def order(batch_size: int, accumulation: int, num_processes: int = 1, process: int = 0, **changes: int) -> Order:
@@ -74,7 +74,7 @@ class Reader:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_offline_batches_follow_the_order_with_and_without_workers(num_workers: int) -> None:
-    got = list(offline(examples(10), Reader(), order(2, 1), 2, 9, num_workers=num_workers))
+    got = list(Offline(num_workers=num_workers).open(examples(10), Reader()).collated(order(2, 1), 2, 9))
     expected = [[(f"example {index}", epoch) for epoch, index in batch] for batch in order(2, 1).micro_batches(2, 9)]
     assert got == expected
 
@@ -82,11 +82,12 @@ def test_offline_batches_follow_the_order_with_and_without_workers(num_workers: 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_fault_of_the_data_is_told_in_its_own_words_from_a_worker_too(num_workers: int) -> None:
     with pytest.raises(UserError) as told:
-        list(offline(examples(4, "broken"), Reader(), order(2, 1, num_examples=4), 0, 2, num_workers=num_workers))
+        stream = Offline(num_workers=num_workers).open(examples(4, "broken"), Reader())
+        list(stream.collated(order(2, 1, num_examples=4), 0, 2))
     assert str(told.value) == "pairs.jsonl:3: got a damaged image, want one that decodes. Replace it."
 
 
 def test_reading_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
-    list(offline(examples(4), Reader(), order(2, 1, num_examples=4), 0, 2))
+    list(Offline().open(examples(4), Reader()).collated(order(2, 1, num_examples=4), 0, 2))
     assert torch.equal(torch.get_rng_state(), before)

@@ -22,7 +22,6 @@ from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.families import weight_dtype
 from mmalign.likelihoods import DenoisingInputs, winner_guard
-from mmalign.loop import Prepared
 from mmalign.models.diffusion import (
     Denoiser,
     add_lora,
@@ -46,6 +45,7 @@ from mmalign.models.sampling import sample_images
 from mmalign.models.tiny import TINY
 from mmalign.noise import TIMESTEPS
 from mmalign.records import Example
+from mmalign.sources import Prepared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FULL = "pipeline"  # the folder, in a run's output, that a full fine-tune is saved to

@@ -1,0 +1,67 @@
+"""What a source hands to the loop, and what the loop and the command line ask of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.sources.order import Order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One micro-batch on the device, all random draws made.
+
+    Args:
+        inputs: has `.measures(network)`, `.logps(network)`, `.settle(network)`, `.candidates(slice)`, `.num_candidates`,
+            `.readings(logps)`.
+        side: side data by the names of the losses' data parameters.
+        reference: reference logps where they are known already.
+        ids: of the examples, for messages.
+    """
+
+    inputs: Any
+    side: Mapping[str, Tensor]
+    ids: Sequence[str]
+    reference: Float[Tensor, "batch k"] | None = None
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """A source that was opened for one run. One with a memory also has `state_dict` and `load_state_dict`, alike on all
+    processes, which a checkpoint keeps.
+    """
+
+    def batches(self, order: Order, first_step: int, last_step: int) -> Iterator[Prepared]:
+        """This process's micro-batches from step `first_step` up to, without, `last_step`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a loss will see of a source's micro-batches.
+
+    Args:
+        num_candidates: k.
+        side: side data of one example, by the names of the losses' data parameters.
+    """
+
+    num_candidates: int
+    side: Mapping[str, Any]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Settings of a source, as YAML gives them."""
+
+    def check(self, examples: Any, adapter: Any) -> None:
+        """Refuse examples or an adapter's settings that it cannot work with, before a model is opened."""
+
+    def shape(self, examples: Any) -> Shape:
+        """What the loss will see."""
+
+    def open(self, examples: Any, policy: Any, *, accelerator: Any, seed: int) -> Stream:
+        """Begin, with the opened adapter."""
