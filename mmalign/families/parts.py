@@ -36,6 +36,20 @@ def tiny_t5(hidden_size: int, **changes: Any) -> Any:
     return T5EncoderModel(T5Config(vocab_size=98, **{**shape, **kind, **changes})).eval()
 
 
+def tiny_qwen_tokenizer(chat_template: str | None = None) -> Any:
+    """A Qwen2Tokenizer of 256 byte characters and the tokens that mark turns and images: no merges."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+    entries = [*sorted(ByteLevel.alphabet()), *marks, "<|image_pad|>", "<|video_pad|>"]
+    vocab = {entry: index for index, entry in enumerate(entries)}
+    special = [*marks, "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=special, model_max_length=4096)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
 def tiny_text_config(hidden_size: int, **changes: Any) -> Any:
     """Of a CLIP text encoder with 2 layers for `tiny_tokenizer`."""
     from transformers import CLIPTextConfig
