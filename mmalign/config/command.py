@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -48,9 +49,9 @@ def command_line(cls: type[Any], main: Callable[[Any], Any], argv: Sequence[str]
     """Runs `main(config)` with the config that the arguments name, and returns the exit code.
 
     Arguments: `CONFIG` or `--config CONFIG`; `a.b=c`, `--a.b c`, `--a-b=c`; a bare `--flag` is true; a positional
-    argument that is no YAML file goes to the field marked `metadata={"positional": True}`. What main returns is printed,
-    None is not; its attribute `exit_code`, where it has one, is the exit code. Faults of the user end in 2, an interrupt
-    in 130.
+    argument that is no YAML file goes to the field marked `metadata={"positional": True}`, several to a tuple. What main
+    returns is printed, None is not; its attribute `exit_code`, where it has one, is the exit code. Faults of the user end
+    in 2, an interrupt in 130.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     asks = "--help" in argv or "-h" in argv
@@ -82,6 +83,7 @@ def parse_arguments(cls: type[Any], argv: Sequence[str]) -> tuple[str | None, li
     """
     path: str | None = None
     overrides: list[str] = []
+    listed: dict[str, list[str]] = {}  # positional arguments of a field that takes several
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -92,13 +94,16 @@ def parse_arguments(cls: type[Any], argv: Sequence[str]) -> tuple[str | None, li
             continue
         else:
             key, value = _positional(cls, word), word
+            if key != "config" and any(typing.get_origin(m) is tuple for m in members(settings_of(cls)[key].annotation)):
+                listed.setdefault(key, []).append(value)
+                continue
         if key != "config":
             overrides.append(f"{key}={value}")
         elif path is None:
             path = value
         else:
             raise UserError(f"command line: got two configs, {path} and {value}, want one. Settings are given as a.b=c.")
-    return path, overrides
+    return path, overrides + [f"{key}={json.dumps(values)}" for key, values in listed.items()]
 
 
 def _flag(cls: type[Any], word: str, rest: list[str]) -> tuple[str, str]:

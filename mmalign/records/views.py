@@ -9,6 +9,8 @@ from mmalign.records.rows import Comparison, Dropped, Example, Sample, nearest
 
 # What an absent side value means, for batches in which only some rows have it.
 SIDE_DEFAULTS = {"prob": 1.0, "weight": 1.0, "margin": 0.0}
+# The judge under whose name `mmalign rank` keeps phi (see `ranked`): what the judges said together, never one judge more.
+PHI = "phi"
 
 
 def pair(
@@ -66,7 +68,8 @@ def ranked(row: Comparison, *, by: str = "auto", num_candidates: int | None = No
     Source: RankDPO (arXiv 2410.18013), preference score; the half win for ties is ours. The raw scores stay in the row.
 
     Args:
-        by: `auto`: all judges' scores, or the ranks of a row without scores; `ranks`; or one judge's name.
+        by: `auto`: the phi that `mmalign rank` kept in the row, else that of all judges' scores, else that of the ranks;
+            `ranks`; or one judge's name.
         num_candidates: k of every example. Rows with more are thinned evenly from best to worst, phi unchanged; rows
             with fewer are dropped. None keeps each row's k.
 
@@ -77,14 +80,9 @@ def ranked(row: Comparison, *, by: str = "auto", num_candidates: int | None = No
     """
     if num_candidates is not None and num_candidates < 2:
         raise UserError(f"view: got num_candidates {num_candidates}, want 2 or more, or null for all candidates of a row.")
-    if by == "auto" and row.scores:
-        judges: Sequence[tuple[float, ...]] = list(row.scores.values())
-    else:
-        judged = _values(row, by, 0.0)
-        if isinstance(judged, Dropped):
-            return judged
-        judges = [judged[0]]
-    phi = preference_scores(judges)
+    phi = _phi(row, by)
+    if isinstance(phi, Dropped):
+        return phi
     k = len(phi)
     if len(set(phi)) == 1:
         return Dropped("tie")
@@ -92,7 +90,7 @@ def ranked(row: Comparison, *, by: str = "auto", num_candidates: int | None = No
     if num_candidates is not None:
         if k < num_candidates:
             return Dropped(f"{k} candidates, want {num_candidates}")
-        order = [order[round(i * (k - 1) / (num_candidates - 1))] for i in range(num_candidates)]
+        order = thinned(order, num_candidates)
     return (_example(row, order, {"scores": tuple(phi[i] for i in order)}),)
 
 
@@ -157,6 +155,20 @@ def preference_scores(judges: Sequence[Sequence[float]]) -> tuple[float, ...]:
     k = len(judges[0])
     wins = [sum((v[i] > o) + 0.5 * (v[i] == o) for v in judges for j, o in enumerate(v) if j != i) for i in range(k)]
     return tuple(w / (len(judges) * (k - 1)) for w in wins)
+
+
+def thinned(order: Sequence[int], count: int) -> list[int]:
+    """`count` entries of an order, evenly spaced from the first to the last; count is 2 or more."""
+    return [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)]
+
+
+def _phi(row: Comparison, by: str) -> tuple[float, ...] | Dropped:
+    if by in ("auto", PHI) and PHI in row.scores:
+        return row.scores[PHI]
+    if by == "auto" and row.scores:
+        return preference_scores(list(row.scores.values()))
+    judged = _values(row, by, 0.0)
+    return judged if isinstance(judged, Dropped) else preference_scores([judged[0]])
 
 
 def _values(row: Comparison, by: str, min_gap: float) -> tuple[tuple[float, ...], float | None] | Dropped:
