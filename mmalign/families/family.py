@@ -23,6 +23,11 @@ def guided(guidance_scale: float, negative_prompt: str | None, count: int) -> di
     return {"guidance_scale": guidance_scale, "negative_prompt": negative}
 
 
+def size_of_pipeline(pipe: Any) -> tuple[None, None]:
+    """Of a pipeline whose call knows the size that its model was made for."""
+    return (None, None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What differs between model families.
@@ -43,6 +48,8 @@ class Family:
         recognise: (model_index.json, config of the network, config of the scheduler) -> whether a pipeline is of this family.
         tiny: (changes of the parts' configs) -> a tiny random pipeline of the real classes, below 1 MB.
         call_options: (guidance_scale, negative_prompt, number of prompts) -> keywords of the stock pipeline's call.
+        default_size: pipeline -> (height, width) in pixels that its call samples where no size is asked for; (None, None)
+            leaves it to the pipeline.
         output: the field of the pipeline's result.
         size_multiple: sides of an image must be multiples of it, in pixels.
         frame_multiple: for video: the number of frames must be 1 more than a multiple of it. None: images.
@@ -63,6 +70,7 @@ class Family:
     recognise: Callable[[Config, Config, Config], bool]
     tiny: Callable[[Changes], Any] | None = None
     call_options: Callable[[float, str | None, int], dict[str, Any]] = guided
+    default_size: Callable[[Any], tuple[int | None, int | None]] = size_of_pipeline
     output: str = "images"
     size_multiple: int = 8
     frame_multiple: int | None = None
@@ -88,9 +96,10 @@ def of_pipeline(name: str) -> Callable[[Config, Config, Config], bool]:
 
 
 def weight_dtype(network: Any) -> torch.dtype:
-    """Of the network's own weights; a LoRA's are float32 whatever they are."""
+    """Of the network's own weights; a LoRA's are float32 whatever they are, as are those that diffusers always keeps so."""
+    kept = (".lora_", *(getattr(network, "_keep_in_fp32_modules", None) or ()))
     dtype: torch.dtype = next(
-        p.dtype for name, p in network.named_parameters() if ".lora_" not in name and p.is_floating_point()
+        p.dtype for name, p in network.named_parameters() if p.is_floating_point() and not any(part in name for part in kept)
     )
     return dtype
 
