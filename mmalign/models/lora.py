@@ -17,12 +17,15 @@ from mmalign.checkpoints import move_into_place
 from mmalign.errors import UserError
 from mmalign.families import Family
 from mmalign.models.denoiser import Denoiser
+from mmalign.models.peft_adapter import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter, write_adapter
 from mmalign.models.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
+# What a saved LoRA consists of, by `Family.lora_format`; the weights come last, so that they stand for a whole one.
+LORA_FILES = {"diffusers": (LORA_FILE,), "peft": (PEFT_CONFIG_FILE, PEFT_FILE)}
 
 
 def add_lora(
@@ -50,7 +53,7 @@ def add_lora(
         UserError: a rank below 1, or a target that no layer bears.
         ValueError: the denoiser has LoRA already.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     if denoiser.lora_layers:
         raise ValueError("add_lora: the denoiser has LoRA already. Open the pipeline anew.")
@@ -68,7 +71,10 @@ def add_lora(
     denoiser.core.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        denoiser.core.add_adapter(config, adapter_name=ADAPTER_NAME)
+        if denoiser.family.lora_format == "peft":
+            inject_adapter_in_model(config, denoiser.core, ADAPTER_NAME)
+        else:
+            denoiser.core.add_adapter(config, adapter_name=ADAPTER_NAME)
     _take_up(denoiser)
 
 
@@ -82,24 +88,13 @@ def load_lora(denoiser: Denoiser, folder: Path | str) -> None:
     """
     if denoiser.lora_layers:
         raise ValueError("load_lora: the denoiser has LoRA already. Open the pipeline anew.")
-    folder = Path(folder)
-    if not (folder / LORA_FILE).is_file():
-        raise UserError(f"{folder}: got no {LORA_FILE}, want a folder that mmalign or diffusers saved a LoRA to.")
-    pipeline = denoiser.family.pipeline_class()
-    state, alphas, metadata = pipeline.lora_state_dict(
-        str(folder), weight_name=LORA_FILE, local_files_only=True, return_lora_metadata=True
-    )
-    denoiser.core.requires_grad_(False)
-    try:
-        denoiser.core.load_lora_adapter(
-            state, prefix=denoiser.family.network, network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER_NAME
-        )
-    except (RuntimeError, ValueError) as fault:
-        text = f"{folder / LORA_FILE}: its layers do not fit this {denoiser.family.name} network ({fault})."
-        raise UserError(f"{text} Load it into the base model it was trained on.") from fault
+    if denoiser.family.lora_format == "peft":
+        read_adapter(denoiser.core, Path(folder), ADAPTER_NAME)
+    else:
+        _load_into_diffusers(denoiser, Path(folder))
     _take_up(denoiser)
     if not denoiser.lora_layers:
-        raise UserError(f"{folder / LORA_FILE}: got no layers for the network, want a LoRA of {denoiser.family.name}.")
+        raise UserError(f"{folder}: got a LoRA without layers for the network, want one of {denoiser.family.name}.")
 
 
 @contextlib.contextmanager
@@ -121,32 +116,45 @@ def lora_off(denoiser: Denoiser) -> Iterator[None]:
 
 
 def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:
-    """Write `pytorch_lora_weights.safetensors`, which the stock pipeline's `load_lora_weights(folder)` reads.
+    """Write a LoRA as stock code reads it: see `loading_code`.
 
-    Rank and alpha travel in the file's metadata; the keys are PEFT's. diffusers' `convert_state_dict_to_diffusers` renames
-    those of attention only, and loading such a mixture drops them. Written beside, brought to disk and renamed, so that no
-    half-written file can stand.
-    Returns: the path of the file.
+    diffusers: `pytorch_lora_weights.safetensors`, with rank and alpha in the file's metadata. The keys are PEFT's: diffusers'
+    `convert_state_dict_to_diffusers` renames those of attention only, and loading such a mixture drops them. PEFT:
+    `adapter_config.json` and `adapter_model.safetensors`. Written beside, brought to disk and renamed, so that no half-written
+    file can stand.
+    Returns: the path of the weights.
     """
-    from peft.utils import get_peft_model_state_dict
-
     if not denoiser.lora_layers:
         raise ValueError("save_lora: the denoiser has no LoRA. Use save_full.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(denoiser.core, adapter_name=ADAPTER_NAME)
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    metadata = _metadata(denoiser.core.peft_config[ADAPTER_NAME])
-    with _scratch(folder / LORA_FILE) as scratch:
-        family.pipeline_class().save_lora_weights(
-            scratch,
-            **{f"{family.network}_lora_layers": weights, f"{family.network}_lora_adapter_metadata": metadata},
-        )
-        umask = os.umask(0)
-        os.umask(umask)
-        (scratch / LORA_FILE).chmod(0o666 & ~umask)  # safetensors keeps its files to their owner
-        move_into_place(scratch / LORA_FILE, folder / LORA_FILE)
-    return folder / LORA_FILE
+    names = LORA_FILES[family.lora_format]
+    umask = os.umask(0)
+    os.umask(umask)
+    with _scratch(folder / names[-1]) as scratch:
+        if family.lora_format == "peft":
+            write_adapter(denoiser.core, ADAPTER_NAME, scratch)
+        else:
+            _write_for_diffusers(family, denoiser, scratch)
+        for name in names:
+            (scratch / name).chmod(0o666 & ~umask)  # safetensors keeps its files to their owner
+            move_into_place(scratch / name, folder / name)
+    return folder / names[-1]
+
+
+def loading_code(family: Family, base: Path | str, folder: Path | str) -> str:
+    """Lines of stock Python that load a saved LoRA into its base model as `pipe`; they need `import diffusers`.
+
+    Args:
+        family: of the model.
+        base: the base model, a folder or hub id.
+        folder: where `save_lora` wrote to.
+    """
+    opened = f'pipe = diffusers.{family.pipeline}.from_pretrained("{base}")'
+    if family.lora_format == "peft":
+        network = f"pipe.{family.network}"
+        return f'{opened}\nimport peft\n{network} = peft.PeftModel.from_pretrained({network}, "{folder}")'
+    return f'{opened}\npipe.load_lora_weights("{folder}")'
 
 
 def save_full(pipe: Any, denoiser: Denoiser, folder: Path | str) -> Path:
@@ -194,6 +202,38 @@ def training_plan(denoiser: Denoiser) -> str:
     targets = ", ".join(sorted(config.target_modules))
     layers = f"{len(denoiser.lora_layers)} layers ({targets})"
     return f"{denoiser.family.name}, LoRA rank {config.r} alpha {config.lora_alpha:g} on {layers}: {share}"
+
+
+def _write_for_diffusers(family: Family, denoiser: Denoiser, folder: Path) -> None:
+    from peft.utils import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(denoiser.core, adapter_name=ADAPTER_NAME)
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    metadata = _metadata(denoiser.core.peft_config[ADAPTER_NAME])
+    family.pipeline_class().save_lora_weights(
+        folder, **{f"{family.network}_lora_layers": weights, f"{family.network}_lora_adapter_metadata": metadata}
+    )
+
+
+def _load_into_diffusers(denoiser: Denoiser, folder: Path) -> None:
+    if not (folder / LORA_FILE).is_file():
+        raise UserError(f"{folder}: got no {LORA_FILE}, want a folder that mmalign or diffusers saved a LoRA to.")
+    family = denoiser.family
+    # (weights, metadata), and between them alphas where the pipeline's kind has files with some.
+    state, *alphas, metadata = family.pipeline_class().lora_state_dict(
+        str(folder), weight_name=LORA_FILE, local_files_only=True, return_lora_metadata=True
+    )
+    try:
+        denoiser.core.load_lora_adapter(
+            state,
+            prefix=family.network,
+            network_alphas=alphas[0] if alphas else None,
+            metadata=metadata,
+            adapter_name=ADAPTER_NAME,
+        )
+    except (RuntimeError, ValueError) as fault:
+        text = f"{folder / LORA_FILE}: its layers do not fit this {family.name} network ({fault})."
+        raise UserError(f"{text} Load it into the base model it was trained on.") from fault
 
 
 def _take_up(denoiser: Denoiser) -> None:

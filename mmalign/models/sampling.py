@@ -11,7 +11,8 @@ from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.families import Family
-from mmalign.models.lora import LORA_FILE
+from mmalign.models.lora import LORA_FILE, LORA_FILES
+from mmalign.models.peft_adapter import read_adapter
 from mmalign.models.quiet import quiet_libraries
 
 SAMPLING_ADAPTER = "mmalign"
@@ -45,7 +46,7 @@ def sample_images(
         guidance_scale: 1 is no guidance. Published: 7.5 (SD 1.x), 5 (SDXL).
         size: (height, width) in pixels, multiples of 8. None: the model's own.
     """
-    height, width = size or (None, None)
+    height, width = size or family.default_size(pipe)
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
@@ -76,23 +77,31 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 def lora_file(lora: Path | str) -> Path:
-    """The file itself, or `pytorch_lora_weights.safetensors` of a folder."""
+    """The file itself, or the weights in a folder: `pytorch_lora_weights.safetensors` or `adapter_model.safetensors`."""
     place = Path(lora).expanduser()
-    return place if place.is_file() else place / LORA_FILE
+    if place.is_file():
+        return place
+    found = [place / names[-1] for names in LORA_FILES.values() if (place / names[-1]).is_file()]
+    return found[0] if found else place / LORA_FILE
 
 
 def use_lora(family: Family, pipe: Any, lora: Path | str, *, scale: float = 1.0) -> None:
     """Load a LoRA for sampling as any user of stock diffusers would.
 
     Args:
-        lora: folder with `pytorch_lora_weights.safetensors`, or a .safetensors file.
+        lora: folder with `pytorch_lora_weights.safetensors`, or a .safetensors file; for families of `lora_format` peft a PEFT
+            adapter folder, or the weights in one.
         scale: 0 is the base model, 1 the trained one.
     Raises:
         UserError: no such file, or a LoRA of another model.
     """
     file = lora_file(lora)
-    if not file.is_file():
-        raise UserError(f"lora: got {str(lora)!r}, want a folder with {LORA_FILE} or a .safetensors file.")
+    wanted = LORA_FILES[family.lora_format][-1]
+    if not file.is_file() or (file != Path(lora).expanduser() and file.name != wanted):
+        raise UserError(f"lora: got {str(lora)!r}, want a folder with {wanted} or a .safetensors file.")
+    if family.lora_format == "peft":
+        _use_peft_adapter(family.core(pipe), file.parent, scale)
+        return
     try:
         with quiet_libraries():
             pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=SAMPLING_ADAPTER)
@@ -101,3 +110,12 @@ def use_lora(family: Family, pipe: Any, lora: Path | str, *, scale: float = 1.0)
     if SAMPLING_ADAPTER not in getattr(family.core(pipe), "peft_config", {}):
         raise UserError(f"{file}: got no layers for the network of this model, want a LoRA trained on it.")
     pipe.set_adapters([SAMPLING_ADAPTER], [scale])
+
+
+def _use_peft_adapter(network: Any, folder: Path, scale: float) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    read_adapter(network, folder, SAMPLING_ADAPTER)
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale(SAMPLING_ADAPTER, scale)
