@@ -9,10 +9,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmalign.errors import UserError
-from mmalign.scorers.clip import clip_score, clip_score_open_clip
+from mmalign.scorers.aesthetic import aesthetic
+from mmalign.scorers.clip_score import clip_score, clip_score_open_clip
 from mmalign.scorers.digits import digit_judge, digit_legibility
+from mmalign.scorers.hps import hps_v2
 from mmalign.scorers.image_reward import image_reward
-from mmalign.scorers.pixels import brightness, colourfulness, sharpness
+from mmalign.scorers.pick_score import pick_score
+from mmalign.scorers.pixels import brightness, colourfulness, saturation, sharpness
+from mmalign.scorers.vqa import vqa_score
 
 
 @runtime_checkable
@@ -25,6 +29,17 @@ class Scorer(Protocol):
 
     def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """Score i is of image i under prompt i; finite, on the CPU."""
+
+
+@runtime_checkable
+class DifferentiableScorer(Scorer, Protocol):
+    """A scorer that is a frozen network: it can also be trained through, and guide sampling."""
+
+    def score_pixels(self, prompts: Sequence[str], pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+        """The same scores of pixels in [0, 1], any height and width, with a gradient to the pixels; on the scorer's device.
+
+        The scorer preprocesses them as it does images, resize included. The graph is of all n: the caller chooses n.
+        """
 
 
 def finite_scores(
@@ -51,12 +66,17 @@ def finite_scores(
 
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
+    "aesthetic": aesthetic,
     "brightness": brightness,
     "clip_score": clip_score,
     "clip_score_open_clip": clip_score_open_clip,
     "colourfulness": colourfulness,
     "digit_judge": digit_judge,
     "digit_legibility": digit_legibility,
+    "hps_v2": hps_v2,
     "image_reward": image_reward,
+    "pick_score": pick_score,
+    "saturation": saturation,
     "sharpness": sharpness,
+    "vqa_score": vqa_score,
 }

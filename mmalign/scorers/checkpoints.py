@@ -176,7 +176,7 @@ def _read_safetensors(path: Path, place: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise _unreadable(place, path, error) from error
+        raise _unreadable(place, path) from error
     return state
 
 
@@ -185,7 +185,7 @@ def _read_pickled(path: Path, place: str) -> dict[str, Tensor]:
         # Zipped files can be mapped, so that half a billion weights are not in memory twice.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FAULTS_OF_UNPICKLING as error:
-        raise _unreadable(place, path, error) from error
+        raise _unreadable(place, path) from error
     for wrapper in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
@@ -196,9 +196,8 @@ def _read_pickled(path: Path, place: str) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def _unreadable(place: str, path: Path, error: Exception) -> UserError:
-    reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+def _unreadable(place: str, path: Path) -> UserError:
     return UserError(
-        f"{place}: got {str(path)!r}, want weights that can be read without running code ({reason}). "
-        "Download the file again, or save its state dict as safetensors."
+        f"{place}: got {str(path)!r}, which is damaged or holds more than tensors, want weights that can be read without "
+        "running code. Download the file again, or save its state dict as safetensors."
     )

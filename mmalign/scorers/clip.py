@@ -1,259 +1,278 @@
-"""CLIPScore, how well an image fits its prompt: over transformers or open_clip weights, differentiable to the pixels."""
+"""What the scorers over a CLIP share: preprocessing, the two towers over transformers or open_clip, and the cosine scorer."""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
+from mmalign.scorers.checkpoints import check_keys, first_line
 
 logger = logging.getLogger(__name__)
-
-Scale = Literal["torchmetrics", "paper", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelPreprocess:
-    """Resize, crop and normalise pixels as a CLIP checkpoint was trained to see them, differentiably."""
+    """Resize, crop or pad, and normalise as a checkpoint was trained to see images: of pixels differentiably, of images by PIL.
+
+    Args:
+        size: height and width in pixels that the network takes.
+        resize: shortest: the shorter side to size, centre crop. longest: the longer side to size, black padding to a square
+            (letterbox). squash: both sides.
+        interpolation: antialiased, as PIL's.
+        mean, std: of each channel, for values in [0, 1].
+        crop: which way half a pixel goes where what is cut off is odd: `round` to the even one as torchvision, so OpenAI's
+            and open_clip's own code, or `floor` as transformers.
+    """
 
     size: tuple[int, int]
     resize: Literal["shortest", "longest", "squash"]
     interpolation: Literal["bicubic", "bilinear"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: Literal["round", "floor"] = "round"
 
     def __call__(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Antialiased, as PIL's resize; overshoot is cut to [0, 1], as 8-bit images cut it.
-
-        shortest: the shorter side to size, centre crop. longest: the longer side to size, black padding. squash: both sides.
-        """
+        """Of pixels in [0, 1], with a gradient. What bicubic overshoots is cut to [0, 1], as 8-bit images cut it."""
         from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2.functional import center_crop, normalize, resize
+        from torchvision.transforms.v2.functional import resize
 
-        height, width = pixels.shape[-2:]
+        target = self._target(pixels.shape[-2], pixels.shape[-1])
+        resized = resize(pixels, list(target), InterpolationMode(self.interpolation), antialias=True).clamp(0, 1)
+        left, top, right, bottom = self._box(*target)
+        cropped = torch.nn.functional.pad(resized, (-left, right - target[1], -top, bottom - target[0]))
+        return self._normalised(cropped)
+
+    def of_images(self, images: Sequence[Image]) -> Float[Tensor, "n 3 height width"]:
+        """Of images in any mode, made RGB first, by PIL's 8-bit resize as in the published code. On the CPU."""
+        if not images:
+            return torch.zeros(0, 3, *self.size)
+        method = Resampling.BILINEAR if self.interpolation == "bilinear" else Resampling.BICUBIC
+        arrays = []
+        for image in images:
+            height, width = self._target(image.height, image.width)
+            fitted = image.convert("RGB").resize((width, height), method).crop(self._box(height, width))
+            arrays.append(np.asarray(fitted, dtype=np.float32))
+        return self._normalised(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255)
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
         ratios = (self.size[0] / height, self.size[1] / width)
         if self.resize == "squash":
-            target = list(self.size)
-        elif self.resize == "longest":
-            target = [round(side * min(ratios)) for side in (height, width)]
-        else:
-            target = [int(side * max(ratios) + 1e-6) for side in (height, width)]
-        resized = resize(pixels, target, InterpolationMode(self.interpolation), antialias=True).clamp(0, 1)
-        normalised: Tensor = normalize(center_crop(resized, list(self.size)), list(self.mean), list(self.std))
-        return normalised
+            return self.size
+        if self.resize == "longest":
+            return max(1, round(height * min(ratios))), max(1, round(width * min(ratios)))
+        if self.size[0] != self.size[1]:  # open_clip rounds here, and only here
+            return round(height * max(ratios)), round(width * max(ratios))
+        return int(height * max(ratios) + 1e-6), int(width * max(ratios) + 1e-6)
+
+    def _box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the part that is kept; below zero and beyond the image where it is padded."""
+        left, top = (self._offset(have, want) for have, want in ((width, self.size[1]), (height, self.size[0])))
+        return left, top, left + self.size[1], top + self.size[0]
+
+    def _offset(self, have: int, want: int) -> int:
+        if have < want:
+            return -((want - have) // 2)
+        return round((have - want) / 2) if self.crop == "round" else (have - want) // 2
+
+    def _normalised(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
 
-@dataclass(frozen=True, kw_only=True)
-class CLIPScore:
-    """A frozen CLIP as a scorer (see `clip_score`). Each distinct prompt of a call is encoded once."""
+@dataclass(kw_only=True)
+class Clip:
+    """A frozen CLIP's features of prompts, of images and, with a gradient, of pixels.
+
+    Args:
+        name: the scorer's, for messages.
+        batch_size: images, and prompts, per forward.
+        device: where the towers are.
+        max_tokens: the model's context; longer prompts are cut there, end token kept.
+        tokenise: prompts and a length -> token ids cut or padded to that length.
+        text_tower, image_tower: token ids, and preprocessed pixels, to features that are not yet normalised.
+        preprocess: what the image tower wants.
+    """
 
     name: str
-    scale: Scale
     batch_size: int
     device: torch.device
-    encode_prompts: Callable[[list[str]], Float[Tensor, "n dim"]]
-    encode_pixels: Callable[[Float[Tensor, "n 3 h w"]], Float[Tensor, "n dim"]]
-    preprocess_images: Callable[[list[Image]], Float[Tensor, "n 3 h w"]]
-    preprocess_pixels: PixelPreprocess
+    max_tokens: int
+    tokenise: Callable[[list[str], int], Int[Tensor, "n seq"]]
+    text_tower: Callable[[Int[Tensor, "n seq"]], Float[Tensor, "n dim"]]
+    image_tower: Callable[[Float[Tensor, "n 3 h w"]], Float[Tensor, "n dim"]]
+    preprocess: PixelPreprocess
+    _told: bool = field(default=False, init=False)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
-        """Score i is of image i under prompt i; images go through the checkpoint's own preprocessing. On the CPU, float32."""
-        if len(prompts) != len(images):
-            raise ValueError(f"{self.name}: got {len(prompts)} prompts and {len(images)} images, want one prompt per image")
-        text = self._prompt_features(prompts)
-        scores = [torch.zeros(0)]
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            pixels = self.preprocess_images([image.convert("RGB") for image in images[part]])
-            features = self.encode_pixels(pixels.to(self.device))
-            scores.append(self._score(features, text[part]).float().cpu())
-        return torch.cat(scores)
-
-    def score_pixels(self, prompts: Sequence[str], pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-        """The same score of pixels in [0, 1], with a gradient: for training through the scorer. One forward, not split.
-
-        Where the cosine is negative the `torchmetrics` and `paper` scales are flat; `cosine` is not.
-        """
-        with torch.no_grad():
-            text = self._prompt_features(prompts)
-        features = self.encode_pixels(self.preprocess_pixels(pixels.to(self.device)))
-        return self._score(features, text)
-
-    def _prompt_features(self, prompts: Sequence[str]) -> Float[Tensor, "n dim"]:
+    def of_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "n dim"]:
+        """Each distinct prompt is encoded once. That prompts are cut is said once, by a warning with the first count."""
         distinct = list(dict.fromkeys(prompts))
         if not distinct:
             return torch.zeros(0, 1, device=self.device)
+        tokens = self.tokenise(distinct, self.max_tokens)
+        self._tell_of_cuts(tokens, self.tokenise(distinct, self.max_tokens + 1))
         starts = range(0, len(distinct), self.batch_size)
-        features = torch.cat([self.encode_prompts(distinct[start : start + self.batch_size]) for start in starts])
+        parts = (tokens[start : start + self.batch_size].to(self.device) for start in starts)
+        features = torch.cat([self.text_tower(part) for part in parts])
         place = {prompt: index for index, prompt in enumerate(distinct)}
         return features[[place[prompt] for prompt in prompts]]
 
-    def _score(self, image: Float[Tensor, "n dim"], text: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
-        cosine = torch.cosine_similarity(image, text, dim=-1)
-        if self.scale == "cosine":
-            return cosine
-        return (100.0 if self.scale == "torchmetrics" else 2.5) * cosine.clamp(min=0)
+    @torch.no_grad()
+    def of_images(self, images: Sequence[Image]) -> Float[Tensor, "n dim"]:
+        """`batch_size` images a forward."""
+        starts = range(0, len(images), self.batch_size)
+        parts = (self.preprocess.of_images(images[start : start + self.batch_size]) for start in starts)
+        features = [self.image_tower(part.to(self.device)) for part in parts]
+        return torch.cat(features) if features else torch.zeros(0, 1, device=self.device)
+
+    def of_pixels(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
+        """Of pixels in [0, 1], in one forward, with a gradient to the pixels."""
+        return self.image_tower(self.preprocess(pixels.to(self.device, torch.float32)))
+
+    def _tell_of_cuts(self, tokens: Int[Tensor, "n seq"], longer: Int[Tensor, "n seq_plus_1"]) -> None:
+        """A prompt is cut if room for one more token changes the tokens before it: its end moves there."""
+        cut: Bool[Tensor, " n"] = (tokens != longer[:, : self.max_tokens]).any(dim=1)
+        if cut.any() and not self._told:
+            self._told = True
+            logger.warning(
+                "%s: %d of %d prompts are longer than %d tokens; what lies beyond is not read, here and in later prompts. "
+                "Put what matters first.",
+                self.name,
+                int(cut.sum()),
+                len(tokens),
+                self.max_tokens,
+            )
 
 
-def clip_score(
-    *,
-    model: str,
-    revision: str | None = None,
-    scale: Scale = "torchmetrics",
-    batch_size: int = 32,
-    device: str = "auto",
-) -> CLIPScore:
-    """CLIPScore with a transformers CLIP.
+@dataclass(frozen=True, kw_only=True)
+class CosineScorer:
+    """A frozen CLIP as a scorer: a function of the cosine of an image's and its prompt's features."""
 
-    max(100 cos(image, prompt), 0);  scale `paper`: 2.5 max(cos, 0);  scale `cosine`: cos
+    name: str
+    clip: Clip
+    formula: Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 
-    Source: Hessel et al. (2021), CLIPScore, equation 1, with w = 2.5 and the prefix "A photo depicts" before each caption;
-    torchmetrics' convention is 100 and no prefix. No prefix is added here in any scale: put it into the prompts to compare
-    with the paper. Typical values with real weights: 20 to 40 (torchmetrics).
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
+        """Score i is of image i under prompt i, in any mode and of any size. On the CPU, float32."""
+        check_lengths(self.name, prompts, len(images))
+        cosine = torch.cosine_similarity(self.clip.of_images(images), self.clip.of_prompts(prompts), dim=-1)
+        return self.formula(cosine).float().cpu()
 
-    Images: RGB, then the checkpoint's own processor (224 pixels bicubic on the shorter side, centre crop, for OpenAI's).
-    Prompts are cut at the model's context, 77 tokens for every published CLIP, end token kept; a cut is logged.
+    def score_pixels(self, prompts: Sequence[str], pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+        """The same score of pixels in [0, 1], with a gradient, on the scorer's device. One forward, not split.
+
+        It differs from the score of the 8-bit image by what rounding to 8 bits does.
+        """
+        check_lengths(self.name, prompts, len(pixels))
+        return self.formula(torch.cosine_similarity(self.clip.of_pixels(pixels), self.clip.of_prompts(prompts), dim=-1))
+
+
+def check_lengths(name: str, prompts: Sequence[str], num_images: int) -> None:
+    """Raises ValueError unless there is one prompt per image."""
+    if len(prompts) != num_images:
+        raise ValueError(f"{name}: got {len(prompts)} prompts and {num_images} images, want one prompt per image")
+
+
+def load_transformers_clip(
+    *, name: str, model: str, revision: str | None = None, processor: str | None = None, device: str = "auto"
+) -> tuple[Any, Any]:
+    """A frozen float32 `CLIPModel` and its `CLIPProcessor`, keys and shapes of the checkpoint checked.
 
     Args:
-        model: folder or hub id of a `CLIPModel` with its processor, e.g. `openai/clip-vit-large-patch14`.
-        revision: hub branch, tag or commit.
-        scale: which of the three formulas.
-        batch_size: images, and prompts, per forward.
+        name: the scorer's, whose settings `model` and `processor` the messages name.
+        model: folder or hub id.
+        revision: the model's hub branch, tag or commit.
+        processor: folder or hub id where it is not the model's; no revision then.
         device: `auto` is the GPU if there is one.
 
     Raises:
-        UserError: no CLIP model or processor at `model`.
+        UserError: nothing to be had there, or keys missing, unexpected or of another shape, listed.
     """
     from transformers import CLIPModel, CLIPProcessor
 
     where = torch_device(device)
-    try:
-        network: Any = CLIPModel.from_pretrained(model, revision=revision, dtype=torch.float32)
-        processor: Any = CLIPProcessor.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"clip_score.model: got {model!r}, want a folder or hub id with a CLIP model and its processor "
-            f"({_first_line(error)}). Save both there with save_pretrained, or check the name and the connection."
-        ) from error
-    network = network.to(where).eval().requires_grad_(False)
-    max_tokens = network.config.text_config.max_position_embeddings
+    place = f"{name}.model"
+    if processor is None:
+        loaded = _pretrained(CLIPProcessor, place, model, "a CLIP model and its processor", revision=revision)
+    else:
+        loaded = _pretrained(CLIPProcessor, f"{name}.processor", processor, "a CLIP processor")
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}  # checked here instead
+    network, found = _pretrained(CLIPModel, place, model, "a CLIP model", revision=revision, **options)
+    check_keys(
+        place,
+        missing=found["missing_keys"],
+        unexpected=found["unexpected_keys"],
+        misshapen={key: (tuple(got), tuple(want)) for key, got, want in found["mismatched_keys"]},
+    )
+    return network.to(where).eval().requires_grad_(False), loaded
 
-    def encode_prompts(prompts: list[str]) -> Float[Tensor, "n dim"]:
-        tokens = processor.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
-        ).to(where)
-        _log_cut(prompts, tokens.attention_mask[:, -1] == 1, max_tokens)
-        features: Tensor = network.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
-        return features
 
-    def encode_pixels(pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
-        features: Tensor = network.get_image_features(pixels).pooler_output
-        return features
+def transformers_clip(*, name: str, network: Any, processor: Any, batch_size: int) -> Clip:
+    """The towers of a transformers CLIP.
 
-    def preprocess_images(images: list[Image]) -> Float[Tensor, "n 3 h w"]:
-        pixels: Tensor = processor.image_processor(images=images, return_tensors="pt").pixel_values
-        return pixels
+    Args:
+        name: the scorer's.
+        network, processor: as `load_transformers_clip` gives them.
+        batch_size: images, and prompts, per forward.
 
-    return CLIPScore(
-        name="clip_score",
-        scale=scale,
+    Raises:
+        UserError: an image processor that is not a standard CLIP's.
+    """
+
+    def tokenise(prompts: list[str], length: int) -> Int[Tensor, "n seq"]:
+        tokens = processor.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids: Tensor = tokens.input_ids
+        return ids
+
+    return Clip(
+        name=name,
         batch_size=batch_size,
-        device=where,
-        encode_prompts=encode_prompts,
-        encode_pixels=encode_pixels,
-        preprocess_images=preprocess_images,
-        preprocess_pixels=_transformers_preprocess(processor.image_processor),
+        device=network.device,
+        max_tokens=network.config.text_config.max_position_embeddings,
+        tokenise=tokenise,
+        # The text tower is causal and read at its end token, so what pads after it needs no mask.
+        text_tower=lambda tokens: _features(network.get_text_features(tokens)),
+        image_tower=lambda pixels: _features(network.get_image_features(pixels)),
+        preprocess=_transformers_preprocess(f"{name}.model", processor.image_processor),
     )
 
 
-def clip_score_open_clip(
-    *,
-    model: str,
-    pretrained: str | None = None,
-    scale: Scale = "torchmetrics",
-    batch_size: int = 32,
-    device: str = "auto",
-) -> CLIPScore:
-    """CLIPScore with an open_clip model; formula, scales and truncation as `clip_score`.
-
-    Images: RGB, then open_clip's own evaluation transform for that model, letterboxing ones included. Context: the model's,
-    77 tokens for CLIP.
+def open_clip_clip(*, name: str, model: str, network: Any, preprocess: PixelPreprocess, batch_size: int) -> Clip:
+    """The towers of an open_clip model.
 
     Args:
-        model: open_clip name (`ViT-L-14`), or `hf-hub:owner/name`, or `local-dir:folder` with open_clip_config.json.
-        pretrained: tag (`laion2b_s32b_b82k`) or weights file; required for a plain name, not allowed with a schema.
-        scale: which of the three formulas.
+        name: the scorer's.
+        model: open_clip's name of it, which says which tokeniser it has.
+        network: frozen.
+        preprocess: what its image tower wants.
         batch_size: images, and prompts, per forward.
-        device: `auto` is the GPU if there is one.
-
-    Raises:
-        UserError: unknown model, missing weights, or `pretrained` left out (open_clip would go on with random weights).
     """
     import open_clip
 
-    has_schema = ":" in model
-    if has_schema == (pretrained is not None):
-        wants = "no value, as the schema names the weights" if has_schema else "a tag or a weights file"
-        raise UserError(
-            f"clip_score_open_clip.pretrained: got {pretrained!r} for model {model!r}, want {wants}. "
-            "open_clip.list_pretrained() lists names and tags."
-        )
-    where = torch_device(device)
-    try:
-        loaded = open_clip.create_model_and_transforms(model, pretrained=pretrained, precision="fp32", device=where)
-        tokenizer = open_clip.get_tokenizer(model)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"clip_score_open_clip.model: got {model!r} with pretrained {pretrained!r}, want a model that open_clip can load "
-            f"({_first_line(error)}). open_clip.list_pretrained() lists names and tags."
-        ) from error
-    network, transform = loaded[0].eval().requires_grad_(False), loaded[2]
-
-    def encode_prompts(prompts: list[str]) -> Float[Tensor, "n dim"]:
-        tokens: Int[Tensor, "n seq"] = tokenizer(prompts).to(where)
-        _log_cut(prompts, tokens[:, -1] != 0, tokens.shape[1])
-        features: Tensor = network.encode_text(tokens)
-        return features
-
-    return CLIPScore(
-        name="clip_score_open_clip",
-        scale=scale,
+    tokeniser = open_clip.get_tokenizer(model)
+    return Clip(
+        name=name,
         batch_size=batch_size,
-        device=where,
-        encode_prompts=encode_prompts,
-        encode_pixels=network.encode_image,
-        preprocess_images=lambda images: torch.stack([transform(image) for image in images]),
-        preprocess_pixels=_open_clip_preprocess(open_clip.get_model_preprocess_cfg(network)),
+        device=next(network.parameters()).device,
+        max_tokens=tokeniser.context_length,
+        tokenise=tokeniser,
+        text_tower=network.encode_text,
+        image_tower=network.encode_image,
+        preprocess=preprocess,
     )
 
 
-def _transformers_preprocess(processor: Any) -> PixelPreprocess:
-    names: dict[int, Literal["bicubic", "bilinear"]] = {Resampling.BICUBIC: "bicubic", Resampling.BILINEAR: "bilinear"}
-    size, crop = processor.size, processor.crop_size
-    shortest = size.shortest_edge
-    side = (crop.height, crop.width) if processor.do_center_crop else (size.height, size.width)
-    if int(processor.resample) not in names or (shortest and (not processor.do_center_crop or side != (shortest, shortest))):
-        raise UserError(
-            f"clip_score.model: got an image processor with size {size}, crop {crop}, resample {processor.resample}, want "
-            "shortest_edge with a crop of that size, or height and width, bicubic or bilinear. Use a standard CLIP processor."
-        )
-    return PixelPreprocess(
-        size=side,
-        resize="shortest" if shortest else "squash",
-        interpolation=names[int(processor.resample)],
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-    )
-
-
-def _open_clip_preprocess(config: dict[str, Any]) -> PixelPreprocess:
+def open_clip_preprocess(config: dict[str, Any]) -> PixelPreprocess:
+    """From open_clip's own evaluation settings of a model."""
     size = config["size"]
     return PixelPreprocess(
         size=(size, size) if isinstance(size, int) else tuple(size),
@@ -264,11 +283,40 @@ def _open_clip_preprocess(config: dict[str, Any]) -> PixelPreprocess:
     )
 
 
-def _log_cut(prompts: Sequence[str], full: Tensor, max_tokens: int) -> None:
-    num_full = int(full.sum())
-    if num_full:
-        logger.info("%d of %d prompts fill all %d tokens; what lies beyond is not read", num_full, len(prompts), max_tokens)
+def _pretrained(kind: Any, place: str, source: str, wants: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{place}: got {source!r}, want a folder or hub id with {wants} ({first_line(error)}). "
+            "Save it there with save_pretrained, or check the name and the connection."
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _features(output: Any) -> Tensor:
+    """transformers 5 gives an output object, transformers 4 the tensor itself."""
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return features
+
+
+def _transformers_preprocess(place: str, processor: Any) -> PixelPreprocess:
+    names: dict[int, Literal["bicubic", "bilinear"]] = {Resampling.BICUBIC: "bicubic", Resampling.BILINEAR: "bilinear"}
+    size, crop = processor.size, processor.crop_size
+    shortest = size.shortest_edge
+    resized = (shortest, shortest) if shortest else (size.height, size.width)
+    side = (crop.height, crop.width) if processor.do_center_crop else resized
+    if int(processor.resample) not in names or side != resized or (shortest and not processor.do_center_crop):
+        raise UserError(
+            f"{place}: got an image processor with size {size}, crop {crop}, resample {processor.resample}, want "
+            "shortest_edge with a crop of that size, or height and width, bicubic or bilinear. Use a standard CLIP processor."
+        )
+    return PixelPreprocess(
+        size=side,
+        resize="shortest" if shortest else "squash",
+        interpolation=names[int(processor.resample)],
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        crop="floor",
+    )

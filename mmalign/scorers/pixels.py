@@ -35,6 +35,16 @@ def colourfulness() -> PixelStatistic:
     return PixelStatistic(name="colourfulness", statistic=_colourfulness)
 
 
+def saturation() -> PixelStatistic:
+    """Mean saturation: 0 for grey, black and white, 1 for pure colours.
+
+    mean((max(R, G, B) - min(R, G, B)) / max(R, G, B)),  0 where a pixel is black
+
+    Source: Smith (1978), Color gamut transform pairs, the hexcone model: the S of HSV, as PIL's convert("HSV") but not rounded.
+    """
+    return PixelStatistic(name="saturation", statistic=_saturation)
+
+
 def sharpness() -> PixelStatistic:
     """Variance of the Laplacian of the grey image, in grey levels squared: 0 for a flat image, low for a blurred one.
 
@@ -65,6 +75,11 @@ def _colourfulness(rgb: Float[Tensor, "h w 3"]) -> Float[Tensor, ""]:
     opponents = torch.stack([red - green, (red + green) / 2 - blue])
     deviation = opponents.var(dim=(1, 2), correction=0).sum().sqrt()
     return deviation + 0.3 * opponents.mean(dim=(1, 2)).square().sum().sqrt()
+
+
+def _saturation(rgb: Float[Tensor, "h w 3"]) -> Float[Tensor, ""]:
+    largest = rgb.amax(dim=-1)
+    return ((largest - rgb.amin(dim=-1)) / largest.clamp(min=1)).mean()
 
 
 def _luma(rgb: Float[Tensor, "h w 3"]) -> Float[Tensor, "h w"]:
