@@ -1,18 +1,24 @@
-"""`mmalign generate`: N candidates a prompt from a stock pipeline, as comparisons to be annotated or scored. Restartable."""
+"""`mmalign generate`: N candidates a prompt from one stock pipeline or several, to be annotated or scored. Restartable."""
 
+import gc
 import hashlib
 import json
 import logging
-import os
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mmalign.config import check_folder, command_line, differences, resolved, write_resolved
+from mmalign.config.writing import environment
 from mmalign.errors import UserError
+from mmalign.processes import Processes, launched_processes
+from mmalign.prompts import read_prompts
+from mmalign.records.stamps import replace_file, save_stamped, stamp_of
+
+__all__ = ["GenerateConfig", "Generated", "Generator", "main", "read_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,19 +27,40 @@ IMAGES_FOLDER = "media"
 STATE_FILE = "generation.json"
 # What may differ between a run and its restart: it changes no image beyond rounding.
 FREE_KEYS = ("batch_size", "device", "limit", "output")
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """One of several models that make candidates; what is left out is as in the settings above `generators`."""
+
+    name: str = field(metadata={"help": "under which its images are known"})
+    family: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    lora: str | None = None
+    lora_scale: float | None = None
+    num_candidates: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None
+    scheduler: str | None = None
+    batch_size: int | None = None
+    dtype: Dtype | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Settings of `mmalign generate`."""
 
-    family: str = field(metadata={"help": "sd15, sd2, sdxl, or package.module:thing"})
-    model: str = field(metadata={"help": "diffusers folder or hub id"})
+    family: str | None = field(default=None, metadata={"help": "a name in FAMILIES (sd15, sdxl ...), or package.module:thing"})
+    model: str | None = field(default=None, metadata={"help": "diffusers folder, hub id, or checkpoint-N of a full fine-tune"})
     revision: str | None = field(default=None, metadata={"help": "of a hub id"})
-    lora: str | None = field(default=None, metadata={"help": "folder of a trained LoRA, or a .safetensors file"})
+    lora: str | None = field(default=None, metadata={"help": "folder of a trained LoRA, its checkpoint-N, or a .safetensors"})
     lora_scale: float = field(default=1.0, metadata={"help": "0 is the base model, 1 the trained one"})
     prompts: str | tuple[str, ...] = field(metadata={"help": "a .txt or .jsonl file, or a list of prompts"})
-    num_candidates: int = field(default=4, metadata={"help": "images a prompt, 2 or more"})
+    num_candidates: int = field(default=4, metadata={"help": "images a prompt and model; 2 or more a prompt in all"})
     seed: int = field(default=0, metadata={"help": "of the run; each image has its own, recorded"})
     steps: int = field(default=50, metadata={"help": "sampler steps"})
     guidance_scale: float = field(default=7.5, metadata={"help": "1 is none; published: 7.5 for SD, 5 for SDXL"})
@@ -41,39 +68,95 @@ class GenerateConfig:
     size: tuple[int, int] | None = field(default=None, metadata={"help": "[height, width] in pixels; null: the model's own"})
     scheduler: str | None = field(default=None, metadata={"help": "diffusers class name; null: the model's own"})
     batch_size: int = field(default=4, metadata={"help": "images sampled at once"})
-    dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "of the weights"})
+    dtype: Dtype = field(default="float32", metadata={"help": "of the weights"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 ..."})
+    generators: tuple[Generator, ...] = field(default=(), metadata={"help": "several models, each with what differs"})
     output: Path = field(metadata={"help": "folder for comparisons.jsonl and media/"})
     limit: int | None = field(default=None, metadata={"help": "only the first prompts"})
 
     def __post_init__(self) -> None:
         """Check what the types do not say."""
-        for name, least in (("num_candidates", 2), ("steps", 1), ("batch_size", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: got {value}, want {least} or more.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: got {self.limit}, want 1 or more.")
+        names = [one.name for one in self.generators]
+        if len(set(names)) < len(names):
+            raise ValueError(f"generators: got the names {', '.join(names)}, want each once.")
+        for maker in self.makers:
+            maker.check(f"generators: {maker.name}: " if names else "")
+        total = sum(maker.num_candidates for maker in self.makers)
+        if total < 2:
+            raise ValueError(f"num_candidates: got {total}, want 2 or more.")
+
+    @property
+    def makers(self) -> tuple["Maker", ...]:
+        """The models with all their settings, the settings above filled in."""
+        found: list[Maker] = []
+        for entry in self.generators or (None,):
+            above = {one.name: getattr(self, one.name) for one in fields(Maker) if hasattr(self, one.name)}
+            own = {key: value for key, value in ({} if entry is None else vars(entry)).items() if value is not None}
+            first = sum(maker.num_candidates for maker in found)
+            found.append(Maker(**{"name": str(self.model), "first": first, **above, **own}))
+        return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maker:
+    """One model and how it is sampled; its candidates of a prompt are numbered from `first`."""
+
+    name: str
+    first: int
+    family: str | None
+    model: str | None
+    revision: str | None
+    lora: str | None
+    lora_scale: float
+    num_candidates: int
+    steps: int
+    guidance_scale: float
+    negative_prompt: str | None
+    size: tuple[int, int] | None
+    scheduler: str | None
+    batch_size: int
+    dtype: Dtype
+
+    def check(self, where: str) -> None:
+        """Refuse what the types do not tell. Raises ValueError, its message beginning with `where`."""
+        for name in ("family", "model"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{where}{name}: got none, want one. Set it, or give it to each of generators.")
+        for name in ("num_candidates", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                least = "2 or more" if name == "num_candidates" and not where else "1 or more"
+                raise ValueError(f"{where}{name}: got {getattr(self, name)}, want {least}.")
         if self.size is not None and any(side <= 0 or side % 8 for side in self.size):
-            raise ValueError(f"size: got {list(self.size)}, want multiples of 8, [height, width].")
+            raise ValueError(f"{where}size: got {list(self.size)}, want multiples of 8, [height, width].")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What a run of `generate` has made."""
+    """What a run of `generate` has made. Only one of several processes has it `told`."""
 
     file: Path
     num_prompts: int
     num_images: int
+    told: bool = True
 
     def __str__(self) -> str:
         """Say where the rows are and what comes next."""
+        if not self.told:
+            return ""
         return f"{self.num_prompts} prompts, {self.num_images} new images: {self.file}\nnext: mmalign score {self.file}"
 
 
-def main(config: GenerateConfig) -> Generated:
-    """Sample candidates for every prompt; a killed run is gone on with by the same command.
+Job = tuple[int, int]  # (number of the prompt, number of the candidate)
 
-    Each image has a seed of its own from (seed, prompt number, candidate number), so that it does not depend on batch
-    size or on where a run was interrupted. An image is complete or absent, and a row is written after its images.
+
+def main(config: GenerateConfig) -> Generated:
+    """Sample candidates for every prompt; a killed run is gone on with by the same command, in as many processes as you like.
+
+    Each image has a seed of its own from (seed, prompt number, candidate number), and is always sampled in the same batch:
+    interrupted or not, by one process or several, the folder ends byte for byte the same. An image is complete or absent
+    and says itself how it was made; rows are written after the images, in the order of the prompts.
 
     Raises:
         UserError: unusable prompts, model, LoRA or sampler; a folder made with other settings, or of other files.
@@ -82,16 +165,20 @@ def main(config: GenerateConfig) -> Generated:
     settings = _settings(config, prompts)
     check_folder(config.output)
     _check_state(config.output, settings)
-    run = _Run(config=config, key=_sha256(json.dumps(settings, sort_keys=True)), prompts=prompts[: config.limit])
-    done = _done_rows(run.file)
-    rows = [index for index in range(len(run.prompts)) if run.row_id(index) not in done]
-    missing = [job for index in rows for job in run.images_of(index) if not run.image_path(*job).is_file()]
-    logger.info("%s: %d of %d prompts are done, %d images to make", run.file, len(done), len(run.prompts), len(missing))
-    if rows:
-        pipe = _open(config)
-        _claim_folder(config, settings)
-        _fill(run, pipe, rows, missing)
-    return Generated(file=run.file, num_prompts=len(run.prompts), num_images=len(missing))
+    run = _Run(config=config, key=_sha256(json.dumps(settings, sort_keys=True)), prompts=prompts)
+    processes = launched_processes()
+    standing = _standing_rows(run.file)
+    processes.wait()  # until here nobody has written
+    work = processes.agreed([_due_batches(run, maker, standing) for maker in config.makers])
+    count = sum(run.lacks(job) for batches in work for batch in batches for job in batch)
+    logger.info("%s: %d rows stand, %d images to make", run.file, len(standing), count)
+    if count:
+        _sample_all(run, work, settings, processes)
+    processes.wait()
+    if processes.is_main:
+        _write_rows(run, standing)
+    processes.wait()
+    return Generated(file=run.file, num_prompts=len(run.wanted), num_images=count, told=processes.is_main)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,77 +193,101 @@ class _Run:
     def file(self) -> Path:
         return self.config.output / ROWS_FILE
 
+    @property
+    def wanted(self) -> range:
+        return range(len(self.prompts[: self.config.limit]))
+
     def row_id(self, index: int) -> str:
         return f"{self.key}-{index:06d}"
 
-    def images_of(self, index: int) -> list[tuple[int, int]]:
-        return [(index, number) for number in range(self.config.num_candidates)]
+    def image_path(self, job: Job) -> Path:
+        return self.config.output / IMAGES_FOLDER / f"{job[0]:06d}-{job[1]:02d}.png"
 
-    def image_path(self, index: int, number: int) -> Path:
-        return self.config.output / IMAGES_FOLDER / f"{index:06d}-{number:02d}.png"
+    def lacks(self, job: Job) -> bool:
+        return not self.image_path(job).is_file()
 
-    def seed(self, index: int, number: int) -> int:
+    def paths(self, index: int) -> list[Path]:
+        count = sum(maker.num_candidates for maker in self.config.makers)
+        return [self.image_path((index, number)) for number in range(count)]
+
+    def seed(self, job: Job) -> int:
         from mmalign.models.sampling import image_seed
 
-        return image_seed(self.config.seed, index, number)
+        return image_seed(self.config.seed, *job)
 
-    def line(self, index: int, provenance: dict[str, Any]) -> str:
-        jobs = self.images_of(index)
-        paths = [self.image_path(*job).relative_to(self.config.output).as_posix() for job in jobs]
-        row = {"id": self.row_id(index), "prompt": self.prompts[index], "candidates": [{"image": path} for path in paths]}
-        row["provenance"] = [{**provenance, "seed": self.seed(*job)} for job in jobs]
-        return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def read_prompts(source: str | Sequence[str]) -> list[str]:
-    """Prompts of a .txt file (one a line), a .jsonl file (`"text"` or `{"prompt": "text"}` a line), or a list.
-
-    Raises:
-        UserError: no such file, another kind of file, or an empty prompt, with file and line.
-    """
-    if not isinstance(source, str):
-        numbered: list[tuple[str, Any]] = [(f"prompts.{index}", text) for index, text in enumerate(source)]
-        place = "prompts"
-    else:
-        file, place = Path(source).expanduser(), source
-        if file.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"prompts: got {source!r}, want a .txt or .jsonl file, or a list of prompts.")
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as fault:
-            raise UserError(f"{source}: cannot be read ({fault}). Give a .txt or .jsonl file in UTF-8.") from fault
-        numbered = [(f"{source}:{number}", line) for number, line in enumerate(lines, 1)]
-        if file.suffix == ".jsonl":
-            numbered = [(where, _prompt_of(line, where)) for where, line in numbered]
-    for where, text in numbered:
-        if not text.strip():
-            raise UserError(f"{where}: got an empty prompt, want a text. Write one or remove the line.")
-    if not numbered:
-        raise UserError(f"{place}: got no prompts, want at least one.")
-    return [text for _, text in numbered]
+    def line(self, index: int) -> bytes:
+        """The row of a prompt whose images are there, as they themselves tell it."""
+        paths = self.paths(index)
+        candidates = [{"image": path.relative_to(self.config.output).as_posix()} for path in paths]
+        row = {"id": self.row_id(index), "prompt": self.prompts[index], "candidates": candidates}
+        return (json.dumps({**row, "provenance": [stamp_of(path) for path in paths]}, ensure_ascii=False) + "\n").encode()
 
 
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as fault:
-        raise UserError(f'{where}: got no valid JSON ({fault}), want {{"prompt": "text"}}. Correct the line.') from fault
-    text = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise UserError(f'{where}: got {line[:60]!r}, want {{"prompt": "text"}} or "text". Correct the line.')
-    return text
+def _due_batches(run: _Run, maker: Maker, standing: dict[str, bytes]) -> list[list[Job]]:
+    """The batches in which an image is lacking. A batch's images depend on nothing but settings, batch size and limit."""
+    numbers = range(maker.first, maker.first + maker.num_candidates)
+    jobs = [(index, number) for index in run.wanted for number in numbers]
+    batches = [jobs[start : start + maker.batch_size] for start in range(0, len(jobs), maker.batch_size)]
+    return [batch for batch in batches if any(run.row_id(job[0]) not in standing and run.lacks(job) for job in batch)]
+
+
+def _sample_all(run: _Run, work: Sequence[Sequence[list[Job]]], settings: dict[str, Any], processes: Processes) -> None:
+    from tqdm import tqdm
+
+    makers = run.config.makers
+    device = processes.device(run.config.device)
+    due = [number for number, batches in enumerate(work) if batches]
+    for number in due[1:]:
+        _open(makers[number])  # a fault of any model is told before the first image
+    pipe = _open(makers[due[0]]).to(device)
+    if processes.is_main:
+        _claim_folder(run.config, settings)
+    processes.wait()
+    for number in due:
+        mine = processes.share(work[number])
+        if not mine:
+            continue
+        pipe = pipe or _open(makers[number]).to(device)
+        stamp = _provenance(makers[number], pipe, settings)
+        for batch in tqdm(mine, desc=makers[number].name, unit="batch", disable=not processes.is_main):
+            images = _sampled(run, makers[number], pipe, batch)
+            for job, image in zip(batch, images, strict=True):
+                if run.lacks(job):
+                    save_stamped(image, {**stamp, "seed": run.seed(job)}, run.image_path(job))
+        pipe = None
+        _free_memory(device)
+
+
+def _free_memory(device: Any) -> None:
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _settings(config: GenerateConfig, prompts: Sequence[str]) -> dict[str, Any]:
     """Everything that the images depend on, with fingerprints of what lies behind names."""
-    from mmalign.models.sampling import lora_file
-
-    settings = {key: value for key, value in resolved(config).items() if key not in FREE_KEYS}
+    settings = {key: value for key, value in resolved(config).items() if key not in (*FREE_KEYS, "generators")}
     settings["prompts"] = f"{len(prompts)} prompts, sha256 {_sha256(json.dumps(prompts))}"
-    settings["files of model"] = _fingerprint(Path(config.model).expanduser())
-    if config.lora is not None:
-        settings["files of lora"] = _fingerprint(lora_file(config.lora))
-    return settings
+    files = {maker.name: _files(maker) for maker in config.makers}
+    if not config.generators:
+        return {**settings, **files[config.makers[0].name]}
+    entries = {entry["name"]: entry for entry in resolved(config)["generators"]}
+    own = {name: {key: value for key, value in entry.items() if key not in FREE_KEYS} for name, entry in entries.items()}
+    return {**settings, "generators": {name: {**entry, **files[name]} for name, entry in own.items()}}
+
+
+def _files(maker: Maker) -> dict[str, str | None]:
+    """Fingerprints of the files behind the names."""
+    from mmalign.models.sampling import lora_file
+    from mmalign.snapshots import is_checkpoint, weights_file
+
+    found = {"files of model": _fingerprint(Path(str(maker.model)).expanduser())}
+    if maker.lora is not None:
+        place = Path(maker.lora).expanduser()
+        found["files of lora"] = _fingerprint(weights_file(place) if is_checkpoint(place) else lora_file(maker.lora))
+    return found
 
 
 def _check_state(output: Path, settings: dict[str, Any]) -> None:
@@ -232,101 +343,107 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _done_rows(file: Path) -> set[str]:
-    """The ids of the rows that stand; a last line cut short by a kill is removed."""
+def _standing_rows(file: Path) -> dict[str, bytes]:
+    """The rows that stand, by id and as they are; a last line cut short by a kill does not count."""
     if not file.is_file():
-        return set()
+        return {}
     data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         logger.info("%s: the last line was cut short; it is written again", file)
-        with open(file, "rb+") as rows:
-            rows.truncate(len(whole))
-    return {_id_of(line, f"{file}:{number}") for number, line in enumerate(whole.splitlines(), 1)}
+    lines = enumerate(whole.splitlines(keepends=True), 1)
+    return {_id_of(line, f"{file}:{number}"): line for number, line in lines}
 
 
 def _id_of(line: bytes, where: str) -> str:
     try:
         return str(json.loads(line)["id"])
     except (ValueError, TypeError, KeyError) as fault:
-        text = line.decode(errors="replace")[:60]
+        text = line.decode(errors="replace").rstrip("\n")[:60]
         raise UserError(
             f"{where}: got {text!r}, want a row that generate wrote. Remove the line; its row is then written again."
         ) from fault
 
 
-def _open(config: GenerateConfig) -> Any:
+def _write_rows(run: _Run, standing: dict[str, bytes]) -> None:
+    """Write the rows of all prompts whose images are there, in the order of the prompts; rows that stand stay as they are."""
+    ids = [run.row_id(index) for index in range(len(run.prompts))]
+    lines = [line for name, line in standing.items() if name not in ids]
+    for index, name in enumerate(ids):
+        if name in standing:
+            lines.append(standing[name])
+        elif all(path.is_file() for path in run.paths(index)):
+            lines.append(run.line(index))
+    whole = b"".join(lines)
+    if not run.file.is_file() or run.file.read_bytes() != whole:
+        replace_file(run.file, whole)
+
+
+def _open(maker: Maker) -> Any:
+    """The stock pipeline with its LoRA, on the CPU."""
     import torch
 
-    from mmalign.devices import torch_device
     from mmalign.models.diffusion import find_family, open_pipeline
     from mmalign.models.sampling import set_scheduler, use_lora
+    from mmalign.snapshots import stock_places
 
-    pipe = open_pipeline(config.family, config.model, dtype=getattr(torch, config.dtype), revision=config.revision)
-    torch.nn.Module.to(pipe.vae, getattr(torch, config.dtype))
-    if config.scheduler is not None:
-        set_scheduler(pipe, config.scheduler)
-    if config.lora is not None:
-        use_lora(find_family(config.family), pipe, config.lora, scale=config.lora_scale)
-    try:
-        return pipe.to(torch_device(config.device))
-    except (RuntimeError, AssertionError) as fault:
-        raise UserError(f"device: got {config.device!r}, which cannot be used ({fault}). Set device: auto.") from fault
-
-
-def _fill(run: _Run, pipe: Any, rows: Sequence[int], missing: Sequence[tuple[int, int]]) -> None:
-    """Sample and save the missing images, and append each row as soon as its last image is there."""
-    from tqdm import tqdm
-
-    provenance = _provenance(run.config, pipe)
-    waiting = deque(rows)
-    with open(run.file, "a", encoding="utf-8") as file, tqdm(total=len(missing), unit="image") as bar:
-
-        def write_complete_rows() -> None:
-            while waiting and all(run.image_path(*job).is_file() for job in run.images_of(waiting[0])):
-                file.write(run.line(waiting.popleft(), provenance))
-                file.flush()
-                os.fsync(file.fileno())
-
-        write_complete_rows()
-        for job, image in zip(missing, _sampled(run, pipe, missing), strict=True):
-            _save_image(image, run.image_path(*job))
-            write_complete_rows()
-            bar.update()
+    dtype, family = getattr(torch, maker.dtype), find_family(str(maker.family))
+    with tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
+        model, lora = stock_places(str(maker.model), maker.lora, Path(scratch))
+        pipe = open_pipeline(family, model, dtype=dtype, revision=maker.revision)
+        torch.nn.Module.to(pipe.vae, dtype)
+        if maker.scheduler is not None:
+            set_scheduler(pipe, maker.scheduler)
+        if lora is not None:
+            use_lora(family, pipe, lora, scale=maker.lora_scale)
+        return pipe
 
 
-def _sampled(run: _Run, pipe: Any, jobs: Sequence[tuple[int, int]]) -> Iterator[Any]:
+def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[Any]:
     from mmalign.families import find_family
     from mmalign.models.sampling import sample_images
 
-    return sample_images(
-        find_family(run.config.family),
+    images = sample_images(
+        find_family(str(maker.family)),
         pipe,
-        [run.prompts[index] for index, _ in jobs],
-        [run.seed(*job) for job in jobs],
-        steps=run.config.steps,
-        guidance_scale=run.config.guidance_scale,
-        negative_prompt=run.config.negative_prompt,
-        size=run.config.size,
-        batch_size=run.config.batch_size,
+        [run.prompts[index] for index, _ in batch],
+        [run.seed(job) for job in batch],
+        steps=maker.steps,
+        guidance_scale=maker.guidance_scale,
+        negative_prompt=maker.negative_prompt,
+        size=maker.size,
+        batch_size=len(batch),
     )
+    return list(images)
 
 
-def _save_image(image: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        image.save(file, format="PNG")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _provenance(config: GenerateConfig, pipe: Any) -> dict[str, Any]:
+def _provenance(maker: Maker, pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """What made the images, as recorded with each of them."""
-    keys = ("family", "model", "revision", "lora", "steps", "guidance_scale", "negative_prompt", "size", "dtype")
-    made = {key: value for key, value in resolved(config).items() if key in keys and value is not None}
-    lora = {"lora_scale": config.lora_scale} if config.lora is not None else {}
-    return {**made, **lora, "scheduler": type(pipe.scheduler).__name__}
+    own = {key: value for key, value in resolved(maker).items() if value is not None}
+    made = {key: value for key, value in own.items() if key not in ("name", "first", "num_candidates", "batch_size", "size")}
+    if maker.lora is None:
+        del made["lora_scale"]
+    known = environment()
+    packages = {name: known["packages"][name] for name in ("torch", "diffusers", "transformers", "peft")}
+    return {
+        "generator": maker.name,
+        **made,
+        **_revision(maker),
+        "scheduler": type(pipe.scheduler).__name__,
+        "files": {key.removeprefix("files of "): value for key, value in _files(maker).items() if value is not None},
+        "versions": {"mmalign": known["mmalign"], **packages},
+    }
+
+
+def _revision(maker: Maker) -> dict[str, str]:
+    """The commit of a model of the hub, which its folder in the hub's cache bears."""
+    from mmalign.models.diffusion import find_family, model_folder
+    from mmalign.snapshots import is_checkpoint
+
+    if maker.model is None or Path(maker.model).expanduser().exists() or is_checkpoint(maker.model):
+        return {}
+    folder = model_folder(find_family(str(maker.family)), maker.model, revision=maker.revision, local_files_only=True)
+    return {"revision": folder.name} if folder.parent.name == "snapshots" else {}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,20 @@ import mmalign
 ROOT = Path(mmalign.__file__).parents[1]
 ROOMS = (
     {"__init__", "errors", "devices"},
-    {"losses", "likelihoods", "noise", "records", "config", "metrics", "scorers", "memory", "statistics", "model_card"},
+    {
+        "losses",
+        "likelihoods",
+        "noise",
+        "records",
+        "config",
+        "metrics",
+        "scorers",
+        "memory",
+        "statistics",
+        "model_card",
+        "processes",
+        "prompts",
+    },
     {
         "families",
         "models",
@@ -46,6 +59,7 @@ ROOMS = (
         "recipes",
         "experiment",
         "held_out",
+        "snapshots",
     },
     {"cli", "__main__", "apps"},
 )
@@ -56,6 +70,8 @@ SIDEWAYS = {
     "loop": {"checkpoints", "moving_reference", "objective", "optimisers", "sources", "training"},
     "training": {"moving_reference", "optimisers"},
     "train": {"experiment"},
+    "snapshots": {"experiment"},
+    "generate": {"snapshots"},
     "prepare": {"experiment"},
     "evaluate": {"score", "experiment", "held_out"},
     "held_out": {"experiment"},
