@@ -6,7 +6,7 @@ from typing import Any
 
 from mmalign.errors import UserError
 from mmalign.importers.tables import Faulty, Imported, finish
-from mmalign.records import IMAGE_SUFFIXES, Fault, collect, read
+from mmalign.records import MEDIA_SUFFIXES, Fault, collect, read
 
 
 def imagefolder(
@@ -82,6 +82,6 @@ def _images(folder: Path) -> dict[str, list[Path]]:
     """Return stem -> images (one, or there is a fault), for subfolders too (`set/a`)."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
+        if file.suffix.lower() in MEDIA_SUFFIXES:
             found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
     return found

@@ -1,18 +1,21 @@
 """Comparisons and judgements: typed rows on top of `datasets`, their media, their formats on disk, and the views."""
 
 from mmalign.records.examples import Examples
+from mmalign.records.frames import animation
 from mmalign.records.judgements import append_judgements, read_judgements, with_judgements
 from mmalign.records.media import Media, to_rgb
-from mmalign.records.reading import IMAGE_SUFFIXES, collect, fault_of, raise_faults, read
+from mmalign.records.reading import IMAGE_SUFFIXES, MEDIA_SUFFIXES, collect, fault_of, raise_faults, read
 from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Sample, faults_of
 from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
-from mmalign.records.views import SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, unpaired
+from mmalign.records.views import PHI, SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, thinned, unpaired
 from mmalign.records.writing import FORMATS, check_target, write
 
 __all__ = [
     "COLUMNS",
     "FORMATS",
     "IMAGE_SUFFIXES",
+    "MEDIA_SUFFIXES",
+    "PHI",
     "SIDE_DEFAULTS",
     "VIEWS",
     "Comparison",
@@ -25,6 +28,7 @@ __all__ = [
     "Judgement",
     "Media",
     "Sample",
+    "animation",
     "append_judgements",
     "best",
     "check_target",
@@ -41,6 +45,7 @@ __all__ = [
     "ranked",
     "read",
     "read_judgements",
+    "thinned",
     "to_dataset",
     "to_rgb",
     "to_row",

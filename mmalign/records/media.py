@@ -1,10 +1,11 @@
-"""Media: one image as bytes or as a place on disk, read only when asked for."""
+"""Media: one image, animation or video file as bytes or as a place on disk, read only when asked for."""
 
 import functools
 import hashlib
 import io
 import os
 import struct
+import sys
 import tarfile
 from dataclasses import dataclass, field
 
@@ -12,20 +13,22 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmalign.errors import UserError
+from mmalign.records.frames import num_frames_of, video_frames, video_num_frames, video_suffix
 
-# What Pillow raises on damaged files: most plugins OSError, the PNG reader SyntaxError, short headers the rest.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow raises on damaged files: most plugins OSError, the PNG reader SyntaxError, the GIF reader IndexError, short
+# headers the rest.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 TAR = "tar://"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Media:
-    """One image: encoded bytes, or a path that is read when needed.
+    """One image, animation (GIF, WebP, APNG) or video file (MP4, WebM): encoded bytes, or a path that is read when needed.
 
     A path is a file, or `tar://member::shard.tar` for a member of an uncompressed tar file.
 
     Args:
-        data: the encoded file (JPEG, PNG, ...), or None.
+        data: the encoded file (JPEG, PNG, MP4, ...), or None.
         path: where the encoded file lies, or None.
         where: the row it belongs to, as it should stand in error messages. Not part of equality.
     """
@@ -68,27 +71,76 @@ class Media:
         16-bit greyscale is scaled (65535 becomes 255), not clipped.
 
         Raises:
-            UserError: the image is missing, damaged, truncated, or of a kind without a defined range.
+            UserError: the image is missing, damaged, truncated, of a kind without a defined range, or has several frames.
+        """
+        data = self.read()
+        if video_suffix(data):
+            raise UserError(self._moving(self.num_frames()))
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                count = num_frames_of(image)
+                image.load()
+                still = to_rgb(ImageOps.exif_transpose(image))
+        except DAMAGED as fault:
+            raise UserError(self._damaged(fault)) from fault
+        if count > 1:
+            raise UserError(self._moving(count))
+        return still
+
+    def num_frames(self) -> int:
+        """Return how many frames the file holds, without decoding them; 1 for a still image.
+
+        Raises:
+            UserError: the file is missing or damaged.
         """
         data = self.read()
         try:
+            if video_suffix(data):
+                return video_num_frames(data)
             with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                return num_frames_of(image)
+        except DAMAGED as fault:
+            raise UserError(self._damaged(fault)) from fault
+
+    def frames(self, count: int | None = None) -> list[Image.Image]:
+        """Decode the first `count` frames, or all, each as `open` does a still image.
+
+        Raises:
+            UserError: as `open`, but for the number of frames.
+        """
+        data = self.read()
+        try:
+            if video_suffix(data):
+                return video_frames(data, count)[0]
+            with Image.open(io.BytesIO(data)) as image:
+                found = []
+                for place in range(min(num_frames_of(image), count or sys.maxsize)):
+                    image.seek(place)
+                    image.load()
+                    found.append(to_rgb(ImageOps.exif_transpose(image)))
+                return found
         except DAMAGED as fault:
             raise UserError(self._damaged(fault)) from fault
 
     def inspect(self) -> tuple[tuple[int, int], str]:
         """Decode once, cheaply, and return ((width, height) after EXIF rotation, mode as stored).
 
-        JPEG is decoded at reduced scale: all of the stream is read, so truncation is found, in a fraction of the time.
+        JPEG is decoded at reduced scale: all of the stream is read, so truncation is found, in a fraction of the time. Of
+        animations and videos every frame is decoded.
 
         Raises:
             UserError: as `open`.
         """
         data = self.read()
         try:
+            if video_suffix(data):
+                frames, stored = video_frames(data)
+                return frames[0].size, stored
             with Image.open(io.BytesIO(data)) as image:
+                for place in range(1, num_frames_of(image)):
+                    image.seek(place)
+                    image.load()
+                image.seek(0)
                 (width, height), mode = image.size, image.mode
                 image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
                 turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 exchange the sides
@@ -96,6 +148,12 @@ class Media:
         except DAMAGED as fault:
             raise UserError(self._damaged(fault)) from fault
         return ((height, width) if turned else (width, height)), mode
+
+    def _moving(self, count: int) -> str:
+        return (
+            f"{self.place()}: got {count} frames, want one image. "
+            "Use a family of video models with adapter.frames, or replace it by an image."
+        )
 
     def _damaged(self, fault: Exception) -> str:
         return f"{self.place()}: got a damaged image ({fault}), want one that decodes. Replace it or remove the row."

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import datasets
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".apng", ".mp4", ".mov", ".webm", ".mkv", ".avi")
 ENTRY_KEYS = ("id", "prompt", "candidates", "scores", "ranks", "prob", "weight", "margin", "provenance")
 # The spellings that imagefolder metadata has in the wild; the better image of a pair stands first.
 CAPTIONS = ("prompt", "text", "caption")
@@ -236,7 +237,7 @@ def _shard_rows(shard: Path) -> Iterator[Mapping[str, Any] | Fault]:
             file = tar.extractfile(info) if name.endswith(".json") else None
             if file is not None:
                 samples[key] = (file.read(), images)
-            elif name.lower().endswith(IMAGE_SUFFIXES):
+            elif name.lower().endswith(MEDIA_SUFFIXES):
                 images.append(info.name)
     for key, (text, images) in samples.items():
         where = f"{shard}:{key}"
@@ -275,6 +276,7 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
 
     `{"prompt": "a cat", "candidates": [{"image": "a.png"}, {"image": "b.png"}], "ranks": [1, 2]}`; further keys: id, scores
     ({judge: [...]}), prob, weight, margin, provenance. A prompt or candidate is a text, or an object with text, image, images.
+    A video is an `image` that is one file (GIF, WebP, APNG, MP4, WebM), or `images`: its frames in order.
     """
     unknown = [key for key in entry if key not in ENTRY_KEYS]
     if unknown:

@@ -1,20 +1,55 @@
 """Rows: Comparison, Judgement and what views make of them, as typed values."""
 
 import difflib
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL.Image import Image
+
+from mmalign.errors import UserError
 from mmalign.records.media import Media
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What is shown or said: a text, images, or both."""
+    """What is shown or said: a text, images, or both.
+
+    A video is either one file of several frames (GIF, WebP, APNG, MP4, WebM), or several images: its frames in order.
+    """
 
     text: str | None = None
     images: tuple[Media, ...] = ()
+
+    def key(self) -> str:
+        """Return a hash of the encoded images: that of the file itself where there is one."""
+        keys = [media.key() for media in self.images]
+        return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
+
+    def num_frames(self) -> int:
+        """Return the number of frames: of the one file, or of images.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return self.images[0].num_frames() if len(self.images) == 1 else len(self.images)
+
+    def frames(self, count: int | None = None) -> list[Image]:
+        """Decode the first `count` frames, or all, as RGB.
+
+        Raises:
+            UserError: a file is missing or damaged, or the images are not of one size.
+        """
+        if len(self.images) == 1:
+            return self.images[0].frames(count)
+        frames = [media.open() for media in self.images[:count]]
+        other = next((n for n, frame in enumerate(frames) if frame.size != frames[0].size), None)
+        if other is not None:
+            sizes = " and ".join(f"{width} x {height}" for width, height in (frames[0].size, frames[other].size))
+            raise UserError(f"{self.images[other].place()}: got frames of {sizes} in one video, want one size. Resize them.")
+        return frames
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mmalign.errors import UserError
+from mmalign.records.frames import video_suffix
 from mmalign.records.media import DAMAGED, Media
 from mmalign.records.rows import Comparison, Content
 from mmalign.records.table import comparison, features, in_batches, to_row
@@ -207,6 +208,8 @@ def _store(image: Media, folder: Path) -> str:
 
 
 def _suffix(data: bytes) -> str:
+    if video := video_suffix(data):
+        return video
     try:
         with Image.open(io.BytesIO(data)) as image:
             return {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(image.format or "", f".{image.format}".lower())
