@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.families.captions import lengths, padded
-from mmalign.families.family import Changes, Family, of_pipeline, weight_dtype
+from mmalign.families.family import Changes, Family, guided, of_pipeline, weight_dtype
 from mmalign.families.parts import LATENT_SHAPE, tiny_qwen_tokenizer, tiny_vae
 
 ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
@@ -45,6 +45,11 @@ def _forward(
         return_dict=False,
     )[0]
     return -torch.stack(output).squeeze(2)
+
+
+def _call_options(guidance_scale: float, negative_prompt: str | None, count: int) -> dict[str, Any]:
+    """The stock pipeline counts guidance from 0, which is none: its 4 is 5 here."""
+    return guided(max(guidance_scale - 1, 0.0), negative_prompt, count)
 
 
 def _build(changes: Changes) -> Any:
@@ -92,5 +97,6 @@ Z_IMAGE = Family(
     forward=_forward,
     recognise=of_pipeline("ZImagePipeline"),
     tiny=_build,
+    call_options=_call_options,
     size_multiple=16,
 )
