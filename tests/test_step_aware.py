@@ -248,5 +248,5 @@ def test_a_damaged_folder_is_refused_with_its_fault(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json: not readable as JSON"):
         open_step_aware(str(folder))
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match=r"clip: got .*want folders or hub ids with a CLIP model"):
+    with pytest.raises(UserError, match=r"clip: got .*want a folder or hub id with a CLIP model"):
         open_step_aware(str(folder))

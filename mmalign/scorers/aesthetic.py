@@ -75,7 +75,7 @@ def aesthetic(
         UserError: no such head or CLIP, or keys that do not fit, listed; the head's width has to be that CLIP's.
     """
     state = read_checkpoint(head, file=file, place="aesthetic.head")
-    network, processor = load_transformers_clip(name="aesthetic", model=model, revision=revision, device=device)
+    network, processor = load_transformers_clip(place="aesthetic.model", model=model, revision=revision, device=device)
     rating = {"v1": _head_v1, "v2": _head_v2}[version](network.config.projection_dim)
     load_checked(rating, state, place="aesthetic.head")
     return AestheticScorer(

@@ -183,12 +183,12 @@ def check_lengths(name: str, prompts: Sequence[str], num_images: int) -> None:
 
 
 def load_transformers_clip(
-    *, name: str, model: str, revision: str | None = None, processor: str | None = None, device: str = "auto"
+    *, place: str, model: str, revision: str | None = None, processor: str | None = None, device: str = "auto"
 ) -> tuple[Any, Any]:
     """A frozen float32 `CLIPModel` and its `CLIPProcessor`, keys and shapes of the checkpoint checked.
 
     Args:
-        name: the scorer's, whose settings `model` and `processor` the messages name.
+        place: the setting that a message names: `pick_score.model`; for a processor its neighbour, `pick_score.processor`.
         model: folder or hub id.
         revision: the model's hub branch, tag or commit.
         processor: folder or hub id where it is not the model's; no revision then.
@@ -200,11 +200,11 @@ def load_transformers_clip(
     from transformers import CLIPModel, CLIPProcessor
 
     where = torch_device(device)
-    place = f"{name}.model"
     if processor is None:
         loaded = _pretrained(CLIPProcessor, place, model, "a CLIP model and its processor", revision=revision)
     else:
-        loaded = _pretrained(CLIPProcessor, f"{name}.processor", processor, "a CLIP processor")
+        of_processor = ".".join([*place.split(".")[:-1], "processor"])
+        loaded = _pretrained(CLIPProcessor, of_processor, processor, "a CLIP processor")
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}  # checked here instead
     network, found = _pretrained(CLIPModel, place, model, "a CLIP model", revision=revision, **options)
     check_keys(

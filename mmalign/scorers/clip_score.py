@@ -56,7 +56,7 @@ def clip_score(
     Raises:
         UserError: no CLIP model or processor at `model`, or keys that do not fit, listed.
     """
-    network, processor = load_transformers_clip(name="clip_score", model=model, revision=revision, device=device)
+    network, processor = load_transformers_clip(place="clip_score.model", model=model, revision=revision, device=device)
     clip = transformers_clip(name="clip_score", network=network, processor=processor, batch_size=batch_size)
     return CosineScorer(name="clip_score", clip=clip, formula=FORMULAS[scale])
 

@@ -43,7 +43,7 @@ def pick_score(
         UserError: no CLIP model or processor to be had there, or keys that do not fit, listed.
     """
     network, loaded = load_transformers_clip(
-        name="pick_score", model=model, revision=revision, processor=processor, device=device
+        place="pick_score.model", model=model, revision=revision, processor=processor, device=device
     )
     logit_scale: float = network.logit_scale.exp().item()
     factor = {"logits": logit_scale, "logits/26": logit_scale / DIVISOR, "cosine": 1.0}[scale]
