@@ -3,9 +3,8 @@
 import hashlib
 import json
 import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.errors import UserError
+from mmalign.processes import launched_processes
 from mmalign.records import (
     Comparison,
     Fault,
@@ -23,11 +23,13 @@ from mmalign.records import (
     append_judgements,
     check_target,
     comparison,
+    outline_rows,
     read,
     read_judgements,
     with_judgements,
     write,
 )
+from mmalign.records.journal import gather_parts, part_of, sort_journal
 from mmalign.scorers import SCORERS, Scorer, finite_scores
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ class ScoreConfig:
         data: comparisons in any format that mmalign reads.
         scorers: judges; `label` renames one, so that the same scorer can judge twice with different settings.
         output: the comparisons with their scores; none: beside the data, `x_scored.parquet` for `x.parquet`. The verdicts
-            stand beside it in `<output>.judgements.jsonl`, from which an interrupted run goes on.
+            stand beside it in `<output>.judgements.jsonl`, from which an interrupted run goes on, with as many processes as
+            you like.
         batch_size: images opened together and handed to a scorer in one call.
         device: for every scorer that has one; none leaves each its own.
     """
@@ -74,6 +77,7 @@ class ScoreResult:
         num_judged: verdicts given by this run; num_kept: those found from an earlier one.
         means: judge -> mean score over all candidates it judged.
         faults: rows that could not be judged, or read at all.
+        told: by the main one of several processes only.
     """
 
     output: Path
@@ -83,9 +87,12 @@ class ScoreResult:
     num_kept: int
     means: dict[str, float]
     faults: tuple[Fault, ...]
+    told: bool = True
 
     def __str__(self) -> str:
         """Counts, mean scores, faults with their rows, files."""
+        if not self.told:
+            return ""
         kept = f", {self.num_kept} kept from before" if self.num_kept else ""
         lines = [f"{self.num_comparisons} comparisons, {self.num_judged} verdicts given{kept}"]
         lines += [f"  {judge}: mean {mean:.4g}" for judge, mean in self.means.items()]
@@ -126,10 +133,21 @@ class Row:
     content: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one process did: the rows that can stand in the output (place and content), what it judged, what it could not."""
+
+    rows: tuple[tuple[int, str], ...]
+    num_judged: int
+    num_kept: int
+    faults: tuple[Fault, ...]
+
+
 def main(config: ScoreConfig) -> ScoreResult:
     """Judge the candidates of every comparison by one or more scorers. Interrupted, the same command goes on.
 
-    Run again, also with more judges, it keeps the verdicts and replaces the output.
+    Run again, also with more judges, it keeps the verdicts and replaces the output. Images are always judged in the same
+    groups: by one process or several, interrupted or not, output and verdicts end byte for byte the same.
 
     Raises:
         UserError: no usable rows, an output that cannot be written or would destroy other data, a judge that cannot judge.
@@ -139,35 +157,43 @@ def main(config: ScoreConfig) -> ScoreResult:
     journal = output.with_name(output.name + ".judgements.jsonl")
     made_here = journal.exists() and (output / "dataset_info.json").exists()
     _check_output(data, output, replace=made_here)
+    processes = launched_processes()
+    device = str(processes.device("auto")) if processes.several and config.device is None else config.device
     judges = [
         Judge(scorer=scorer, settings=_settings(choice))
-        for scorer, choice in zip(build_scorers(config.scorers, device=config.device), config.scorers, strict=True)
+        for scorer, choice in zip(build_scorers(config.scorers, device=device), config.scorers, strict=True)
     ]
     faults: list[Fault] = []
     dataset = read(data, faults=faults)
+    groups = _groups(dataset, config.batch_size, faults)
+    processes.wait()  # until here nobody has written
+    if processes.is_main:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        gather_parts(journal)
+    processes.wait()
     known = _known_verdicts(journal, judges)
-    num_judged = num_kept = 0
-    good: list[int] = []
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for rows in _groups(dataset, config.batch_size, faults):
-        good += [row.place for row in rows]
-        verdicts, kept = _judge(judges, rows, known, faults)
-        append_judgements(journal, verdicts)
-        for verdict in verdicts:
-            known.setdefault(verdict.comparison, {})[verdict.judge] = verdict
-        num_judged, num_kept = num_judged + len(verdicts), num_kept + kept
+    part = part_of(journal, processes.index) if processes.several else journal
+    share = _judge_share(judges, dataset, processes.share(groups), known, part, show=processes.is_main)
+    shares = processes.gathered([share])
+    faults += [fault for one in shares for fault in one.faults]
+    good = {place: content for one in shares for place, content in one.rows}
     if not good:
         raise UserError("\n".join([f"{config.data}: got no usable row, want at least one.", *map(str, faults[:SHOWN_FAULTS])]))
-    scored = (_scored(comparison(dataset[place]), known, judges) for place in good)
-    write(scored, output, replace=made_here)
+    means: dict[str, float] = {}
+    if processes.is_main:
+        for fault in faults:
+            logger.warning("%s", fault)
+        means = _finish(journal, judges, dataset, good, output, replace=made_here)
+    processes.wait()
     return ScoreResult(
         output=output,
         judgements=journal,
         num_comparisons=len(good),
-        num_judged=num_judged,
-        num_kept=num_kept,
-        means=_means(known, judges),
+        num_judged=sum(one.num_judged for one in shares),
+        num_kept=sum(one.num_kept for one in shares),
+        means=means,
         faults=tuple(faults),
+        told=processes.is_main,
     )
 
 
@@ -215,17 +241,13 @@ def _check_output(data: Path, output: Path, *, replace: bool) -> None:
 
 
 def _known_verdicts(journal: Path, judges: Sequence[Judge]) -> dict[str, dict[str, Judgement]]:
-    """Verdicts of an earlier run, comparison -> judge -> verdict, after a torn last line has been cut off.
+    """Verdicts of an earlier run, comparison -> judge -> verdict.
 
     Raises:
         UserError: a judge of that name gave them with other settings.
     """
     if not journal.exists():
         return {}
-    text = journal.read_bytes()
-    if text and not text.endswith(b"\n"):
-        os.truncate(journal, text.rfind(b"\n") + 1)
-        logger.info("%s: the last line was cut short and is judged again", journal)
     settings = {judge.scorer.name: judge.settings for judge in judges}
     known: dict[str, dict[str, Judgement]] = {}
     for id, verdicts in read_judgements(journal).items():
@@ -240,39 +262,67 @@ def _known_verdicts(journal: Path, judges: Sequence[Judge]) -> dict[str, dict[st
     return known
 
 
-def _groups(dataset: Any, num_images: int, faults: list[Fault]) -> Iterator[list[Row]]:
-    """Usable rows in groups of about num_images images; the others are noted and left out."""
-    from tqdm import tqdm
-
-    group: list[Row] = []
+def _groups(dataset: Any, num_images: int, faults: list[Fault]) -> list[list[int]]:
+    """Places of usable rows in groups of about num_images images; the others are noted. No image is read."""
+    groups: list[list[int]] = []
+    count = num_images
     seen: dict[str, str] = {}
-    for place, entry in enumerate(tqdm(dataset, desc="score", unit="row", disable=None)):
+    for place, entry in enumerate(outline_rows(dataset)):
+        where = entry.get("where") or f"row {place + 1}"
         try:
             value = comparison(entry)
             if value.id in seen:
-                raise UserError(
-                    f"{value.where}: got id {value.id!r} again, first in {seen[value.id]}. Give each row its own id."
-                )
-            group.append(Row(place=place, comparison=value, content=_content_key(value)))
-            seen[value.id] = value.where
+                raise UserError(f"{where}: got id {value.id!r} again, first in {seen[value.id]}. Give each row its own id.")
+            for number, candidate in enumerate(value.candidates, 1):
+                if not candidate.images or not value.prompt.text:
+                    raise UserError(f"{where}: candidate {number}: got no image or no prompt text, want both. Remove the row.")
         except UserError as error:
-            _note(faults, entry.get("where") or f"row {place + 1}", error)
-        if sum(len(row.comparison.candidates) for row in group) >= num_images:
-            yield group
-            group = []
-    if group:
-        yield group
+            faults.append(_fault(where, error))
+            continue
+        seen[value.id] = value.where
+        if count >= num_images:
+            groups.append([])
+            count = 0
+        groups[-1].append(place)
+        count += len(value.candidates)
+    return groups
 
 
-def _note(faults: list[Fault], where: str, error: UserError) -> None:
-    faults.append(Fault(where, str(error).removeprefix(f"{where}: ")))
-    logger.warning("%s", faults[-1])
+def _fault(where: str, error: UserError) -> Fault:
+    return Fault(where, str(error).removeprefix(f"{where}: "))
+
+
+def _judge_share(
+    judges: Sequence[Judge],
+    dataset: Any,
+    groups: Sequence[Sequence[int]],
+    known: dict[str, dict[str, Judgement]],
+    journal: Path,
+    *,
+    show: bool,
+) -> Share:
+    """Judge one process's groups and append the verdicts, a group at a time, to a file of its own."""
+    from tqdm import tqdm
+
+    rows: list[tuple[int, str]] = []
+    faults: list[Fault] = []
+    num_judged = num_kept = 0
+    for places in tqdm(groups, desc="score", unit="group", disable=None if show else True):
+        group = []
+        for place in places:
+            value = comparison(dataset[place])
+            try:
+                group.append(Row(place=place, comparison=value, content=_content_key(value)))
+            except UserError as error:
+                faults.append(_fault(value.where, error))
+        verdicts, kept = _judge(judges, group, known, faults)
+        append_judgements(journal, verdicts)
+        rows += [(row.place, row.content) for row in group]
+        num_judged, num_kept = num_judged + len(verdicts), num_kept + kept
+    return Share(rows=tuple(rows), num_judged=num_judged, num_kept=num_kept, faults=tuple(faults))
 
 
 def _content_key(row: Comparison) -> str:
-    for number, candidate in enumerate(row.candidates, 1):
-        if not candidate.images or not row.prompt.text:
-            raise UserError(f"{row.where}: candidate {number}: got no image or no prompt text, want both. Remove the row.")
     keys = [row.prompt.text, *(candidate.images[0].key() for candidate in row.candidates)]
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
@@ -280,31 +330,33 @@ def _content_key(row: Comparison) -> str:
 def _judge(
     judges: Sequence[Judge], rows: Sequence[Row], known: dict[str, dict[str, Judgement]], faults: list[Fault]
 ) -> tuple[list[Judgement], int]:
-    """New verdicts on these rows, and how many earlier ones still hold. Verdicts on changed rows are forgotten."""
-    due: dict[str, list[Row]] = {judge.scorer.name: [] for judge in judges}
+    """New verdicts on these rows, and how many earlier ones still hold: those on the same prompt and images.
+
+    A judge that lacks one verdict judges the whole group, so that what it says of an image never depends on what was known.
+    """
+
+    def holds(judge: Judge, row: Row) -> bool:
+        verdict = known.get(row.comparison.id, {}).get(judge.scorer.name)
+        return verdict is not None and verdict.details.get("content") == row.content
+
+    due = {judge.scorer.name: [row for row in rows if not holds(judge, row)] for judge in judges}
+    num_kept = len(judges) * len(rows) - sum(map(len, due.values()))
     images: dict[str, list[Image]] = {}
-    num_kept = 0
-    for row in rows:
-        verdicts = known.get(row.comparison.id, {})
-        for name in [name for name, verdict in verdicts.items() if verdict.details.get("content") != row.content]:
-            del verdicts[name]
-        lacking = [name for name in due if name not in verdicts]
-        num_kept += len(judges) - len(lacking)
-        if not lacking:
-            continue
+    for row in rows if any(due.values()) else ():
         try:
             images[row.comparison.id] = [candidate.images[0].open() for candidate in row.comparison.candidates]
         except UserError as error:
-            _note(faults, row.comparison.where, error)
-            continue
-        for name in lacking:
-            due[name].append(row)
-    return [verdict for judge in judges for verdict in _verdicts(judge, due[judge.scorer.name], images)], num_kept
+            faults.append(_fault(row.comparison.where, error))
+    whole = [row for row in rows if row.comparison.id in images]
+    verdicts = []
+    for judge in judges:
+        lacking = {row.comparison.id for row in due[judge.scorer.name]}
+        if lacking & images.keys():
+            verdicts += [verdict for verdict in _verdicts(judge, whole, images) if verdict.comparison in lacking]
+    return verdicts, num_kept
 
 
 def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[Image]]) -> list[Judgement]:
-    if not rows:
-        return []
     values = [row.comparison for row in rows]
     prompts = [value.prompt.text or "" for value in values for _ in value.candidates]
     places = [f"{value.where or value.id}: candidate {n}" for value in values for n in range(1, len(value.candidates) + 1)]
@@ -321,19 +373,33 @@ def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[Image]])
     ]
 
 
-def _scored(row: Comparison, known: dict[str, dict[str, Judgement]], judges: Sequence[Judge]) -> Comparison:
-    verdicts = known.get(row.id, {})
-    return with_judgements(row, [verdicts[judge.scorer.name] for judge in judges if judge.scorer.name in verdicts])
-
-
-def _means(known: dict[str, dict[str, Judgement]], judges: Sequence[Judge]) -> dict[str, float]:
+def _finish(
+    journal: Path, judges: Sequence[Judge], dataset: Any, good: dict[int, str], output: Path, *, replace: bool
+) -> dict[str, float]:
+    """Gather and sort the verdicts, write the rows with their scores, and return each judge's mean."""
+    gather_parts(journal)
+    ids = list(dataset.select_columns(["id"])["id"])
+    sort_journal(journal, [ids[place] for place in sorted(good)], [judge.scorer.name for judge in judges])
+    known = _known_verdicts(journal, judges)
+    scored = (_scored(comparison(dataset[place]), good[place], known, judges) for place in sorted(good))
+    write(scored, output, replace=replace)
     means = {}
     for judge in judges:
-        name = judge.scorer.name
-        scores = [score for verdicts in known.values() if name in verdicts for score in verdicts[name].scores or ()]
+        verdicts = [one for place, content in good.items() for one in _holding(ids[place], content, known, [judge])]
+        scores = [score for verdict in verdicts for score in verdict.scores or ()]
         if scores:
-            means[name] = sum(scores) / len(scores)
+            means[judge.scorer.name] = sum(scores) / len(scores)
     return means
+
+
+def _holding(id: str, content: str, known: dict[str, dict[str, Judgement]], judges: Sequence[Judge]) -> list[Judgement]:
+    """The verdicts of these judges on a row as it is now."""
+    verdicts = [known.get(id, {}).get(judge.scorer.name) for judge in judges]
+    return [verdict for verdict in verdicts if verdict is not None and verdict.details.get("content") == content]
+
+
+def _scored(row: Comparison, content: str, known: dict[str, dict[str, Judgement]], judges: Sequence[Judge]) -> Comparison:
+    return with_judgements(row, _holding(row.id, content, known, judges))
 
 
 if __name__ == "__main__":
