@@ -178,7 +178,7 @@ def build(tokenizer):
 def test_image_reward_is_the_published_formula_worked_out_from_the_published_names(build):
     scorer = build()
     tokens = scorer.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-    pixels = scorer.preprocess_images(IMAGES)
+    pixels = scorer.preprocess.of_images(IMAGES)
     raw = published_raw_score(published_weights(TINY), TINY, pixels, tokens.input_ids, tokens.attention_mask)
     expected = (raw - 0.16717362830052426) / 1.0333394966054072
     assert expected.std() > 0.1
@@ -227,7 +227,7 @@ def test_image_reward_sees_pixels_as_a_plain_pil_version_prepares_them(build):
         left, top = round((width - 32) / 2), round((height - 32) / 2)
         values = np.asarray(resized.crop((left, top, left + 32, top + 32)), dtype=np.float32) / 255
         plain = (values - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
-        ours = scorer.preprocess_images([image])[0]
+        ours = scorer.preprocess.of_images([image])[0]
         torch.testing.assert_close(ours, torch.from_numpy(plain).float().permute(2, 0, 1), atol=1e-6, rtol=0)
 
 
@@ -237,7 +237,7 @@ def test_image_reward_of_pixels_is_that_of_the_image_up_to_rounding(build):
     for prompt, image in zip(PROMPTS, IMAGES, strict=True):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         # One 8-bit step is 1/255/0.26 = 0.015 after normalisation; two resizers may differ by one.
-        torch.testing.assert_close(scorer.preprocess_pixels(pixels), scorer.preprocess_images([image]), atol=0.031, rtol=0)
+        torch.testing.assert_close(scorer.preprocess(pixels), scorer.preprocess.of_images([image]), atol=0.031, rtol=0)
         allowed = 1e-5 if image.size == (32, 32) else 0.2 * spread
         torch.testing.assert_close(scorer.score_pixels([prompt], pixels), scorer([prompt], [image]), atol=allowed, rtol=0)
 

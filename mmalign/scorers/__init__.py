@@ -11,6 +11,7 @@ from torch import Tensor
 from mmalign.errors import UserError
 from mmalign.scorers.aesthetic import aesthetic
 from mmalign.scorers.clip_score import clip_score, clip_score_open_clip
+from mmalign.scorers.composition import composition
 from mmalign.scorers.digits import digit_judge, digit_legibility
 from mmalign.scorers.hps import hps_v2
 from mmalign.scorers.image_reward import image_reward
@@ -71,6 +72,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "clip_score": clip_score,
     "clip_score_open_clip": clip_score_open_clip,
     "colourfulness": colourfulness,
+    "composition": composition,
     "digit_judge": digit_judge,
     "digit_legibility": digit_legibility,
     "hps_v2": hps_v2,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
 from mmalign.scorers.checkpoints import first_line, load_checked, read_checkpoint
-from mmalign.scorers.clip import PixelPreprocess
+from mmalign.scorers.clip import PixelPreprocess, check_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -117,37 +117,22 @@ class ImageReward:
     device: torch.device
     network: RewardNetwork
     tokenizer: Any
-    preprocess_pixels: PixelPreprocess
+    preprocess: PixelPreprocess
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """Score i is of image i under prompt i. On the CPU, float32."""
-        if len(prompts) != len(images):
-            raise ValueError(f"{self.name}: got {len(prompts)} prompts and {len(images)} images, want one prompt per image")
+        check_lengths(self.name, prompts, len(images))
         scores = [torch.zeros(0)]
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            scores.append(self._score(prompts[part], self.preprocess_images(images[part])).cpu())
+            scores.append(self._score(prompts[part], self.preprocess.of_images(images[part])).cpu())
         return torch.cat(scores)
 
     def score_pixels(self, prompts: Sequence[str], pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
         """The same score of pixels in [0, 1], with a gradient: for training through the scorer. One forward, not split."""
-        if len(prompts) != len(pixels):
-            raise ValueError(f"{self.name}: got {len(prompts)} prompts and {len(pixels)} images, want one prompt per image")
-        return self._score(prompts, self.preprocess_pixels(pixels.to(self.device, torch.float32)))
-
-    def preprocess_images(self, images: Sequence[Image]) -> Float[Tensor, "n 3 size size"]:
-        """RGB; PIL's bicubic with the shorter side to `size`, centre crop, CLIP's mean and standard deviation."""
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2.functional import center_crop, normalize, pil_to_tensor, resize
-
-        side, _ = self.preprocess_pixels.size
-        cropped = []
-        for image in images:
-            resized = resize(image.convert("RGB"), [side], InterpolationMode.BICUBIC)
-            cropped.append(pil_to_tensor(center_crop(resized, [side, side])))
-        normalised: Tensor = normalize(torch.stack(cropped).float() / 255, list(CLIP_MEAN), list(CLIP_STD))
-        return normalised
+        check_lengths(self.name, prompts, len(pixels))
+        return self._score(prompts, self.preprocess(pixels.to(self.device, torch.float32)))
 
     def _score(self, prompts: Sequence[str], pixels: Float[Tensor, "n 3 size size"]) -> Float[Tensor, " n"]:
         tokens = self.tokenizer(
@@ -221,9 +206,7 @@ def load_image_reward(
         device=where,
         network=network.to(where).eval().requires_grad_(False),
         tokenizer=words,
-        preprocess_pixels=PixelPreprocess(
-            size=(size, size), resize="shortest", interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD
-        ),
+        preprocess=PixelPreprocess(size=(size, size), resize="shortest", interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
 from mmalign.scorers.checkpoints import check_keys, first_line
+from mmalign.scorers.clip import check_lengths
 
 BLIP_VQA = "BlipForQuestionAnswering"
 
@@ -29,8 +30,7 @@ class VQAScore:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """Score i is of image i under prompt i, in [0, 1]. On the CPU, float32."""
-        if len(prompts) != len(images):
-            raise ValueError(f"{self.name}: got {len(prompts)} prompts and {len(images)} images, want one prompt per image")
+        check_lengths(self.name, prompts, len(images))
         scores = [torch.zeros(0)]
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
