@@ -140,7 +140,7 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
         mixed_precision=accelerator.mixed_precision,
         seed=config.seed,
         num_candidates=source.shape(examples).num_candidates,
-        needs_reference=objective.needs_reference,
+        needs_reference=objective.needs_reference and config.training.moving_reference is None,
         **more,
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 # network(noisy (n, *dims), timestep (n,), **condition (n, ...)) -> (n, *dims)
 Network = Callable[..., Tensor]
+Measures = dict[str, Float[Tensor, "batch k"]]
 Safeguard = Callable[[Float[Tensor, "batch k *dims"]], Float[Tensor, "batch k"]]
 
 
@@ -36,6 +37,7 @@ class DenoisingInputs:
         error_weight: factor of each candidate's error, e.g. min-SNR. None: 1.
         safeguard: residuals -> factor of each candidate's gradient, such as `winner_guard`.
         gradient_scale: the safeguard's settled answer; see `settle`.
+        reference_output: what the reference said, once `refer` has kept it: the measure `drift` is taken from there.
     """
 
     noisy: Float[Tensor, "batch k *dims"]
@@ -46,6 +48,7 @@ class DenoisingInputs:
     error_weight: Float[Tensor, "batch k"] | None = None
     safeguard: Safeguard | None = None
     gradient_scale: Float[Tensor, "batch k"] | None = None
+    reference_output: Float[Tensor, "batch k *dims"] | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -58,16 +61,29 @@ class DenoisingInputs:
 
     def logps(self, network: Network) -> Float[Tensor, "batch k"]:
         """Log-likelihood of every candidate up to a constant, in nats per dimension; float32 whatever the autocast."""
-        return self._logps_and_scale(network)[0]
+        return self._measured(network)[0]["policy"]
 
-    def settle(self, network: Network) -> tuple[Float[Tensor, "batch k"], DenoisingInputs]:
-        """Logps without a graph, and these inputs with whatever depends on all candidates at once fixed.
+    def measures(self, network: Network) -> Measures:
+        """All that losses may ask of one pass: `policy`, the logps; and after `refer` has kept the reference's output, `drift`,
+        the mean squared distance of the network's output from it.
+        """
+        return self._measured(network)[0]
+
+    def refer(self, network: Network, *, drift: bool = False) -> tuple[Float[Tensor, "batch k"], DenoisingInputs]:
+        """The reference's logps, without a graph, and these inputs, with its output kept in them where `drift` is asked for."""
+        with torch.no_grad():
+            output = self._output(network)
+            logps, _ = self._logps_and_scale(output)
+        return logps, replace(self, reference_output=output) if drift else self
+
+    def settle(self, network: Network) -> tuple[Measures, DenoisingInputs]:
+        """Measures without a graph, and these inputs with whatever depends on all candidates at once fixed.
 
         The candidates of the inputs returned can be forwarded and back-propagated alone, with the exact joint gradient.
         """
         with torch.no_grad():
-            logps, scale = self._logps_and_scale(network)
-        return logps, replace(self, safeguard=None, gradient_scale=scale)
+            measures, scale = self._measured(network)
+        return measures, replace(self, safeguard=None, gradient_scale=scale)
 
     def candidates(self, part: slice) -> DenoisingInputs:
         """The same inputs with only some of the k candidates.
@@ -85,12 +101,24 @@ class DenoisingInputs:
             condition={k: v[:, part] if k in self.per_candidate else v for k, v in self.condition.items()},
             error_weight=None if self.error_weight is None else self.error_weight[:, part],
             gradient_scale=None if self.gradient_scale is None else self.gradient_scale[:, part],
+            reference_output=None if self.reference_output is None else self.reference_output[:, part],
         )
 
-    def _logps_and_scale(self, network: Network) -> tuple[Tensor, Tensor | None]:
+    def _output(self, network: Network) -> Tensor:
         condition = _folded(self.condition, self.num_candidates, self.per_candidate)
         output = network(self.noisy.flatten(0, 1), self.timestep.flatten(0, 1), **condition)
-        residual = _exact(output).reshape(self.noisy.shape) - _exact(self.target)
+        return _exact(output).reshape(self.noisy.shape)
+
+    def _measured(self, network: Network) -> tuple[Measures, Tensor | None]:
+        output = self._output(network)
+        logps, scale = self._logps_and_scale(output)
+        measures = {"policy": logps}
+        if self.reference_output is not None:
+            measures["drift"] = (output - self.reference_output).square().flatten(2).mean(2)
+        return measures, scale
+
+    def _logps_and_scale(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        residual = output - _exact(self.target)
         scale = self.gradient_scale if self.safeguard is None else self.safeguard(residual.detach())
         logps = -0.5 * residual.square().flatten(2).mean(2)
         if self.error_weight is not None:
@@ -150,10 +178,25 @@ class TransitionInputs:
         log_density = -0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)
         return log_density.flatten(2).mean(2)
 
-    def settle(self, network: Network) -> tuple[Float[Tensor, "batch k"], TransitionInputs]:
-        """Logps without a graph, and these inputs, whose candidates are independent already."""
+    def measures(self, network: Network) -> Measures:
+        """All that losses may ask of one pass: `policy`, the logps."""
+        return {"policy": self.logps(network)}
+
+    def refer(self, network: Network, *, drift: bool = False) -> tuple[Float[Tensor, "batch k"], TransitionInputs]:
+        """The reference's logps, without a graph, and these inputs.
+
+        Raises:
+            ValueError: `drift` is asked for, which is not defined for sampler steps.
+        """
+        if drift:
+            raise ValueError("drift: is not defined for sampler steps. Leave the loss that asks for it out.")
         with torch.no_grad():
             return self.logps(network), self
+
+    def settle(self, network: Network) -> tuple[Measures, TransitionInputs]:
+        """Measures without a graph, and these inputs, whose candidates are independent already."""
+        with torch.no_grad():
+            return self.measures(network), self
 
     def candidates(self, part: slice) -> TransitionInputs:
         """The same inputs with only some of the k successors; a shared x_t stays shared."""

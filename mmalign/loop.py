@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmalign import checkpoints, metrics
 from mmalign.errors import UserError
+from mmalign.moving_reference import MovingReference
 from mmalign.objective import Objective
 from mmalign.sources import Order, Prepared, Stream
 from mmalign.training import Training, changed_keys, check_dropout, flat_settings
@@ -65,6 +66,7 @@ class Run:
     scheduler: Any = field(init=False)
     parameters: list[nn.Parameter] = field(init=False)
     ema: Any = None
+    moving: MovingReference | None = None
     step: int = 0
     sums: metrics.Sums = field(default_factory=dict)
     since: tuple[int, float] = (0, 0.0)
@@ -85,7 +87,9 @@ class Run:
         if training.ema_decay is not None:
             self.ema = EMAModel(self.parameters, decay=training.ema_decay)
             self.ema.to(self.accelerator.device)
-        for stateful in (self.scheduler, self.objective, self.ema):
+        if training.moving_reference is not None:
+            self.moving = MovingReference(self.parameters, training.moving_reference)
+        for stateful in (self.scheduler, self.objective, self.ema, self.moving):
             if stateful is not None:
                 self.accelerator.register_for_checkpointing(stateful)
         self.accelerator.register_save_state_pre_hook(self._save_trainable)
@@ -110,6 +114,8 @@ class Run:
             self.scheduler.step()
             if self.ema is not None:
                 self.ema.step(self.parameters)
+            if self.moving is not None:
+                self.moving.follow(self.parameters)
             one = torch.ones_like(norm, dtype=torch.float64)
             self.sums = metrics.add(self.sums, {"grad_norm": (norm.detach().double(), one)})
         elif self.skipped == MOST_SKIPPED:
@@ -121,49 +127,56 @@ class Run:
 
     def micro_step(self, prepared: Prepared, *, sync: bool) -> tuple[Tensor, Sequence[str]]:
         """Gradients of one micro-batch; returns which of its losses are finite, and their ids."""
-        inputs, training = prepared.inputs, self.training
-        reference = self._reference(prepared)
+        training = self.training
+        reference, inputs = self._reference(prepared)
         at_once = training.candidate_microbatch or inputs.num_candidates
         # The mean over the step's examples, of which this process and micro-batch hold a share; DDP averages over processes.
         scale = 1 / (len(prepared.ids) * training.accumulation)
         if at_once >= inputs.num_candidates:
             with self.accelerator.autocast():
-                logps = inputs.logps(self.network)
-            result = self.objective(logps, reference, prepared.side, self._gathered_mean)
+                measured = inputs.measures(self.network)
+            result = self.objective(measured, reference, prepared.side, self._gathered_mean)
             self.accelerator.backward(result.losses.sum() * scale)
         else:
             with self.accelerator.autocast():
-                logps, inputs = inputs.settle(self.bare)
-            leaf = logps.detach().requires_grad_()
-            result = self.objective(leaf, reference, prepared.side, self._gathered_mean)
-            (gradient,) = torch.autograd.grad(result.losses.sum() * scale, leaf)
-            self._backward_in_parts(inputs, gradient, at_once, sync)
-        readings = {"logps": logps.detach(), **inputs.readings(logps.detach())}
+                measured, inputs = inputs.settle(self.bare)
+            leaves = {name: values.detach().requires_grad_() for name, values in measured.items()}
+            result = self.objective(leaves, reference, prepared.side, self._gathered_mean)
+            found = torch.autograd.grad(result.losses.sum() * scale, list(leaves.values()), allow_unused=True)
+            gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+            self._backward_in_parts(inputs, gradients, at_once, sync)
+        logps = measured["policy"].detach()
+        readings = {"logps": logps, **inputs.readings(logps)}
+        readings |= {name: values.detach() for name, values in measured.items() if name != "policy"}
         if reference is not None:
             readings |= {f"{name}/ref": value for name, value in {"logps": reference, **inputs.readings(reference)}.items()}
         known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob")}
         self.sums = metrics.add(self.sums, metrics.preference_metrics(result.losses, result.rewards, readings, **known))
         return torch.isfinite(result.losses.detach()), prepared.ids
 
-    def _backward_in_parts(self, inputs: Any, gradient: Tensor, at_once: int, sync: bool) -> None:
-        """Back-propagate some candidates at a time: exact, because the loss sees the network only through the logps."""
+    def _backward_in_parts(self, inputs: Any, gradients: Mapping[str, Tensor], at_once: int, sync: bool) -> None:
+        """Back-propagate some candidates at a time: exact, because the loss sees the network only through its measures."""
         starts = range(0, inputs.num_candidates, at_once)
         for start in starts:
             part = slice(start, start + at_once)
             alone = nullcontext() if sync and start == starts[-1] else self.accelerator.no_sync(self.network)
             with alone:
                 with self.accelerator.autocast():
-                    logps = inputs.candidates(part).logps(self.network)
-                self.accelerator.backward((logps * gradient[:, part]).sum())
+                    measured = inputs.candidates(part).measures(self.network)
+                total = sum((measured[name] * gradient[:, part]).sum() for name, gradient in gradients.items())
+                self.accelerator.backward(total)
 
-    def _reference(self, prepared: Prepared) -> Tensor | None:
+    def _reference(self, prepared: Prepared) -> tuple[Tensor | None, Any]:
+        """The reference's logps where the loss asks for them, and the inputs, with what they keep of the reference."""
+        inputs, drift = prepared.inputs, "drift" in self.objective.measures
         if not self.objective.needs_reference:
-            return None
-        if prepared.reference is not None:
-            return prepared.reference
-        with torch.no_grad(), self.policy.reference() as network, self.accelerator.autocast():
-            logps: Tensor = prepared.inputs.logps(network)
-        return logps
+            return None, inputs
+        if prepared.reference is not None and not drift and self.moving is None:
+            return prepared.reference, inputs
+        who = self.policy.reference() if self.moving is None else self.moving.reference(self.parameters, self.bare)
+        with who as network, self.accelerator.autocast():
+            logps, inputs = inputs.refer(network, drift=drift)
+        return logps, inputs
 
     @property
     def bare(self) -> nn.Module:

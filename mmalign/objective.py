@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import UserError
-from mmalign.losses import STATISTICS, PreferenceLoss
+from mmalign.losses import MEASURES, STATISTICS, PreferenceLoss
 
 GatheredMean = Callable[[Tensor], Tensor]
 
@@ -67,7 +67,8 @@ class Term:
     @property
     def num_candidates(self) -> int | None:
         """The k that the signature demands (`"batch 2"`), or None for any."""
-        annotation = inspect.signature(self.loss, eval_str=True).parameters["policy"].annotation
+        parameters = inspect.signature(self.loss, eval_str=True).parameters
+        annotation = parameters["policy"].annotation if "policy" in parameters else None
         last = getattr(annotation, "dim_str", "").split()[-1:]
         return int(last[0]) if last and last[0].isdigit() else None
 
@@ -86,8 +87,13 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any term asks for reference logps."""
-        return any("reference" in term.data for term in self.terms)
+        """Whether any term asks for reference logps, or for a measure that is taken from the reference."""
+        return any("reference" in term.data for term in self.terms) or bool(self.measures)
+
+    @property
+    def measures(self) -> frozenset[str]:
+        """What the likelihood must measure beside the logps."""
+        return MEASURES & {name for term in self.terms for name in term.data}
 
     @property
     def uses_statistics(self) -> bool:
@@ -97,7 +103,7 @@ class Objective:
     @property
     def data(self) -> frozenset[str]:
         """Names of all side data that any term can use."""
-        return frozenset(name for term in self.terms for name in term.data) - {"policy", "reference", *STATISTICS}
+        return frozenset(name for term in self.terms for name in term.data) - {"policy", "reference", *STATISTICS, *MEASURES}
 
     def check(self, side: Collection[str], num_candidates: int) -> None:
         """Refuse data that the losses can't be computed on.
@@ -114,7 +120,7 @@ class Objective:
                 "Choose a loss that takes them (dpo does), data.view.ties: drop, or data without the column."
             )
         for term in self.terms:
-            needed = {name for name, required in term.data.items() if required} - {"policy", "reference"}
+            needed = {name for name, required in term.data.items() if required} - {"policy", "reference", *MEASURES}
             missing = sorted(needed - set(side))
             if missing:
                 have = ", ".join(sorted(side)) or "none"
@@ -146,7 +152,8 @@ class Objective:
         twice = {name: torch.tensor([value, value], dtype=torch.float32) for name, value in side.items()}
         for term in self.terms:
             try:
-                result = term.loss(**self._arguments(term, zeros, zeros, twice, torch.mean))
+                measured = {name: zeros for name in ("policy", *self.measures)}
+                result = term.loss(**self._arguments(term, measured, zeros, twice, torch.mean))
             except ValueError as fault:
                 raise UserError(f"loss.{fault}") from fault
             if not torch.isfinite(result.losses).all():
@@ -157,16 +164,23 @@ class Objective:
 
     def __call__(
         self,
-        policy: Float[Tensor, "batch k"],
+        measured: Mapping[str, Float[Tensor, "batch k"]],
         reference: Float[Tensor, "batch k"] | None,
         side: Mapping[str, Tensor],
         gathered_mean: GatheredMean = torch.mean,
     ) -> PreferenceLoss:
-        """The weighted sum of the terms' losses; `gathered_mean` averages over the values of all processes."""
-        self._follow(policy, reference, gathered_mean)
+        """The weighted sum of the terms' losses.
+
+        Args:
+            measured: what the likelihood measured of the policy: `policy`, its logps, and `measures`.
+            reference: its logps, where a term asks for them.
+            side: side data.
+            gathered_mean: averages over the values of all processes.
+        """
+        self._follow(measured["policy"], reference, gathered_mean)
         total: PreferenceLoss | None = None
         for term in self.terms:
-            result = term.loss(**self._arguments(term, policy, reference, side, gathered_mean))
+            result = term.loss(**self._arguments(term, measured, reference, side, gathered_mean))
             losses = term.weight * result.losses
             total = (
                 PreferenceLoss(losses, result.rewards)
@@ -198,16 +212,21 @@ class Objective:
         return settings
 
     def _arguments(
-        self, term: Term, policy: Tensor, reference: Tensor | None, side: Mapping[str, Tensor], gathered_mean: GatheredMean
+        self,
+        term: Term,
+        measured: Mapping[str, Tensor],
+        reference: Tensor | None,
+        side: Mapping[str, Tensor],
+        gathered_mean: GatheredMean,
     ) -> dict[str, Any]:
         arguments = self._settings(term)
         for name in term.data:
-            if name == "policy":
-                arguments[name] = policy
+            if name in measured:
+                arguments[name] = measured[name]
             elif name == "reference":
                 arguments[name] = reference
             elif name in STATISTICS and reference is not None:
-                arguments[name] = gathered_mean(STATISTICS[name](policy, reference))
+                arguments[name] = gathered_mean(STATISTICS[name](measured["policy"], reference))
             elif name in side:
                 arguments[name] = side[name]
         return arguments

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmalign.config import Choice, Table, differences
 from mmalign.errors import UserError
+from mmalign.moving_reference import Following
 from mmalign.optimisers import OPTIMISERS
 
 POSITIVE = (
@@ -40,6 +41,7 @@ class Training:
         max_grad_norm: global norm that gradients are clipped to; None: no clipping.
         ema_decay: of the moving average of the weights, which is then what is saved; None: no average. Published: 0.9999. At
             step n it is at most (1 + n) / (10 + n), as in diffusers.
+        moving_reference: how the reference follows the policy; None: it stays what the policy was at the start.
         candidate_microbatch: candidates back-propagated at a time: memory of that many, exact gradients, one more forward pass.
         mixed_precision: None: what `accelerate` was configured with.
         checkpoint_every, keep_checkpoints: steps between checkpoints (None: none), and how many to keep.
@@ -55,6 +57,7 @@ class Training:
     warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
     ema_decay: float | None = None
+    moving_reference: Following | None = None
     candidate_microbatch: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     log_every: int = 1

@@ -214,7 +214,8 @@ def joint_and_alone(inputs: Any, loss: Callable[[Tensor], Tensor]) -> tuple[list
     loss(inputs.logps(network)).backward()
     joint = gradients(network)
     network.rows.clear()
-    logps, settled = inputs.settle(network)
+    measured, settled = inputs.settle(network)
+    logps = measured["policy"]
     assert not logps.requires_grad
     logps.requires_grad_()
     loss(logps).backward()
@@ -274,7 +275,8 @@ def test_candidates_keep_their_own_conditions_weights_and_scales() -> None:
 
 def test_settled_inputs_give_the_same_logps_without_asking_the_safeguard_again() -> None:
     inputs, network = denoising(safeguard=winner_guard), ConvNet()
-    logps, settled = inputs.settle(network)
+    measured, settled = inputs.settle(network)
+    logps = measured["policy"]
     assert settled.safeguard is None and settled.gradient_scale.shape == (3, 2)
     torch.testing.assert_close(settled.logps(network), logps, rtol=1e-14, atol=0)
     torch.testing.assert_close(inputs.logps(network), logps, rtol=1e-14, atol=0)

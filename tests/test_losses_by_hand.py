@@ -9,7 +9,22 @@ import pytest
 import torch
 from loss_inputs import call, data, settings_of, tensor
 
-from mmalign.losses import LOSSES, STATISTICS, bradley_terry, dpo, dro, hinge, ipo, kto, mapo, rank_dpo, robust, sft, spo
+from mmalign.losses import (
+    LOSSES,
+    STATISTICS,
+    bradley_terry,
+    dpo,
+    dro,
+    hinge,
+    ipo,
+    kto,
+    mapo,
+    output_anchor,
+    rank_dpo,
+    robust,
+    sft,
+    spo,
+)
 
 LN2 = math.log(2)
 
@@ -28,7 +43,8 @@ def test_mapo_never_asks_for_a_reference() -> None:
     assert "reference" not in inspect.signature(sft).parameters
     assert "reference" not in inspect.signature(bradley_terry).parameters
     assert all(
-        "reference" in inspect.signature(LOSSES[name]).parameters for name in set(LOSSES) - {"mapo", "sft", "bradley_terry"}
+        "reference" in inspect.signature(LOSSES[name]).parameters
+        for name in set(LOSSES) - {"mapo", "sft", "bradley_terry", "output_anchor"}
     )
 
 
@@ -385,3 +401,10 @@ def test_dpo_on_summed_errors_with_the_converted_beta_is_dpo_on_mean_errors() ->
 def test_robust_refuses_a_flip_probability_of_one_half() -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         robust(tensor(POLICY), tensor(REFERENCE), label_smoothing=0.5)
+
+
+def test_the_output_anchor_is_the_mean_drift_of_the_candidates() -> None:
+    drift = tensor([0.5, 0.25], [0.0, 1.0])
+    result = output_anchor(drift, weight=tensor(1.0, 3.0).squeeze(0))
+    torch.testing.assert_close(result.losses, tensor(0.375, 1.5).squeeze(0), rtol=1e-15, atol=0)
+    assert torch.equal(result.rewards, -drift)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from mmalign.losses.links import PreferenceLoss
 from mmalign.losses.listwise import rank_dpo
 from mmalign.losses.pairwise import bradley_terry, dpo, dro, hinge, ipo, mapo, robust, spo
-from mmalign.losses.pointwise import batch_mean_ratio, kto, sft
+from mmalign.losses.pointwise import batch_mean_ratio, kto, output_anchor, sft
 
-__all__ = ["LOSSES", "STATISTICS", "PreferenceLoss"]
+__all__ = ["LOSSES", "MEASURES", "STATISTICS", "PreferenceLoss"]
 
 LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "dpo": dpo,
@@ -26,7 +26,11 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "bradley_terry": bradley_terry,
     "kto": kto,
     "sft": sft,
+    "output_anchor": output_anchor,
 }
 
 # Data that are means over the batch of all processes: name -> the values of (policy, reference) to average.
 STATISTICS = {"anchor": batch_mean_ratio}
+
+# Data that the likelihood measures in the same pass as the logps.
+MEASURES = frozenset({"drift"})

@@ -51,6 +51,20 @@ def kto(
     return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
 
 
+def output_anchor(drift: Float[Tensor, "batch k"], weight: Float[Tensor, " batch"] | None = None) -> PreferenceLoss:
+    """Keeps the network's outputs near the reference's: a penalty to be added to a preference loss with a small weight.
+
+    mean over candidates of drift,  drift = mean((output - reference output)^2)
+
+    Source: the anchor term of SimpleTuner's flow DPO as its documentation states it, alpha * 1/2 [MSE_w + MSE_l]; alpha is the
+        weight of this loss in the sum. It bounds what a preference loss does to the error of the rejected sample.
+    Args:
+        drift: mean squared distance of the policy's output from the reference's, of every candidate.
+        weight: factor of each row.
+    """
+    return PreferenceLoss(weighted(drift.mean(1), weight), -drift.detach())
+
+
 def sft(policy: Float[Tensor, "batch k"], weight: Float[Tensor, " batch"] | None = None) -> PreferenceLoss:
     """Supervised fine-tuning on the best candidate: its negative log-likelihood.
 
