@@ -9,15 +9,20 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
+from tiny_clip import (
+    MEAN,
+    OPEN_CLIP_MODEL,
+    OPEN_CLIP_NAME,
+    SIDE,
+    STD,
+    V2_KEYS,
+    aesthetic_heads,
+    hps_folder,
+    open_clip_folder,
+    transformers_clip,
+    write_open_clip,
 )
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from mmalign.config import read_config
 from mmalign.errors import UserError
@@ -27,17 +32,6 @@ from mmalign.scorers import SCORERS, DifferentiableScorer, finite_scores
 from mmalign.scorers.clip import open_clip_preprocess
 
 PROMPTS = ["a red ball", "two cats", "a red ball", "rain", "a long way home"]
-SIDE = 16  # pixels of the tiny CLIPs
-DIM = 8
-OPEN_CLIP_NAME = "mmalign-tiny"
-OPEN_CLIP_MODEL = {
-    "embed_dim": DIM,
-    "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
-}
-MEAN, STD = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD
-V2_KEYS = [f"layers.{place}.{part}" for place in (0, 2, 4, 6, 7) for part in ("weight", "bias")]  # of the published file
-V2_WIDTHS = (DIM, 1024, 128, 64, 16, 1)
 ALL = ["aesthetic", "clip_score", "clip_score_open_clip", "hps_v2", "pick_score"]
 WITH_PROMPT = [name for name in ALL if name != "aesthetic"]
 
@@ -80,86 +74,27 @@ def plain_letterbox(image, side):
     return square
 
 
-def seeded(build, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build()
-
-
 @pytest.fixture(scope="session")
-def transformers_clip(tmp_path_factory):
-    characters = [chr(code) for code in range(33, 127)]
-    entries = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={entry: index for index, entry in enumerate(entries)}, merges=[], model_max_length=77)
-    start, end = len(entries) - 2, len(entries) - 1
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"vocab_size": len(entries), "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
-    vision = {"image_size": SIDE, "patch_size": 8}
-    config = CLIPConfig(text_config={**shape, **ids}, vision_config={**shape, **vision}, projection_dim=DIM)
-    images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    folder = tmp_path_factory.mktemp("transformers_clip")
-    seeded(lambda: CLIPModel(config).save_pretrained(folder))
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
-def open_clip_folder(folder, **preprocess):
-    config = {"model_cfg": OPEN_CLIP_MODEL, "preprocess_cfg": {"mean": list(MEAN), "std": list(STD), **preprocess}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    state = seeded(lambda: open_clip.CLIP(**OPEN_CLIP_MODEL)).state_dict()
-    save_file({name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
-
-
-@pytest.fixture(scope="session")
-def open_clip_clip(tmp_path_factory):
-    return open_clip_folder(tmp_path_factory.mktemp("open_clip"))
-
-
-@pytest.fixture(scope="session")
-def hps_folder(tmp_path_factory):
-    """Both published files, as HPSv2's training wrote them: weights under `state_dict`, beside other things."""
-    folder = tmp_path_factory.mktemp("hps")
-    (folder / f"{OPEN_CLIP_NAME}.json").write_text(json.dumps(OPEN_CLIP_MODEL))
-    open_clip.add_model_config(folder / f"{OPEN_CLIP_NAME}.json")
-    for seed, file in enumerate(("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"), 3):
-        state = seeded(lambda: open_clip.CLIP(**OPEN_CLIP_MODEL), seed).state_dict()
-        torch.save({"epoch": 1, "state_dict": state}, folder / file)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def heads(tmp_path_factory):
-    """Aesthetic heads v1 and v2 with the keys of the published files, and weights that make ratings vary."""
-    folder = tmp_path_factory.mktemp("heads")
-    generator = torch.Generator().manual_seed(0)
-    shapes = [shape for want, have in zip(V2_WIDTHS[1:], V2_WIDTHS[:-1], strict=True) for shape in ((want, have), (want,))]
-    v2 = {key: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for key, shape in zip(V2_KEYS, shapes, strict=True)}
-    v1 = {"weight": torch.randn(1, DIM, generator=generator), "bias": torch.tensor([5.0])}
-    torch.save(v2, folder / "v2.pth")
-    torch.save(v1, folder / "v1.pth")
-    return folder
-
-
-@pytest.fixture
-def settings(request, transformers_clip, open_clip_clip):
+def settings():
     """Scorer -> settings that build it on its tiny random model, with a scale that has a gradient everywhere."""
+    clip = str(transformers_clip())
     return {
-        "aesthetic": lambda: {"head": str(request.getfixturevalue("heads") / "v2.pth"), "model": transformers_clip},
-        "clip_score": lambda: {"model": transformers_clip, "scale": "cosine"},
-        "clip_score_open_clip": lambda: {"model": open_clip_clip, "scale": "cosine"},
-        "hps_v2": lambda: {"checkpoint": str(request.getfixturevalue("hps_folder")), "model": OPEN_CLIP_NAME},
-        "pick_score": lambda: {"model": transformers_clip, "processor": transformers_clip, "scale": "cosine"},
+        "aesthetic": {"head": str(aesthetic_heads() / "v2.pth"), "model": clip},
+        "clip_score": {"model": clip, "scale": "cosine"},
+        "clip_score_open_clip": {"model": f"local-dir:{open_clip_folder()}", "scale": "cosine"},
+        "hps_v2": {"checkpoint": str(hps_folder()), "model": OPEN_CLIP_NAME},
+        "pick_score": {"model": clip, "processor": clip, "scale": "cosine"},
     }
 
 
 @pytest.fixture
 def build(settings):
-    return lambda name, **more: SCORERS[name](**{**settings[name](), "device": "cpu", **more})
+    return lambda name, **more: SCORERS[name](**{**settings[name], "device": "cpu", **more})
 
 
-def cosines(folder):
-    """From the stock classes alone, images by PIL."""
+def cosines():
+    """From the stock classes alone, images by PIL: cosines, unit embeddings of images, logits."""
+    folder = transformers_clip()
     model = CLIPModel.from_pretrained(folder).eval()
     tokenizer = CLIPProcessor.from_pretrained(folder).tokenizer
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(images=IMAGES, return_tensors="pt")
@@ -168,8 +103,8 @@ def cosines(folder):
     return (output.text_embeds * output.image_embeds).sum(dim=-1), output.image_embeds, output.logits_per_image.diagonal()
 
 
-def test_clip_score_is_the_clamped_cosine_of_the_stock_classes_in_three_scales(build, transformers_clip):
-    expected, _, _ = cosines(transformers_clip)
+def test_clip_score_is_the_clamped_cosine_of_the_stock_classes_in_three_scales(build):
+    expected, _, _ = cosines()
     assert expected.min() < 0 < expected.max()
     for scale, formula in {
         "cosine": lambda cosine: cosine,
@@ -179,26 +114,27 @@ def test_clip_score_is_the_clamped_cosine_of_the_stock_classes_in_three_scales(b
         torch.testing.assert_close(build("clip_score", scale=scale)(PROMPTS, IMAGES), formula(expected), atol=1e-4, rtol=1e-5)
 
 
-def test_open_clip_score_equals_the_one_worked_out_from_the_stock_functions(build, open_clip_clip):
-    model, _, transform = open_clip.create_model_and_transforms(open_clip_clip)
+def test_open_clip_score_equals_the_one_worked_out_from_the_stock_functions(build):
+    name = f"local-dir:{open_clip_folder()}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
     pixels = torch.stack([transform(image) for image in IMAGES])
     with torch.no_grad():
-        logits, _ = model.eval().get_logits(pixels, open_clip.get_tokenizer(open_clip_clip)(PROMPTS))
+        logits, _ = model.eval().get_logits(pixels, open_clip.get_tokenizer(name)(PROMPTS))
         expected = logits.diagonal() / model.logit_scale.exp()
     torch.testing.assert_close(build("clip_score_open_clip")(PROMPTS, IMAGES), expected, atol=1e-6, rtol=0)
 
 
-def test_pick_score_is_the_logit_of_the_stock_classes_with_two_variants(build, transformers_clip):
-    cosine, _, logits = cosines(transformers_clip)
+def test_pick_score_is_the_logit_of_the_stock_classes_with_two_variants(build):
+    cosine, _, logits = cosines()
     assert logits.abs().max() > 2 * cosine.abs().max()
-    published = SCORERS["pick_score"](model=transformers_clip, processor=transformers_clip, device="cpu")
+    published = SCORERS["pick_score"](model=str(transformers_clip()), processor=str(transformers_clip()), device="cpu")
     torch.testing.assert_close(published(PROMPTS, IMAGES), logits, atol=1e-5, rtol=0)
     torch.testing.assert_close(build("pick_score", scale="logits/26")(PROMPTS, IMAGES), logits / 26, atol=1e-6, rtol=0)
     torch.testing.assert_close(build("pick_score")(PROMPTS, IMAGES), cosine, atol=1e-6, rtol=0)
 
 
-def test_pick_score_reads_the_logit_scale_from_the_checkpoint(build, transformers_clip, tmp_path):
-    model = CLIPModel.from_pretrained(transformers_clip)
+def test_pick_score_reads_the_logit_scale_from_the_checkpoint(build, tmp_path):
+    model = CLIPModel.from_pretrained(transformers_clip())
     model.logit_scale.data.fill_(math.log(100))
     model.save_pretrained(tmp_path)
     expected = 100 * build("pick_score")(PROMPTS, IMAGES)
@@ -207,15 +143,15 @@ def test_pick_score_reads_the_logit_scale_from_the_checkpoint(build, transformer
 
 
 @pytest.mark.parametrize(("version", "file"), [("v2", "HPS_v2_compressed.pt"), ("v2.1", "HPS_v2.1_compressed.pt")])
-def test_hps_is_the_cosine_of_the_stock_model_on_letterboxed_images(version, file, build, hps_folder):
+def test_hps_is_the_cosine_of_the_stock_model_on_letterboxed_images(version, file, build):
     model = open_clip.CLIP(**OPEN_CLIP_MODEL).eval()
-    model.load_state_dict(torch.load(hps_folder / file)["state_dict"])
+    model.load_state_dict(torch.load(hps_folder() / file)["state_dict"])
     pixels = np.stack([plain_normalised(plain_letterbox(image, SIDE)).transpose(2, 0, 1) for image in IMAGES])
     with torch.no_grad():
         image, text, _ = model(torch.from_numpy(pixels).float(), open_clip.tokenize(PROMPTS))
     expected = (image * text).sum(dim=-1)
     torch.testing.assert_close(build("hps_v2", version=version)(PROMPTS, IMAGES), expected, atol=1e-6, rtol=0)
-    named = build("hps_v2", checkpoint=str(hps_folder / file), scale="leaderboard")
+    named = build("hps_v2", checkpoint=str(hps_folder() / file), scale="leaderboard")
     torch.testing.assert_close(named(PROMPTS, IMAGES), 100 * expected, atol=1e-4, rtol=0)
 
 
@@ -225,9 +161,9 @@ def test_hps_versions_read_different_files(build):
     torch.testing.assert_close(build("hps_v2")(PROMPTS, IMAGES), two)
 
 
-def test_aesthetic_v2_is_five_linear_layers_without_activation_on_the_unit_embedding(build, transformers_clip, heads):
-    _, embeds, _ = cosines(transformers_clip)
-    state = torch.load(heads / "v2.pth")
+def test_aesthetic_v2_is_five_linear_layers_without_activation_on_the_unit_embedding(build):
+    _, embeds, _ = cosines()
+    state = torch.load(aesthetic_heads() / "v2.pth")
     expected = embeds
     for weight, bias in zip(V2_KEYS[::2], V2_KEYS[1::2], strict=True):
         expected = expected @ state[weight].T + state[bias]
@@ -236,10 +172,10 @@ def test_aesthetic_v2_is_five_linear_layers_without_activation_on_the_unit_embed
     torch.testing.assert_close(scores, expected.squeeze(-1), atol=1e-5, rtol=0)
 
 
-def test_aesthetic_v1_is_one_linear_layer_on_the_unit_embedding(build, transformers_clip, heads):
-    _, embeds, _ = cosines(transformers_clip)
-    state = torch.load(heads / "v1.pth")
-    scores = build("aesthetic", version="v1", head=str(heads), file="v1.pth")(PROMPTS, IMAGES)
+def test_aesthetic_v1_is_one_linear_layer_on_the_unit_embedding(build):
+    _, embeds, _ = cosines()
+    state = torch.load(aesthetic_heads() / "v1.pth")
+    scores = build("aesthetic", version="v1", head=str(aesthetic_heads()), file="v1.pth")(PROMPTS, IMAGES)
     torch.testing.assert_close(scores, (embeds @ state["weight"].T + state["bias"]).squeeze(-1), atol=1e-5, rtol=0)
 
 
@@ -255,9 +191,9 @@ def in_every_mode(image):
 
 
 @pytest.mark.parametrize("name", ["pick_score", "aesthetic", "clip_score"])
-def test_transformers_scorers_see_a_plain_centre_crop(name, build, transformers_clip):
+def test_transformers_scorers_see_a_plain_centre_crop(name, build):
     preprocess = build(name).clip.preprocess
-    stock = CLIPImageProcessorPil.from_pretrained(transformers_clip)
+    stock = CLIPImageProcessorPil.from_pretrained(transformers_clip())
     for image in [*(noise(*size, seed=1) for size in SIZES), *in_every_mode(noise(33, 47))]:
         seen = preprocess.of_images([image])[0].permute(1, 2, 0).numpy()
         np.testing.assert_allclose(seen, plain_normalised(plain_centre_crop(image, SIDE)), atol=1e-6)
@@ -287,7 +223,8 @@ def test_open_clip_scorers_see_what_open_clip_s_own_transform_gives(mode, interp
 
 
 def test_open_clip_scorer_follows_the_resize_mode_of_its_folder(tmp_path):
-    scorer = SCORERS["clip_score_open_clip"](model=open_clip_folder(tmp_path, resize_mode="longest"), device="cpu")
+    folder = write_open_clip(tmp_path, resize_mode="longest")
+    scorer = SCORERS["clip_score_open_clip"](model=f"local-dir:{folder}", device="cpu")
     black = -torch.tensor(MEAN) / torch.tensor(STD)
     seen = scorer.clip.preprocess.of_images([Image.new("RGB", (32, 8), "white")])
     torch.testing.assert_close(seen[0, :, 0, 0], black, atol=1e-6, rtol=0)
@@ -303,8 +240,8 @@ def test_pixels_are_preprocessed_as_the_image_up_to_two_steps_of_8_bits(name, bu
         torch.testing.assert_close(seen, preprocess.of_images([image]), atol=0.031, rtol=0)
 
 
-def test_an_image_processor_that_no_clip_has_is_refused(build, transformers_clip, tmp_path):
-    processor = CLIPProcessor.from_pretrained(transformers_clip)
+def test_an_image_processor_that_no_clip_has_is_refused(build, tmp_path):
+    processor = CLIPProcessor.from_pretrained(transformers_clip())
     processor.image_processor.crop_size = {"height": 12, "width": 12}
     processor.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"pick_score\.model: got an image processor .*12.*want shortest_edge with a crop"):
@@ -443,7 +380,7 @@ def test_features_given_as_tensors_by_transformers_4_score_the_same(name, build,
     assert len(seen) == (1 if name == "aesthetic" else 2) and all(seen)
 
 
-def test_networks_are_frozen_and_their_dropout_is_off(build, transformers_clip, hps_folder, monkeypatch):
+def test_networks_are_frozen_and_their_dropout_is_off(build, monkeypatch):
     made = []
     forward = torch.nn.Module.__call__
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *a, **k: made.append(self) or forward(self, *a, **k))
@@ -461,9 +398,9 @@ def test_a_scorer_with_settings_judges_through_the_command_of_the_scores(setting
     candidates = tuple(Content(images=(Media(path=str(tmp_path / f"{number}.png")),)) for number in range(2))
     rows = [Comparison(id="a", prompt=Content(text="a red ball"), candidates=candidates)]
     data = write(rows, tmp_path / "rows.jsonl")
-    judges = [{"name": "hps_v2", **settings["hps_v2"]()}, {"name": "pick_score", **settings["pick_score"]()}]
+    judges = [{"name": "hps_v2", **settings["hps_v2"]}, {"name": "pick_score", **settings["pick_score"]}]
     result = main(read_config(ScoreConfig, None, [f"data={data}", f"scorers={json.dumps(judges)}", "device=cpu"]))
     (row,) = (comparison(row) for row in read(result.output))
     for name in ("hps_v2", "pick_score"):
-        scorer = SCORERS[name](**settings[name](), device="cpu")
+        scorer = SCORERS[name](**settings[name], device="cpu")
         assert row.scores[name] == pytest.approx(scorer(["a red ball"] * 2, IMAGES[:2]).tolist(), abs=1e-6)
