@@ -1,4 +1,4 @@
-"""The diffusion adapter: images of a prompt -> denoising likelihoods under a UNet, for training with any preference loss."""
+"""The diffusion adapter: images or videos of a prompt -> denoising likelihoods, for training with any preference loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmalign.adapters.diffusion_cache import Cache, opened_cache
-from mmalign.adapters.options import Lora, Validation, WinnerGuard
+from mmalign.adapters.options import Lora, Validation, WinnerGuard, check_frames, check_numbers_of_frames
 from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
 from mmalign.config import Choice, Table
@@ -43,8 +43,8 @@ from mmalign.models.diffusion import (
 )
 from mmalign.models.sampling import sample_images
 from mmalign.models.tiny import TINY
-from mmalign.noise import TIMESTEPS
-from mmalign.records import Example
+from mmalign.noise import TIMESTEP_WEIGHTS, TIMESTEPS
+from mmalign.records import Example, animation
 from mmalign.sources import Prepared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,10 +59,14 @@ class DiffusionAdapter:
 
     Args:
         family, model, revision, variant: what to open: a name in FAMILIES; local folder or hub id.
-        resolution: side, or (height, width), in pixels; a multiple of 8.
-        crop, flip: how images become that size; `flip` mirrors each image with probability 1/2, each on its own.
+        resolution: side, or (height, width), in pixels; a multiple of what the family asks for: 8 or 16.
+        frames: of a video, whose first so many are trained on at its own rate: for families of videos, 1 more than a multiple
+            of 4. All videos of an example must have one length, and this many frames at least. None: images.
+        crop, flip: how images become that size; `flip` mirrors each image with probability 1/2, each on its own. All frames of
+            a video are cut and mirrored alike.
         prompt_dropout: share of examples trained on the empty prompt. Published: 0.2 (Salesforce), 0 (diffusers).
         timesteps: distribution of the timestep.
+        weights: factor of the squared error by timestep, for policy and reference alike; None: 1, as every published method.
         noise, timestep: `shared`: the candidates of an example see one; `independent`: each its own. Published: both shared;
             for RankDPO the noise is each image's own.
         latents: a sample of the VAE's posterior, or its mean.
@@ -81,10 +85,12 @@ class DiffusionAdapter:
     revision: str | None = None
     variant: str | None = None
     resolution: int | tuple[int, int]
+    frames: int | None = None
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     prompt_dropout: float = 0.0
     timesteps: Annotated[Choice, Table(TIMESTEPS)] = UNIFORM
+    weights: Annotated[Choice, Table(TIMESTEP_WEIGHTS)] | None = None
     noise: Literal["shared", "independent"] = "shared"
     timestep: Literal["shared", "independent"] = "shared"
     latents: Literal["sample", "mean"] = "sample"
@@ -101,11 +107,12 @@ class DiffusionAdapter:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
-        find_family(self.family)
+        family = find_family(self.family)
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout: got {self.prompt_dropout}, want a share from 0 to below 1.")
-        if any(side <= 0 or side % 8 for side in self.size):
-            raise ValueError(f"resolution: got {self.resolution}, want multiples of 8, such as 512.")
+        if any(side <= 0 or side % family.size_multiple for side in self.size):
+            raise ValueError(f"resolution: got {self.resolution}, want multiples of {family.size_multiple}, such as 512.")
+        check_frames(family, self.frames)
         if self.crop == "random" and self.cache is not None:
             raise ValueError("crop: got random with a cache, which holds one crop of an image. Use crop: center.")
         if self.draws is not None and self.draws < 1:
@@ -117,13 +124,15 @@ class DiffusionAdapter:
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
     def check_examples(self, kinds: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
-        """Refuse examples that are not one image a candidate; `kinds` as `records.Examples` has them.
+        """Refuse examples that are not one image, or one video, a candidate; `kinds` as `records.Examples` has them.
 
         Raises:
             UserError: names the first such row.
         """
         for (_, images), where in kinds.items():
-            if images != (1,):
+            if self.frames is not None:
+                check_numbers_of_frames(images, self.frames, where)
+            elif images != (1,):
                 raise UserError(f"{where}: got candidates with {images[0]} images, want 1 each. Complete or remove the row.")
 
     def open(
@@ -206,6 +215,7 @@ class DiffusionPolicy:
             seed=seed,
             size_condition=self.family.size_condition,
             frames=None if self.cache is None else self.cache.frames,
+            num_frames=settings.frames,
         )
         self._copy = frozen_copy(self.denoiser) if settings.lora is None and needs_reference else None
         self._make_trainable(weights)
@@ -255,12 +265,14 @@ class DiffusionPolicy:
         timestep = self.settings.timesteps.build(u, self.schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
         noise = noise.expand(mean.shape)
         side = {name: value.to(self.device) for name, value in batch["side"].items()}
+        weights = self.settings.weights
         inputs = DenoisingInputs(
             noisy=self.schedule.add_noise(clean, noise, timestep),
             timestep=self.schedule.network_timestep(timestep),
             target=self.schedule.target(clean, noise, timestep),
             condition={**self._prompts(prompts), **{k: v.to(self.device) for k, v in batch["sizes"].items()}},
             per_candidate=frozenset(batch["sizes"]),
+            error_weight=None if weights is None else weights.build(self.schedule, timestep),
             safeguard=self._safeguard(side),
         )
         reference = None if self.cache is None else self.cache.reference(batch["key"], batch["draw"])
@@ -278,7 +290,7 @@ class DiffusionPolicy:
             save_full(self.pipe if whole else self._open(torch.float32), self.denoiser, folder / FULL)
 
     def validate(self, folder: Path) -> None:
-        """One image a validation prompt."""
+        """One image, or animation, a validation prompt."""
         if self.settings.validation is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,9 +307,11 @@ class DiffusionPolicy:
                     steps=wanted.steps,
                     guidance_scale=wanted.guidance_scale,
                     size=self.settings.size,
+                    frames=self.settings.frames,
                 )
                 for number, image in enumerate(images):
-                    image.save(folder / f"{number:03d}.png")
+                    frames = [image] if self.settings.frames is None else image
+                    (folder / f"{number:03d}.png").write_bytes(animation(frames))
         finally:
             self.denoiser.train(training)
 
@@ -309,8 +323,8 @@ class DiffusionPolicy:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of the latents of one image."""
-        return latent_shape(self.pipe, self.settings.size)
+        """(channels, height, width) of the latents of one image; (channels, frames, height, width) of a video."""
+        return latent_shape(self.pipe, self.settings.size, self.settings.frames)
 
     @property
     def num_encoder_parameters(self) -> int:
@@ -378,11 +392,13 @@ class DiffusionPolicy:
 
     def _check_timesteps(self) -> None:
         try:
-            self.settings.timesteps.build(torch.tensor([0.5]), self.schedule.num_timesteps)
+            tried = self.settings.timesteps.build(torch.tensor([0.5]), self.schedule.num_timesteps)
+            if self.settings.weights is not None:
+                self.settings.weights.build(self.schedule, tried)
         except ValueError as fault:
             raise UserError(f"adapter.{fault}") from fault
 
-    def _latents(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "batch k c h w"], Float[Tensor, "batch k c h w"]]:
+    def _latents(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "batch k *dims"], Float[Tensor, "batch k *dims"]]:
         names = [name for row in batch["images"] for name in row]
         if self.cache is not None and self.cache.frames is not None:
             found = self.cache.images.get(names)
@@ -411,7 +427,7 @@ class DiffusionPolicy:
 
     def _draws(
         self, batch: Mapping[str, Any], shape: tuple[int, ...]
-    ) -> tuple[list[bool], Float[Tensor, "batch m"], Float[Tensor, "batch n c h w"], Float[Tensor, "batch k c h w"]]:
+    ) -> tuple[list[bool], Float[Tensor, "batch m"], Float[Tensor, "batch n *dims"], Float[Tensor, "batch k *dims"]]:
         """Every random number of a step, from (seed, content of the example, draw): the same however batches are split."""
         drop, u, noise, posterior = [], [], [], []
         for key, draw, images in zip(batch["unordered"], batch["draw"], batch["images"], strict=True):

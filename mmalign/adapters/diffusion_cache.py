@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.adapters.images import Framed, frame
-from mmalign.adapters.reading import cache_key, image_of
+from mmalign.adapters.images import Framed
+from mmalign.adapters.reading import cache_key
 from mmalign.cache import TensorStore, content_key, weights_fingerprint
 from mmalign.config import resolved
 from mmalign.records import Example
@@ -98,17 +98,13 @@ class Cache:
         prompts = {"": content_key("")} if self.settings.prompt_dropout else {}
         self._fill_prompts(policy, prompts)
         flips = (False, True) if self.settings.flip else (False,)
-        for group in _groups(examples, 8):
+        for group in _groups(examples, 8 if self.settings.frames is None else 1):
             texts = {e.samples[0].prompt.text or "" for e in group}
             self._fill_prompts(policy, {text: content_key(text) for text in sorted(texts)})
-            images = [image_of(example, place) for example in group for place in range(len(example.samples))]
-            media = {one.key(): one for one in images}
+            media = {one.key(): one for example in group for one in policy.reader.contents(example)}
             wanted = {cache_key(key, flip): (one, flip) for key, one in media.items() for flip in flips}
             missing = self._frames.store.missing(list(wanted))
-            framed = [
-                frame(wanted[name][0].open(), target=self.settings.size, crop="center", flip=wanted[name][1])
-                for name in missing
-            ]
+            framed = [policy.reader.cut(wanted[name][0], flip=wanted[name][1]) for name in missing]
             if missing:
                 encoded = policy.encode(torch.stack([one.pixels for one in framed]))
                 dtype = DTYPES[self.settings.cache_dtype]
@@ -165,9 +161,12 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
     """
     settings = policy.settings
     pipe = policy.pipe
-    geometry = {"resolution": list(settings.size), "crop": settings.crop}
+    geometry: dict[str, Any] = {"resolution": list(settings.size), "crop": settings.crop}
+    if settings.frames is not None:
+        geometry["frames"] = settings.frames
     encoders = {name: getattr(pipe, name) for name in policy.family.encoders[1:] if getattr(pipe, name, None)}
     scaling = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
+    scaling |= {name: pipe.vae.config[name] for name in ("latents_mean", "latents_std") if name in pipe.vae.config}
     images = {"vae": weights_fingerprint(pipe.vae), **scaling, **geometry}
     prompts = {name: weights_fingerprint(encoder) for name, encoder in encoders.items()}
     tokenizers = {name: getattr(pipe, name) for name in policy.family.tokenizers if getattr(pipe, name, None)}
@@ -183,6 +182,7 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
             "seed": policy.seed,
             "prediction": policy.schedule.prediction,
             "timesteps": resolved(settings.timesteps),
+            "weights": resolved(settings.weights) if settings.weights is not None else None,
             **{
                 name: getattr(settings, name)
                 for name in ("noise", "timestep", "latents", "flip", "prompt_dropout", "cache_dtype")

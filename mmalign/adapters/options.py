@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mmalign.errors import UserError
+from mmalign.families import Family
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -44,3 +47,38 @@ class Validation:
             raise ValueError("prompts: got none, want one or more, or validation: null.")
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, want 1 or more.")
+
+
+def check_frames(family: Family, frames: int | None) -> None:
+    """Refuse a number of frames that the family cannot have.
+
+    Raises:
+        ValueError: none for a family of videos, one for a family of images, or one that its autoencoder would cut.
+    """
+    multiple = family.frame_multiple
+    if multiple is None:
+        if frames is not None:
+            raise ValueError(f"frames: got {frames} for {family.name}, which makes images. Set it to null.")
+    elif frames is None or frames < 1 or frames % multiple != 1 % multiple:
+        got = "none" if frames is None else frames
+        raise ValueError(f"frames: got {got} for {family.name}, want 1 more than a multiple of {multiple}, such as 81.")
+
+
+def check_numbers_of_frames(images: tuple[int, ...], frames: int, where: str) -> None:
+    """Refuse a row whose candidates are too short or of unequal length, where that shows without reading a file.
+
+    Args:
+        images: the different numbers of images in a candidate. One image may be a file of many frames.
+        frames: the wanted number.
+        where: the row.
+    Raises:
+        UserError: a candidate without a video, or with too few frames; candidates of different lengths.
+    """
+    several = [count for count in images if count > 1]
+    if 0 in images:
+        raise UserError(f"{where}: got a candidate without a video, want one each. Complete or remove the row.")
+    if several and min(several) < frames:
+        raise UserError(f"{where}: got a video of {min(several)} frames, want {frames} or more. Set adapter.frames lower.")
+    if len(several) > 1:
+        lengths = " and ".join(map(str, several))
+        raise UserError(f"{where}: got videos of {lengths} frames in one row, want one length. Cut them, or remove the row.")

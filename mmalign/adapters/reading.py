@@ -10,10 +10,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from mmalign.adapters.images import Framed, frame
+from mmalign.adapters.images import Framed, frame, frame_video
 from mmalign.cache import content_key
 from mmalign.errors import UserError
-from mmalign.records import SIDE_DEFAULTS, Example, Media
+from mmalign.records import SIDE_DEFAULTS, Content, Example, Media
 
 
 @runtime_checkable
@@ -34,6 +34,7 @@ class Reader:
         seed: of flips and random crops.
         size_condition: the family's condition of one image's (original size, crop, target size).
         frames: where latents are cached; then no image is decoded.
+        num_frames: of a video: its first so many, at the file's own rate. None: images.
     """
 
     size: tuple[int, int]
@@ -43,15 +44,16 @@ class Reader:
     seed: int
     size_condition: Callable[..., dict[str, Tensor]]
     frames: Frames | None = None
+    num_frames: int | None = None
 
     def item(self, example: Example, epoch: int) -> dict[str, Any]:
         """One example in one epoch: framed pixels, or only their keys where latents are cached.
 
         Raises:
-            UserError: a candidate without exactly one image, or a damaged image.
+            UserError: as `contents`, or a damaged image.
         """
         draw = epoch if self.draws is None else epoch % self.draws
-        media = [image_of(example, place) for place in range(len(example.samples))]
+        media = self.contents(example)
         keys = [one.key() for one in media]
         prompt = example.samples[0].prompt.text or ""
         # The same draws whichever candidate is preferred: a flipped label changes the label only.
@@ -90,12 +92,33 @@ class Reader:
             "side": _side([item["side"] for item in items]),
         }
 
-    def _framed(self, media: Media, key: str, seed: str) -> tuple[str, Framed]:
+    def contents(self, example: Example) -> list[Content]:
+        """The image or the video of each candidate, read but not decoded.
+
+        Raises:
+            UserError: a candidate without exactly one image; a video that is too short, or longer than another candidate's.
+        """
+        if self.num_frames is not None:
+            return videos_of(example, self.num_frames)
+        images = [image_of(example, place) for place in range(len(example.samples))]
+        return [Content(images=(_loaded(one, one.where),)) for one in images]
+
+    def cut(self, content: Content, *, flip: bool, rng: random.Random | None = None) -> Framed:
+        """Decode an image or a video and bring it to size.
+
+        Raises:
+            UserError: it is damaged, or an animation where an image is wanted.
+        """
+        if self.num_frames is None:
+            return frame(content.images[0].open(), target=self.size, crop=self.crop, flip=flip, rng=rng)
+        return frame_video(content.frames(self.num_frames), target=self.size, crop=self.crop, flip=flip, rng=rng)
+
+    def _framed(self, content: Content, key: str, seed: str) -> tuple[str, Framed]:
         rng = random.Random(seed)
         flip = self.flip and rng.random() < 0.5
         if self.frames is not None:
             return cache_key(key, flip), self.frames.get(cache_key(key, flip))
-        framed = frame(media.open(), target=self.size, crop=self.crop, flip=flip, rng=rng)
+        framed = self.cut(content, flip=flip, rng=rng)
         name = cache_key(key, flip)
         return (f"{name}@{framed.crop}" if self.crop == "random" else name), framed
 
@@ -114,6 +137,38 @@ def image_of(example: Example, place: int) -> Media:
     if len(images) != 1:
         raise UserError(f"data: example {example.id}: got {len(images)} images in candidate {place + 1}, want 1.")
     return replace(images[0], where=images[0].where or f"example {example.id}")
+
+
+def videos_of(example: Example, num_frames: int) -> list[Content]:
+    """The videos of the candidates, read but not decoded.
+
+    Raises:
+        UserError: a candidate has none, or one of fewer than `num_frames` frames; the candidates differ in length.
+    """
+    videos, lengths = [], []
+    for number, sample in enumerate(example.samples, 1):
+        name = f"data: example {example.id}: candidate {number}"
+        if not sample.completion.images:
+            raise UserError(f"{name}: got no video, want one. Complete or remove the row.")
+        videos.append(Content(images=tuple(_loaded(one, name) for one in sample.completion.images)))
+        lengths.append(videos[-1].num_frames())
+        where = videos[-1].images[0].where
+        if lengths[-1] < num_frames:
+            raise UserError(
+                f"{where}: got a video of {lengths[-1]} frames, want {num_frames} or more. Set adapter.frames lower, or remove "
+                "the row."
+            )
+        if lengths[-1] != lengths[0]:
+            raise UserError(
+                f"{where}: got a video of {lengths[-1]} frames beside one of {lengths[0]}, want one length in an example. "
+                "Cut them to one length, or remove the row."
+            )
+    return videos
+
+
+def _loaded(media: Media, name: str) -> Media:
+    named = replace(media, where=media.where or name)
+    return replace(named, data=named.read())
 
 
 def cache_key(image_key: str, flip: bool) -> str:

@@ -1,5 +1,6 @@
 """Wan text to video (2.1, and 2.2 with one transformer): a video transformer on rectified flow, prompts read by UMT5."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,12 @@ def _forward(
         return_dict=False,
     )[0]
     return output
+
+
+def _default_size(pipe: Any) -> tuple[int, int]:
+    """Of the stock pipeline's call; it takes no None."""
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    return defaults["height"].default, defaults["width"].default
 
 
 def _recognise(index: Config, network: Config, scheduler: Config) -> bool:
@@ -108,6 +115,7 @@ WAN = Family(
     forward=_forward,
     recognise=_recognise,
     tiny=_build,
+    default_size=_default_size,
     output="frames",
     size_multiple=16,
     frame_multiple=4,

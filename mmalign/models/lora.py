@@ -284,6 +284,6 @@ def _metadata(config: Any) -> dict[str, Any]:
 
 
 def _pipeline_flags(pipe: Any) -> dict[str, Any]:
-    """The settings of a pipeline that are no component (SD: requires_safety_checker; SDXL: zeros for no prompt)."""
-    names = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    """The settings of a pipeline that are no component (SD: requires_safety_checker; SDXL: zeros for no prompt; Wan 2.2)."""
+    names = ("requires_safety_checker", "force_zeros_for_empty_prompt", "boundary_ratio", "expand_timesteps")
     return {name: pipe.config[name] for name in names if name in pipe.config}

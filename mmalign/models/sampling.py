@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.families import Family
@@ -34,9 +33,10 @@ def sample_images(
     guidance_scale: float,
     negative_prompt: str | None = None,
     size: tuple[int, int] | None = None,
+    frames: int | None = None,
     batch_size: int = 4,
-) -> Iterator[Image.Image]:
-    """Yield one image for each prompt with its seed, in order, `batch_size` at a time.
+) -> Iterator[Any]:
+    """Yield one image for each prompt with its seed, in order, `batch_size` at a time; of a video the list of its frames.
 
     Noise is drawn on the CPU, so that every device starts from the same. Batch size changes an image by rounding only.
     Args:
@@ -45,19 +45,24 @@ def sample_images(
         steps: sampler steps. Published evaluations: 50.
         guidance_scale: 1 is no guidance. Published: 7.5 (SD 1.x), 5 (SDXL).
         size: (height, width) in pixels, multiples of 8. None: the model's own.
+        frames: of a video. None: the pipeline's own number, or an image.
     """
+    length = {} if frames is None else {"num_frames": frames}
     height, width = size or family.default_size(pipe)
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        yield from pipe(
+        made = pipe(
             batch,
             height=height,
             width=width,
             num_inference_steps=steps,
             generator=generators,
+            output_type="pil",
+            **length,
             **family.call_options(guidance_scale, negative_prompt, len(batch)),
-        ).images
+        )
+        yield from getattr(made, family.output)
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
