@@ -9,9 +9,11 @@ from torch import Tensor
 
 from mmalign.errors import UserError
 from mmalign.families.family import Family, weight_dtype
+from mmalign.families.flux import FLUX
 from mmalign.families.pixart import PIXART_ALPHA, PIXART_SIGMA
 from mmalign.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
 from mmalign.families.sana import SANA
+from mmalign.families.sd3 import SD3
 from mmalign.families.unet import SD2, SD15, SDXL
 from mmalign.families.wan import WAN
 from mmalign.families.z_image import Z_IMAGE
@@ -55,7 +57,7 @@ def encode_prompt(family: str | Family, pipe: Any, prompts: Sequence[str], *sour
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(SD15, SD2, SDXL),
+        *(SD15, SD2, SDXL, SD3, FLUX),
         *(PIXART_ALPHA, PIXART_SIGMA, SANA),
         *(QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE, WAN),
     )
