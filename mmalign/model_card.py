@@ -10,7 +10,15 @@ import yaml
 
 
 def write_card(
-    folder: Path, *, base_model: str, config: Mapping[str, Any], data: str, plan: str, loading: str, lora: bool
+    folder: Path,
+    *,
+    base_model: str,
+    config: Mapping[str, Any],
+    data: str,
+    plan: str,
+    loading: str,
+    lora: bool,
+    reward: bool = False,
 ) -> None:
     """Write `README.md` with the hub's metadata block.
 
@@ -21,28 +29,31 @@ def write_card(
         plan: the arithmetic of the run.
         loading: stock code that loads the result.
         lora: whether the result is low-rank weights.
+        reward: whether it is a reward model for the noisy states of the base model.
     """
     losses = " + ".join(f"{one.get('weight', 1.0):g} * {one['name']}" for one in config["loss"])
     header = yaml.safe_dump(
         {
             "base_model": base_model,
-            "library_name": "diffusers",
-            "pipeline_tag": "text-to-image",
+            "library_name": "mmalign" if reward else "diffusers",
+            **({} if reward else {"pipeline_tag": "text-to-image"}),
             "tags": [
                 "mmalign",
-                "preference-optimization",
+                "reward-model" if reward else "preference-optimization",
                 *(["lora"] if lora else []),
                 *[one["name"] for one in config["loss"]],
             ],
         },
         sort_keys=False,
     )
+    tuned = f"{'Low-rank weights (LoRA)' if lora else 'A full fine-tune'} of `{base_model}`, aligned with human preferences"
+    what = f"A reward model for the sampling steps of `{base_model}`, trained on human preferences" if reward else tuned
     text = f"""---
 {header}---
 
 # {folder.resolve().name}
 
-{"Low-rank weights (LoRA)" if lora else "A full fine-tune"} of `{base_model}`, aligned with human preferences by mmalign.
+{what} by mmalign.
 
 - Loss: {losses}
 - Data: `{config["data"]["importer"].get("path", config["data"]["importer"]["name"])}`; {data}

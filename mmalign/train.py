@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import checkpoints
+from mmalign.adapters.step_reward import StepRewardPolicy
 from mmalign.config import command_line, resolved, write_resolved
 from mmalign.errors import UserError
 from mmalign.experiment import (
@@ -25,7 +26,7 @@ from mmalign.experiment import (
 from mmalign.loop import METRICS, fit
 from mmalign.memory import OPTIMISER_BYTES, SIZES, activations, memory_estimate
 from mmalign.model_card import write_card
-from mmalign.models.diffusion import LORA_FILE
+from mmalign.models.lora import LORA_FILES
 from mmalign.noise import beta_conventions
 from mmalign.objective import Objective
 from mmalign.sources import OfflineStream
@@ -33,7 +34,7 @@ from mmalign.training import start
 
 __all__ = ["TrainConfig", "Trained", "main"]
 
-FOLDERS = ("validation", "raw", "pipeline", "tensorboard", "wandb")  # beside the checkpoints, in a run's output
+FOLDERS = ("validation", "raw", "pipeline", "reward", "tensorboard", "wandb")  # beside the checkpoints, in a run's output
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +55,7 @@ class Trained:
             return ""
         if self.plan:
             return self.plan
-        return f"tuned weights: {self.output}\nload them with stock diffusers:\n{self.loading}"
+        return f"tuned weights: {self.output}\nload them with:\nimport diffusers\n{self.loading}"
 
 
 def main(config: TrainConfig) -> Trained:
@@ -122,6 +123,7 @@ def main(config: TrainConfig) -> Trained:
             plan=plan,
             loading=loading,
             lora=adapter.get("lora") is not None,
+            reward=isinstance(policy, StepRewardPolicy),
         )
     return Trained(config.output, loading, told=accelerator.is_main_process)
 
@@ -207,7 +209,7 @@ def _clear(output: Path) -> None:
     for path in output.glob("*"):
         if path.name.startswith("checkpoint-") or path.name in FOLDERS:
             shutil.rmtree(path)
-        elif path.name in (METRICS, LORA_FILE, "README.md"):
+        elif path.name in (METRICS, "README.md", *(name for names in LORA_FILES.values() for name in names)):
             path.unlink()
 
 
