@@ -249,6 +249,39 @@ TIMESTEPS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def min_snr(schedule: Schedule, timestep: Int[Tensor, "*shape"], *, gamma: float = 5.0) -> Float[Tensor, "*shape"]:
+    """Weight of the squared error at a timestep: min(SNR, gamma) on the error of the clean data, whatever is predicted.
+
+    epsilon: min(SNR, gamma) / SNR;  v: min(SNR, gamma) / (SNR + 1);  flow: sigma^2 min(SNR, gamma)
+
+    Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4. Published: gamma 5. No author of a preference method uses it.
+    Raises:
+        ValueError: unless gamma is positive.
+    """
+    if not gamma > 0:
+        raise ValueError(f"weights: got gamma {gamma}, want a positive number.")
+    sigma = schedule.sigma.to(timestep.device)[timestep]
+    alpha = schedule.alpha.to(timestep.device)[timestep]
+    # min(SNR, gamma) alpha^2 or sigma^2 in place of a ratio that is 0/0 at the ends of a schedule
+    if schedule.prediction == "epsilon":
+        return torch.minimum(torch.ones_like(sigma), gamma * (sigma / alpha) ** 2)
+    if schedule.prediction == "sample":
+        return schedule.snr(timestep).clamp(max=gamma)
+    return torch.minimum(alpha**2, gamma * sigma**2)  # sigma^2 min(SNR, gamma), for v and for flow
+
+
+def error_of(schedule: Schedule, timestep: Int[Tensor, "*shape"], *, prediction: Prediction) -> Float[Tensor, "*shape"]:
+    """Weight that turns the squared error of the network's own prediction into that of another one.
+
+    `prediction: epsilon` on rectified flow gives the errors the weight (1 - sigma)^2, which is the exact change of variables of
+    Flow-DPO's beta_t; its authors report that the constant weight works better (VideoAlign, arXiv 2501.13918).
+    """
+    return error_factor(schedule, timestep, schedule.prediction, prediction)
+
+
+TIMESTEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {"min_snr": min_snr, "error_of": error_of}
+
+
 def beta_conventions(beta: float, num_elements: int) -> dict[str, float]:
     """The same strength of preference in the conventions of the field; mmalign's is the first.
 

@@ -14,7 +14,9 @@ from mmalign.noise import (
     Schedule,
     beta_conventions,
     error_factor,
+    error_of,
     flow_schedule,
+    min_snr,
     scaled_linear_alphas_cumprod,
     vp_schedule,
     zero_terminal_snr,
@@ -426,3 +428,32 @@ def test_every_convention_of_beta_gives_the_same_logit() -> None:
     ]
     for logit in logits[1:]:
         torch.testing.assert_close(logit, logits[0], rtol=1e-12, atol=0)
+
+
+def test_min_snr_weighs_the_error_of_the_clean_data_whatever_is_predicted() -> None:
+    alphas = scaled_linear_alphas_cumprod(dtype=torch.float64)
+    timestep = torch.tensor([0, 100, 500, 999])
+    snr = alphas[timestep] / (1 - alphas[timestep])
+    expected = {"epsilon": snr.clamp(max=5) / snr, "v_prediction": snr.clamp(max=5) / (snr + 1), "sample": snr.clamp(max=5)}
+    for prediction, weights in expected.items():
+        schedule = vp_schedule(alphas_cumprod=alphas, prediction=prediction)
+        torch.testing.assert_close(min_snr(schedule, timestep), weights, rtol=1e-12, atol=0)
+    flow = flow_schedule(dtype=torch.float64)
+    found = min_snr(flow, timestep)
+    torch.testing.assert_close(found, flow.sigma[timestep] ** 2 * flow.snr(timestep).clamp(max=5), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="gamma 0"):
+        min_snr(flow, timestep, gamma=0)
+
+
+def test_min_snr_is_finite_at_both_ends_of_a_schedule_that_ends_in_pure_noise() -> None:
+    alphas = zero_terminal_snr(scaled_linear_alphas_cumprod())
+    ends = torch.tensor([0, 999])
+    assert min_snr(vp_schedule(alphas_cumprod=alphas, prediction="v_prediction"), ends).isfinite().all()
+    assert min_snr(flow_schedule(), ends).isfinite().all()
+
+
+def test_flow_errors_as_epsilon_errors_have_the_weight_of_the_published_change_of_variables() -> None:
+    flow, timestep = flow_schedule(dtype=torch.float64), torch.tensor([10, 500, 900])
+    torch.testing.assert_close(
+        error_of(flow, timestep, prediction="epsilon"), (1 - flow.sigma[timestep]) ** 2, rtol=1e-12, atol=0
+    )
