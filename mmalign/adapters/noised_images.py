@@ -132,17 +132,19 @@ class NoisedImages:
         return torch.cat([decode_latents(self.pipe, one[None]) for one in latents])
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of each prompt, each distinct one encoded once; sizes and crops as if each image were made at this resolution."""
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders make of each prompt, each distinct one encoded once."""
         distinct = list(dict.fromkeys(prompts))
         parts = [encode_prompt(self.family, self.pipe, [prompt]) for prompt in distinct]
         index = [distinct.index(prompt) for prompt in prompts]
+        return {name: torch.cat([parts[place][name] for place in index]) for name in parts[0]}
+
+    def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Of each prompt, by the keywords of the denoiser; sizes and crops as if each image were made at this resolution."""
         size = self.settings.size
         sizes = self.family.size_condition(size, (0, 0), size)
-        return {
-            **{name: torch.cat([parts[place][name] for place in index]) for name in parts[0]},
-            **{name: value.to(self.device).expand(len(prompts), *value.shape) for name, value in sizes.items()},
-        }
+        given = {name: value.to(self.device).expand(len(prompts), *value.shape) for name, value in sizes.items()}
+        return {**self.encode_prompts(prompts), **given}
 
     def _predict(
         self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], guidance_scale: float

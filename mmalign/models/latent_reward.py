@@ -31,7 +31,7 @@ class LatentReward(nn.Module):
     middle block, side by side (SD 1.5: 320 + 640 + 1280 + 1280 + 1280). text: the pooled prompt of a family that has one
     (SDXL), else the last token, which has read the whole prompt.
 
-    Source: Zhang et al. 2025 (LPO), section 4.1 and published code. There the text is the text encoder's pooled output, the
+    Source: Zhang et al. 2025 (LPO), as in the published code. There the text is the text encoder's pooled output, the
     text projection starts as CLIP's, and UNet and text encoder are trained too; here the text encoder is frozen, and the UNet
     is where `tuned` says so.
     """
