@@ -18,9 +18,9 @@ from mmalign.errors import UserError
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
 from mmalign.records import Comparison, Media, comparison, read
-from mmalign.report import Curve, Evaluation, ScorerChange, TrainingDrift, before_after_grid, report_page
-from mmalign.score import SCORER_TABLE, build_scorers
-from mmalign.scorers import Scorer, finite_scores
+from mmalign.report import Curve, Evaluation, ScorerChange, TrainingDrift, before_after_grid, report_page, task_changes
+from mmalign.score import SCORER_TABLE, Labelled, build_scorers
+from mmalign.scorers import Scorer, TaskScorer, finite_scores
 from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel_std, win_rate
 
 logger = logging.getLogger(__name__)
@@ -218,6 +218,8 @@ def _change(
     old, new = (_scores(scorer, prompts, images, side) for images, side in ((before, "before"), (after, "after")))
     eps = tie_eps * float(old.std(correction=0))
     low, high = bootstrap_interval(new - old)
+    judge = scorer.scorer if isinstance(scorer, Labelled) else scorer
+    tasks = [judge.task(prompt) for prompt in prompts] if isinstance(judge, TaskScorer) else []
     return ScorerChange(
         name=scorer.name,
         held_out=held_out,
@@ -228,6 +230,7 @@ def _change(
         difference_low=low,
         difference_high=high,
         effect_size=effect_size(old, new),
+        tasks=task_changes(tasks, old, new) if tasks else (),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mmalign.report.tasks import TaskChange, plain_tasks, task_lines
 from mmalign.statistics import WinRate, first_and_last
 
 DIVERSITY_LOSS = 0.20  # a larger fall is told as a warning
@@ -21,6 +22,7 @@ class ScorerChange:
         mean_before, mean_after: in units of the score.
         difference_low, difference_high: 95 % bootstrap interval of the mean paired difference.
         effect_size: mean paired difference over its standard deviation, None where undefined.
+        tasks: the same by kind of prompt, for a judge that knows kinds.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ScorerChange:
     difference_low: float
     difference_high: float
     effect_size: float | None
+    tasks: tuple[TaskChange, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +206,7 @@ class Evaluation:
         for row in rows:
             cells = [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
             lines.append("   ".join(cells).rstrip())
+        lines += task_lines({scorer.name: scorer.tasks for scorer in self.scorers})
         if self.training is not None:
             lines.append("")
             for name, (first, last) in _ends(self.training.named()).items():
@@ -241,9 +245,10 @@ def _row(scorer: ScorerChange) -> tuple[str, ...]:
 
 def _plain(scorer: ScorerChange) -> dict[str, Any]:
     return {
-        **{name: value for name, value in vars(scorer).items() if name not in ("name", "win_rate")},
+        **{name: value for name, value in vars(scorer).items() if name not in ("name", "win_rate", "tasks")},
         "win_rate": scorer.win_rate.rate,
         **{name: value for name, value in vars(scorer.win_rate).items() if name != "rate"},
+        **plain_tasks(scorer.tasks),
     }
 
 

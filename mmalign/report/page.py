@@ -9,6 +9,7 @@ from PIL.Image import Image
 
 from mmalign.report.findings import Curve, Evaluation, PairFit, ScorerChange, TrainingDrift, percent
 from mmalign.report.grid import chosen_places, short_captions, thumbnail
+from mmalign.report.tasks import task_table
 
 THUMBNAIL = 256  # pixels of the longer side of an image in the page, at most
 
@@ -78,6 +79,7 @@ def report_page(
         _headline(evaluation),
         _notes(evaluation),
         _table(evaluation),
+        task_table({scorer.name: scorer.tasks for scorer in evaluation.scorers}),
         _examples(prompts, before, after, num_shown),
         _training(evaluation.training),
         _pairs(evaluation.pairs),

@@ -43,6 +43,14 @@ class DifferentiableScorer(Scorer, Protocol):
         """
 
 
+@runtime_checkable
+class TaskScorer(Scorer, Protocol):
+    """A scorer whose prompts are of several kinds, whose results `evaluate` gives by kind as well."""
+
+    def task(self, prompt: str) -> str:
+        """The kind of this prompt."""
+
+
 def finite_scores(
     scorer: Scorer, prompts: Sequence[str], images: Sequence[Image], places: Sequence[str]
 ) -> Float[Tensor, " n"]:
