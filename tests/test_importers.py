@@ -74,6 +74,24 @@ def test_a_pick_a_pic_tie_never_trains_as_the_first_image_won(tmp_path):
     assert pair(rows_of(imported)[0], ties="soft")[0].side == {"prob": 0.5}
 
 
+def test_pick_a_pic_rows_of_a_prompt_share_one_weight_whose_mean_over_the_judged_rows_is_1(tmp_path):
+    counts = [("a cat", 2, True), ("a cat", 2, True), ("a dog", 1, True), ("a fox", 1, False)]
+    rows = [(text, 1, 0, {"num_example_per_prompt": n, "has_label": labelled}) for text, n, labelled in counts]
+    path = picks(tmp_path, rows)
+    weights = [row.weight for row in rows_of(pick_a_pic(path=path, weight="prompt"))]
+    assert weights[:3] == pytest.approx([0.75, 0.75, 1.5])  # 1/2, 1/2 and 1 over their mean 2/3
+    assert Examples(pick_a_pic(path=path, weight="prompt").dataset, pair)[2].side["weight"] == pytest.approx(1.5)
+    assert all(row.weight is None for row in rows_of(pick_a_pic(path=path)))
+
+
+def test_pick_a_pic_weights_need_their_column(tmp_path):
+    with pytest.raises(UserError, match="got no column num_example_per_prompt, want it for weight: prompt"):
+        pick_a_pic(path=picks(tmp_path, [("a cat", 1, 0)]), weight="prompt")
+    path = picks(tmp_path, [("a cat", 1, 0, {"num_example_per_prompt": 0})])
+    with pytest.raises(UserError, match="got num_example_per_prompt 0, want 1 or more"):
+        pick_a_pic(path=path, weight="prompt")
+
+
 def test_pick_a_pic_rows_without_a_label_are_not_judged(tmp_path):
     imported = pick_a_pic(path=picks(tmp_path, [("a", 0, 0, {"has_label": False}), ("b", 1, 0)]))
     assert Examples(imported.dataset, pair).dropped == {"not judged": 1}

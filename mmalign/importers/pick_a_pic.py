@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from mmalign.errors import UserError
 from mmalign.importers.tables import (
     Faulty,
     Imported,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MEDIA = ("jpg_0", "jpg_1")
 NEEDED = ("caption", *MEDIA, "label_0", "label_1")
+COUNT = "num_example_per_prompt"
 ROW = "mmalign_row"
 BATCH_ROWS = 10_000
 
@@ -35,6 +37,7 @@ def pick_a_pic(
     faulty: Faulty = "raise",
     verify: bool = True,
     num_proc: int | None = None,
+    weight: Literal["none", "prompt"] = "none",
 ) -> Imported:
     """Pick-a-Pic: columns caption, jpg_0, jpg_1, label_0, label_1; labels 0.5 and 0.5 are a tie.
 
@@ -48,6 +51,9 @@ def pick_a_pic(
         verify: decode every image once and leave broken ones out (some of the published ones are); the result is
             remembered in the cache of `datasets`. False: a broken image stops the run that meets it.
         num_proc: processes for verify.
+        weight: prompt: each row weighs 1 / `num_example_per_prompt`, scaled to a mean of 1 over the judged rows: a prompt
+            counts once however often it was judged. Published for PickScore and SPO's step-aware model, which scale by the sum
+            over a batch; none for Diffusion-DPO.
 
     Raises:
         UserError: no such data set, split or columns; faulty rows.
@@ -64,7 +70,8 @@ def pick_a_pic(
     table = table.add_column(ROW, list(range(1, len(table) + 1)))
     if faults:
         table = table.select(keep)
-    converted = table.with_transform(Conversion(partial(_convert, place=place), MEDIA))
+    scale = _weight_scale(table, place) if weight == "prompt" else None
+    converted = table.with_transform(Conversion(partial(_convert, place=place, scale=scale), MEDIA))
     return finish(converted, faults, place=place, faulty=faulty, verify=verify, num_proc=num_proc)
 
 
@@ -93,11 +100,27 @@ def _problems(table: "datasets.Dataset") -> Iterator[str]:
                 yield ""
 
 
+def _weight_scale(table: "datasets.Dataset", place: str) -> float:
+    """1 / the mean of 1 / (the number of rows of a row's prompt), over the judged rows."""
+    if COUNT not in table.column_names:
+        raise UserError(f"{place}: got no column {COUNT}, want it for weight: prompt. Set weight to none.")
+    light = table.select_columns([name for name in (COUNT, "has_label") if name in table.column_names])
+    total, judged = 0.0, 0
+    for start in range(0, len(light), BATCH_ROWS):
+        batch = light[start : start + BATCH_ROWS]
+        for offset, count in enumerate(batch[COUNT]):
+            if not count or count < 1:
+                raise UserError(f"{place}: got {COUNT} {count}, want 1 or more. Correct the rows, or set weight to none.")
+            if _labelled(batch, offset):
+                total, judged = total + 1 / count, judged + 1
+    return judged / total if judged else 1.0
+
+
 def _labelled(batch: dict[str, list[Any]], offset: int) -> bool:
     return "has_label" not in batch or bool(batch["has_label"][offset])
 
 
-def _convert(row: Mapping[str, Any], *, media: bool, place: str) -> dict[str, Any]:
+def _convert(row: Mapping[str, Any], *, media: bool, place: str, scale: float | None) -> dict[str, Any]:
     empty = {"bytes": None, "path": None}
     labelled = bool(row.get("has_label", True))
     extra = {"image_{}_uid": "uid", "model_{}": "model"}
@@ -108,7 +131,7 @@ def _convert(row: Mapping[str, Any], *, media: bool, place: str) -> dict[str, An
         "scores": [],
         "ranks": [2.0 if row[f"label_{i}"] < row[f"label_{1 - i}"] else 1.0 for i in (0, 1)] if labelled else None,
         "prob": None,
-        "weight": None,
+        "weight": None if scale is None else scale / row[COUNT],
         "margin": None,
         "provenance": [
             json.dumps({key: row[name.format(i)] for name, key in extra.items() if row.get(name.format(i))}) for i in (0, 1)
