@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,17 @@ from mmalign.errors import UserError
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
 from mmalign.records import Comparison, Media, comparison, read
-from mmalign.report import Curve, Evaluation, ScorerChange, TrainingDrift, before_after_grid, report_page, task_changes
+from mmalign.report import (
+    Checkpoint,
+    Curve,
+    Evaluation,
+    ScorerChange,
+    TrainingDrift,
+    before_after_grid,
+    checkpoint_grid,
+    report_page,
+    task_changes,
+)
 from mmalign.score import SCORER_TABLE, Labelled, build_scorers
 from mmalign.scorers import Scorer, TaskScorer, finite_scores
 from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel_std, win_rate
@@ -30,6 +41,7 @@ if TYPE_CHECKING:
 else:
     Images = Sequence  # items are decoded when asked for, which a check of types must not do
 IMAGES_AT_ONCE = 64  # opened together; a scorer's own batch_size may be smaller
+CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +52,8 @@ class EvaluateConfig:
         before, after: comparisons from `mmalign generate` with the same prompts and seeds; candidates carry their seed.
         scorers: judges; the first one's win rate is the result.
         held_out: judges that took no part in making the preferences; the first one's mean is the fidelity.
+        checkpoints: comparisons from `mmalign generate` with lora (or model) set to a run's checkpoint-N, on the same prompts
+            and seeds: shown side by side in checkpoints.png, their scores as curves.
         output: folder for results.json, report.html, grid.png and evaluation.yaml; it may be the run's, whose files stay.
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
@@ -55,6 +69,7 @@ class EvaluateConfig:
     after: str
     scorers: tuple[Annotated[Choice, SCORER_TABLE], ...]
     held_out: tuple[Annotated[Choice, SCORER_TABLE], ...] = ()
+    checkpoints: str | tuple[str, ...] = ()
     output: str
     interval: Literal["wilson", "bootstrap"] = "wilson"
     tie_eps: float = 0.02
@@ -91,7 +106,8 @@ class EvaluateResult:
 
     def __str__(self) -> str:
         """The table, then the files."""
-        files = (self.output / name for name in ("report.html", "grid.png", "results.json"))
+        grids = ("grid.png", "checkpoints.png") if self.evaluation.checkpoints else ("grid.png",)
+        files = (self.output / name for name in ("report.html", *grids, "results.json"))
         return "\n".join([str(self.evaluation), "", *map(str, files)])
 
 
@@ -123,7 +139,10 @@ def main(config: EvaluateConfig) -> EvaluateResult:
     check_folder(output)
     if config.device is not None:
         torch_device(config.device)
-    prompts, before, after = paired_images(_comparisons(config.before), _comparisons(config.after))
+    base, tuned = list(_comparisons(config.before)), list(_comparisons(config.after))
+    prompts, before, after = paired_images(base, tuned)
+    named = (config.checkpoints,) if isinstance(config.checkpoints, str) else config.checkpoints
+    between = checkpoint_images(base, {path: list(_comparisons(path)) for path in named})
     scorers = build_scorers((*config.scorers, *config.held_out), device=config.device)
     training = None if config.run is None else training_drift(Path(config.run))
     fit = None
@@ -138,6 +157,8 @@ def main(config: EvaluateConfig) -> EvaluateResult:
         interval=config.interval,
         tie_eps=config.tie_eps,
         training=training,
+        checkpoints=[(step, OpenedLate(images)) for step, images in between],
+        last_step=_step_of(tuned) or (None if training is None else training.last_step),
     )
     evaluation = replace(evaluation, pairs=fit)
     write_report(
@@ -149,6 +170,7 @@ def main(config: EvaluateConfig) -> EvaluateResult:
         rows=config.rows,
         cols=config.cols,
         title=config.title,
+        checkpoints=[(step, OpenedLate(images)) for step, images in between],
     )
     write_resolved(config, output, config="evaluation.yaml", versions="evaluation_environment.json")
     return EvaluateResult(evaluation=evaluation, output=output)
@@ -164,6 +186,8 @@ def evaluate_pairs(
     interval: Literal["wilson", "bootstrap"] = "wilson",
     tie_eps: float = 0.02,
     training: TrainingDrift | None = None,
+    checkpoints: Sequence[tuple[int, Images]] = (),
+    last_step: int | None = None,
 ) -> Evaluation:
     """Compare two images per entry, made from the same prompt and seed.
 
@@ -174,6 +198,8 @@ def evaluate_pairs(
         interval: a name in statistics.INTERVALS.
         tie_eps: in standard deviations of the judge's scores before.
         training: from `training_drift`, to be told along.
+        checkpoints: (step, images), the images paired with `before`; in the order of the steps.
+        last_step: of the images after, where it is known.
 
     Raises:
         UserError: nothing to compare, two judges of one name, a score that is not finite, an image that cannot be read.
@@ -189,14 +215,22 @@ def evaluate_pairs(
             f"evaluate: got {len(scorers)} scorers, {len(prompts)} prompts, {len(before)} images before, "
             f"{len(after)} after, want at least one scorer and as many images on each side as prompts."
         )
+    changes: list[list[ScorerChange]] = [[] for _ in range(len(checkpoints) + 1)]
+    for scorer in (*scorers, *held_out):
+        old = _scores(scorer, prompts, before, "before")
+        sides = [*((f"checkpoint {step}", images) for step, images in checkpoints), ("after", after)]
+        for found, (side, images) in zip(changes, sides, strict=True):
+            new = _scores(scorer, prompts, images, side)
+            found.append(_change(scorer, prompts, old, new, interval, tie_eps, held_out=scorer.name in names[len(scorers) :]))
     return Evaluation(
         num_pairs=len(prompts),
         num_prompts=len(set(prompts)),
         interval=interval,
-        scorers=tuple(
-            _change(scorer, prompts, before, after, interval, tie_eps, held_out=scorer.name in names[len(scorers) :])
-            for scorer in (*scorers, *held_out)
+        scorers=tuple(changes[-1]),
+        checkpoints=tuple(
+            Checkpoint(step=step, scorers=tuple(found)) for (step, _), found in zip(checkpoints, changes, strict=False)
         ),
+        last_step=last_step,
         diversity_before=diversity(prompts, before),
         diversity_after=diversity(prompts, after),
         contrast_before=pixel_std(before),
@@ -208,14 +242,13 @@ def evaluate_pairs(
 def _change(
     scorer: Scorer,
     prompts: Sequence[str],
-    before: Images,
-    after: Images,
+    old: torch.Tensor,
+    new: torch.Tensor,
     interval: str,
     tie_eps: float,
     *,
     held_out: bool,
 ) -> ScorerChange:
-    old, new = (_scores(scorer, prompts, images, side) for images, side in ((before, "before"), (after, "after")))
     eps = tie_eps * float(old.std(correction=0))
     low, high = bootstrap_interval(new - old)
     judge = scorer.scorer if isinstance(scorer, Labelled) else scorer
@@ -243,14 +276,43 @@ def _scores(scorer: Scorer, prompts: Sequence[str], images: Images, side: str) -
     return torch.cat(parts).double()
 
 
-def paired_images(before: Iterable[Comparison], after: Iterable[Comparison]) -> tuple[list[str], list[Media], list[Media]]:
-    """Prompts and images of both sides, paired by prompt and seed, in the order of `before`.
+def checkpoint_images(before: Sequence[Comparison], found: dict[str, list[Comparison]]) -> list[tuple[int, list[Media]]]:
+    """(step, images paired with `before`) of each checkpoint, in the order of the steps.
+
+    Raises:
+        UserError: images that no checkpoint-N made, a step given twice, or images that cannot be paired.
+    """
+    series: dict[int, list[Media]] = {}
+    for place, rows in found.items():
+        step = _step_of(rows)
+        if step is None:
+            raise UserError(
+                f"checkpoints: got {place}, whose images do not all come from one checkpoint-N of a run, want those of "
+                "`mmalign generate` with lora=runs/x/checkpoint-N. Name such a folder."
+            )
+        if step in series:
+            raise UserError(f"checkpoints: got step {step} twice, again in {place}, want each once. Remove one.")
+        series[step] = paired_images(before, rows, name=place)[2]
+    return sorted(series.items(), key=lambda one: one[0])
+
+
+def _step_of(rows: Sequence[Comparison]) -> int | None:
+    """The step of the checkpoint that made all images of these rows, as their provenance tells."""
+    named = {str(origin.get("lora") or origin.get("model") or "") for row in rows for origin in row.provenance or ({},)}
+    matches = {int(match[1]) for name in named if (match := CHECKPOINT.search(name.rstrip("/")))}
+    return matches.pop() if len(named) == len(matches) == 1 else None
+
+
+def paired_images(
+    before: Iterable[Comparison], after: Iterable[Comparison], *, name: str = "after"
+) -> tuple[list[str], list[Media], list[Media]]:
+    """Prompts and images of both sides, paired by prompt and seed, in the order of `before`; `name` is what to call `after`.
 
     Raises:
         UserError: an image without a seed, a prompt and seed given twice, or one that the other side lacks.
     """
     old, new = _by_prompt_and_seed(before), _by_prompt_and_seed(after)
-    for side, present, absent in (("after", old, new), ("before", new, old)):
+    for side, present, absent in ((name, old, new), ("before", new, old)):
         missing = [key for key in present if key not in absent]
         if missing:
             prompt, seed = missing[0]
@@ -331,19 +393,25 @@ def write_report(
     rows: int = 6,
     cols: int = 4,
     title: str = "Before and after training",
+    checkpoints: Sequence[tuple[int, Images]] = (),
 ) -> None:
-    """Write results.json, report.html and grid.png into the folder, each whole or not at all."""
+    """Write results.json, report.html, grid.png and, of checkpoints, checkpoints.png, each whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
-    grid = before_after_grid(prompts, before, after, rows=rows, cols=cols)
-    page = report_page(evaluation, prompts, before, after, title=title, num_shown=rows * cols)
+    grids = {"grid.png": before_after_grid(prompts, before, after, rows=rows, cols=cols)}
+    columns: list[tuple[str, Images]] = []
+    if checkpoints:
+        columns = [("before", before), *((f"step {step}", images) for step, images in checkpoints), ("after", after)]
+        grids["checkpoints.png"] = checkpoint_grid(prompts, columns, rows=rows)
+    page = report_page(evaluation, prompts, before, after, title=title, num_shown=rows * cols, columns=columns, num_rows=rows)
     texts = {"results.json": json.dumps(evaluation.results(), indent=2) + "\n", "report.html": page}
     for name, text in texts.items():
         part = output / f".{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, output / name)
-    part = output / ".grid.png.part"
-    grid.save(part, "PNG")
-    os.replace(part, output / "grid.png")
+    for name, grid in grids.items():
+        part = output / f".{name}.part"
+        grid.save(part, "PNG")
+        os.replace(part, output / name)
 
 
 def _comparisons(path: str) -> Iterable[Comparison]:

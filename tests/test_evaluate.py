@@ -11,7 +11,7 @@ from mmalign.config import command_line, read_config
 from mmalign.errors import UserError
 from mmalign.evaluate import EvaluateConfig, evaluate_pairs, main, paired_images, training_drift
 from mmalign.records import Comparison, Content, Media, write
-from mmalign.report import before_after_grid, chosen_places
+from mmalign.report import RULE, before_after_grid, checkpoint_grid, chosen_places
 from mmalign.report.grid import _drawable, short_captions, thumbnail
 from mmalign.scorers import SCORERS
 
@@ -358,3 +358,145 @@ def test_metrics_that_are_not_utf8_are_refused_with_their_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"caf\xe9": 1}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: got no JSON"):
         training_drift(tmp_path)
+
+
+def told_by(origin, side):
+    """The same comparisons with more provenance."""
+    rows = [json.loads(line) for line in side.read_text().splitlines()]
+    for entry in (entry for row in rows for entry in row["provenance"]):
+        entry |= origin
+    side.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return side
+
+
+def brightening(folder, name, value, sharp):
+    """Images of a brightness whose sharpness falls with `sharp`: noise of that strength."""
+    rows = []
+    for number, prompt in enumerate(PROMPTS):
+        candidates = []
+        for seed in (1, 2, 3, 4):
+            pixels = value + sharp * np.random.default_rng(seed + 10 * number).normal(0, 1, (8, 8, 3))
+            path = folder / f"{name}_{number}_{seed}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+            candidates.append(Content(images=(Media(path=str(path)),)))
+        rows.append(
+            Comparison(
+                id=f"{name}-{number}",
+                prompt=Content(text=prompt),
+                candidates=tuple(candidates),
+                provenance=tuple({"seed": seed} for seed in (1, 2, 3, 4)),
+            )
+        )
+    return write(rows, folder / f"{name}.jsonl")
+
+
+@pytest.fixture
+def series(tmp_path):
+    """Brightness rises all along; sharpness rises at first and is below its start from step 200 on."""
+    course = {"before": (60, 20), "at100": (90, 25), "at200": (120, 12), "after": (150, 6)}
+    sides = {name: brightening(tmp_path, name, *values) for name, values in course.items()}
+    for step in (100, 200):
+        told_by({"lora": f"runs/x/checkpoint-{step}"}, sides[f"at{step}"])
+    told_by({"lora": "runs/x"}, sides["after"])
+    return sides
+
+
+def test_a_scorer_that_rises_while_the_held_out_judge_falls_is_a_named_finding(series, tmp_path):
+    settings = ("scorers=brightness", "held_out=sharpness")
+    result = evaluate(series["before"], series["after"], tmp_path, *settings)
+    found = json.loads((tmp_path / "report/results.json").read_text())["over_optimisation"]
+    assert (found["found"], found["risen"], found["fallen"], found["since"]) == (True, ["brightness"], ["sharpness"], None)
+    assert found["rule"] == RULE
+    page = (tmp_path / "report/report.html").read_text()
+    assert "OVER-OPTIMISATION" in str(result) and 'class="note alarm"' in page
+    assert RULE in page
+    assert page.count("OVER-OPTIMISATION") == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scorers", "held_out"),
+    [
+        ("before", "at100", "brightness", "sharpness"),  # the held-out judge rises too
+        ("before", "before", "brightness", "sharpness"),  # nothing moves
+        ("after", "before", "brightness", "sharpness"),  # the scorer falls
+        ("before", "after", "brightness", "[sharpness, dark]"),  # one held-out judge falls and one rises
+    ],
+)
+def test_the_alarm_is_silent_where_its_rule_does_not_hold(series, tmp_path, before, after, scorers, held_out):
+    judges = held_out.replace("dark", f"{{name: '{__name__}:brightness_too'}}")
+    result = evaluate(series[before], series[after], tmp_path, f"scorers={scorers}", f"held_out={judges}")
+    assert json.loads((tmp_path / "report/results.json").read_text())["over_optimisation"]["found"] is False
+    assert "OVER-OPTIMISATION" not in str(result)
+
+
+class BrightnessToo:
+    name = "dark"
+
+    def __call__(self, prompts, images):
+        return SCORERS["brightness"]()(prompts, images)
+
+
+def brightness_too():
+    return BrightnessToo()
+
+
+def test_without_a_held_out_judge_there_is_no_alarm_to_give(series, tmp_path):
+    evaluate(series["before"], series["after"], tmp_path, "scorers=brightness")
+    assert json.loads((tmp_path / "report/results.json").read_text())["over_optimisation"] is None
+
+
+def test_checkpoints_stand_side_by_side_with_curves_and_the_step_where_the_alarm_begins(series, tmp_path):
+    run = metrics(tmp_path / "run", ({**row, "step": 15 * row["step"]} for row in drifting_rows()))
+    between = f"checkpoints=[{series['at200']}, {series['at100']}]"
+    settings = ("scorers=brightness", "held_out=sharpness", "rows=2", f"run={run}", between)
+    result = evaluate(series["before"], series["after"], tmp_path, *settings)
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert [one["step"] for one in results["checkpoints"]] == [100, 200]
+    assert (results["over_optimisation"]["since"], results["over_optimisation"]["best"]) == (200, 100)
+    assert results["last_step"] == 300
+    curve = result.evaluation.mean_curves()["brightness"]
+    assert curve.steps == (0, 100, 200, 300)
+    assert np.array(curve.values) * 255 == pytest.approx([60, 90, 120, 150], abs=2)
+    at200 = results["checkpoints"][1]["scorers"]["brightness"]
+    assert at200["mean_before"] == curve.values[0] and at200["mean_after"] == curve.values[2] and at200["win_rate"] == 1.0
+    assert "since checkpoint 200" in str(result) and "checkpoints.png" in str(result)
+    text = (tmp_path / "report/report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert text.count("Mean of ") == 2 * 2, "a chart for each judge, named in its label and under it"
+    assert text.count('alt="step 100: ') == text.count('alt="step 200: ') == 2
+    assert "before · step 100 · step 200 · after" in text
+
+
+def test_the_checkpoint_grid_has_a_row_a_seed_and_a_column_a_state():
+    colours = ("#ff0000", "#00ff00", "#0000ff")
+    columns = [(name, [Image.new("RGB", (8, 8), colour)] * 5) for name, colour in zip("abc", colours, strict=True)]
+    sheet = np.array(checkpoint_grid(["one", "two", "one", "two", "three"], columns, rows=4))
+    lefts = []
+    for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
+        shown = (sheet == colour).all(axis=-1)
+        assert shown.sum() == 4 * 128 * 128
+        lefts.append(np.flatnonzero(shown.any(axis=0))[0])
+    assert np.diff(lefts).tolist() == [132, 132]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("checkpoints={after}", "do not all come from one checkpoint-N"),
+        ("checkpoints=[{at100}, {twin}]", "got step 100 twice"),
+        ("checkpoints={short}", "short.jsonl: got no image for 3 of 12 prompts and seeds"),
+    ],
+)
+def test_checkpoints_that_cannot_be_placed_are_refused(series, tmp_path, capsys, settings, told):
+    twin, short = tmp_path / "twin.jsonl", tmp_path / "short.jsonl"
+    twin.write_text(series["at100"].read_text())
+    rows = [json.loads(line) for line in series["at200"].read_text().splitlines()]
+    for row in rows:
+        row["candidates"], row["provenance"] = row["candidates"][:3], row["provenance"][:3]
+    short.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    words = [f"before={series['before']}", f"after={series['after']}", f"output={tmp_path / 'o'}", "scorers=brightness"]
+    places = {name: str(path) for name, path in series.items()}
+    assert command_line(EvaluateConfig, main, [*words, settings.format(**places, twin=twin, short=short)]) == 2
+    assert told in capsys.readouterr().err

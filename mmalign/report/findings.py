@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mmalign.report.alarm import OverOptimisation, over_optimisation
 from mmalign.report.tasks import TaskChange, plain_tasks, task_lines
 from mmalign.statistics import WinRate, first_and_last
 
@@ -38,6 +39,14 @@ class ScorerChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint's images of the same prompts and seeds, each judge's change counted from before training."""
+
+    step: int
+    scorers: tuple[ScorerChange, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """A quantity over the steps of training."""
 
@@ -63,6 +72,11 @@ class TrainingDrift:
     accuracy: Curve | None = None
     chosen_error: Curve | None = None
     rejected_error: Curve | None = None
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step that was measured."""
+        return max((int(curve.steps[-1]) for curve in self.named().values()), default=None)
 
     def named(self) -> dict[str, Curve]:
         """The curves there are, under the names of results.json."""
@@ -108,6 +122,8 @@ class Evaluation:
         contrast_before, contrast_after: see statistics.pixel_std.
         training: where a training run was given.
         pairs: where held-out pairs were given.
+        checkpoints: in the order of their steps, where images of checkpoints were given.
+        last_step: of the images after training, where it is known.
     """
 
     num_pairs: int
@@ -120,6 +136,8 @@ class Evaluation:
     contrast_after: float
     training: TrainingDrift | None = None
     pairs: PairFit | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
+    last_step: int | None = None
 
     @property
     def headline(self) -> ScorerChange:
@@ -138,9 +156,26 @@ class Evaluation:
             return None
         return self.diversity_after / self.diversity_before - 1
 
+    @property
+    def over_optimisation(self) -> OverOptimisation | None:
+        """The alarm; None where no judge was held out."""
+        return over_optimisation(self)
+
+    def mean_curves(self) -> dict[str, Curve]:
+        """Each judge's mean over the checkpoints, from before training to after it where its step is known."""
+        curves = {}
+        for place, judge in enumerate(self.scorers):
+            steps = [0, *(one.step for one in self.checkpoints)]
+            means = [judge.mean_before, *(one.scorers[place].mean_after for one in self.checkpoints)]
+            if self.last_step is not None and self.last_step not in steps:
+                steps, means = [*steps, self.last_step], [*means, judge.mean_after]
+            curves[judge.name] = Curve(steps=tuple(map(float, steps)), values=tuple(means))
+        return curves if self.checkpoints else {}
+
     def warnings(self) -> list[str]:
         """What a reader of the win rate must know, each a plain sentence or two."""
-        found = []
+        alarm = self.over_optimisation
+        found = [str(alarm)] if alarm is not None and alarm.found else []
         lost = self.diversity_change
         if lost is not None and lost < -DIVERSITY_LOSS:
             found.append(
@@ -189,6 +224,12 @@ class Evaluation:
             "num_prompts": self.num_prompts,
             "interval": self.interval,
             "scorers": {scorer.name: _plain(scorer) for scorer in self.scorers},
+            "over_optimisation": None if self.over_optimisation is None else self.over_optimisation.results(),
+            "checkpoints": [
+                {"step": one.step, "scorers": {scorer.name: _plain(scorer) for scorer in one.scorers}}
+                for one in self.checkpoints
+            ],
+            "last_step": self.last_step,
             "training": None if self.training is None else _ends(self.training.named()),
             "held_out_pairs": None if self.pairs is None else _plain_pairs(self.pairs),
             "warnings": self.warnings(),
@@ -207,6 +248,9 @@ class Evaluation:
             cells = [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
             lines.append("   ".join(cells).rstrip())
         lines += task_lines({scorer.name: scorer.tasks for scorer in self.scorers})
+        for name, curve in self.mean_curves().items():
+            points = ", ".join(f"{value:.3f} at {step:g}" for step, value in zip(curve.steps, curve.values, strict=True))
+            lines += ["", f"{name} over the steps of training: {points}"]
         if self.training is not None:
             lines.append("")
             for name, (first, last) in _ends(self.training.named()).items():

@@ -1,4 +1,4 @@
-"""The before/after grid: one PNG in which the same prompt and seed stand side by side."""
+"""Grids: one PNG in which the same prompt and seed stand side by side, before, at each checkpoint, and after."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -91,9 +91,32 @@ def before_after_grid(
     return sheet
 
 
-def _caption(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
+def checkpoint_grid(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[Image.Image]]], *, rows: int) -> Image.Image:
+    """A grid with one row a prompt and seed and one column a state of the model, so that an eye sees when an image turned.
+
+    Args:
+        prompts: entry i belongs to image i of every column; which are shown: `chosen_places`.
+        columns: (heading, images): before training, each checkpoint, after.
+        rows: prompts and seeds, fewer if there are fewer.
+    """
+    places = chosen_places(prompts, rows)
+    room = len(columns) * (TILE + GAP) - GAP
+    sheet = Image.new("RGB", (2 * MARGIN + room, 2 * MARGIN + len(places) * (TILE + CAPTION)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for col, (heading, _) in enumerate(columns):
+        draw.text((MARGIN + col * (TILE + GAP), MARGIN - 22), heading, font=ImageFont.load_default(14), fill=MUTED)
+    for row, place in enumerate(places):
+        top = MARGIN + row * (TILE + CAPTION)
+        for col, (_, images) in enumerate(columns):
+            small = thumbnail(images[place], TILE)
+            left = MARGIN + col * (TILE + GAP)
+            sheet.paste(small, (left + (TILE - small.width) // 2, top + (TILE - small.height) // 2))
+        _caption(draw, prompts[place], MARGIN, top + TILE + 6, room)
+    return sheet
+
+
+def _caption(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, room: int = 2 * TILE + GAP) -> None:
     text, font = _drawable(text, 15)
-    room = 2 * TILE + GAP
     if draw.textlength(text, font=font) > room:
         while text and draw.textlength(text + "…", font=font) > room:
             text = text[:-1]

@@ -7,6 +7,7 @@ from html import escape
 
 from PIL.Image import Image
 
+from mmalign.report.alarm import RULE
 from mmalign.report.findings import Curve, Evaluation, PairFit, ScorerChange, TrainingDrift, percent
 from mmalign.report.grid import chosen_places, short_captions, thumbnail
 from mmalign.report.tasks import task_table
@@ -52,6 +53,9 @@ figcaption { font-size: .875rem; line-height: 1.4; margin-top: .4rem; overflow-w
 .charts svg { height: auto; width: 100%; }
 svg text { fill: var(--soft); font-size: 12px; }
 .how p { font-size: .9375rem; }
+.alarm { border-left-color: #c62828; font-weight: 600; }
+.states { display: grid; gap: 4px; grid-auto-columns: minmax(5rem, 11rem); grid-auto-flow: column; margin-bottom: .3rem; }
+.states img { display: block; height: auto; width: 100%; }
 """
 
 
@@ -63,6 +67,8 @@ def report_page(
     *,
     title: str = "Before and after training",
     num_shown: int = 24,
+    columns: Sequence[tuple[str, Sequence[Image]]] = (),
+    num_rows: int = 6,
 ) -> str:
     """The report as HTML text.
 
@@ -71,6 +77,8 @@ def report_page(
         prompts, before, after: the pairs; which are shown: `chosen_places`.
         title: heading of the page.
         num_shown: pairs of images in the page.
+        columns: (heading, images) of the model before, at each checkpoint and after; empty without checkpoints.
+        num_rows: prompts and seeds shown at every checkpoint.
     """
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -80,6 +88,7 @@ def report_page(
         _notes(evaluation),
         _table(evaluation),
         task_table({scorer.name: scorer.tasks for scorer in evaluation.scorers}),
+        _checkpoints(evaluation, prompts, columns, num_rows),
         _examples(prompts, before, after, num_shown),
         _training(evaluation.training),
         _pairs(evaluation.pairs),
@@ -111,7 +120,11 @@ def _headline(evaluation: Evaluation) -> str:
 
 
 def _notes(evaluation: Evaluation) -> str:
-    notes = "".join(f'<p class="note">{escape(warning)}</p>' for warning in evaluation.warnings())
+    alarm = evaluation.over_optimisation
+    loud = str(alarm) if alarm is not None and alarm.found else None
+    notes = "".join(
+        f'<p class="note{" alarm" if warning == loud else ""}">{escape(warning)}</p>' for warning in evaluation.warnings()
+    )
     return f'<div class="notes">{notes}</div>' if notes else ""
 
 
@@ -155,6 +168,33 @@ def _forest(scorer: ScorerChange, *, with_axis: bool) -> str:
         '<line x1="120" x2="120" y1="4" y2="24" stroke="var(--soft)" stroke-dasharray="2 2"/>'
         f'<line x1="{low:.1f}" x2="{high:.1f}" y1="14" y2="14" stroke="var(--mark)" stroke-width="3" stroke-linecap="round"/>'
         f'<circle cx="{middle:.1f}" cy="14" r="4.5" fill="var(--mark)"/>' + (axis if with_axis else "") + "</svg>"
+    )
+
+
+def _checkpoints(
+    evaluation: Evaluation, prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[Image]]], num_rows: int
+) -> str:
+    """Each judge's mean over the steps, and the same seeds at every checkpoint."""
+    curves = evaluation.mean_curves()
+    if not curves:
+        return ""
+    charts = "".join(
+        _chart(f"Mean of {escape(name)}", [("", curve)], line_at=curve.values[0], ends="First to last")
+        for name, curve in curves.items()
+    )
+    headings = " · ".join(escape(heading) for heading, _ in columns)
+    rows, largest = [], 0
+    for place in chosen_places(prompts, num_rows):
+        shown = [images[place] for _, images in columns]
+        largest = max(largest, *(side for image in shown for side in image.size))
+        states = "".join(
+            _img(image, f"{heading}: {prompts[place]}") for image, (heading, _) in zip(shown, columns, strict=True)
+        )
+        rows.append(f'<figure><div class="states">{states}</div><figcaption>{escape(prompts[place])}</figcaption></figure>')
+    crisp = " crisp" if largest <= 128 else ""
+    return (
+        f'<h2>Checkpoints</h2>\n<div class="charts">{charts}</div>\n<p class="soft">The same prompts and seeds, from left to '
+        f'right: {headings}.</p>\n<div class="wide{crisp}">{"".join(rows)}</div>'
     )
 
 
@@ -215,7 +255,7 @@ def _pairs(fit: PairFit | None) -> str:
     )
 
 
-def _chart(title: str, curves: Sequence[tuple[str, Curve]], *, line_at: float) -> str:
+def _chart(title: str, curves: Sequence[tuple[str, Curve]], *, line_at: float, ends: str = "First to last tenth") -> str:
     """Curves over steps in thin lines; the end of each bears its name; a dashed line at `line_at`."""
     values = [value for _, curve in curves for value in curve.values] + [line_at]
     steps = [step for _, curve in curves for step in curve.steps]
@@ -236,10 +276,10 @@ def _chart(title: str, curves: Sequence[tuple[str, Curve]], *, line_at: float) -
         body += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.75" stroke-linejoin="round"/>'
         body += f'<text x="352" y="{y(curve.values[-1]) + 4:.1f}" style="fill:{colour}">{name}</text>'
     body += f'<text x="70" y="156">step {first:g}</text><text x="346" y="156" text-anchor="end">{last:g}</text>'
-    ends = "; ".join(f"{name} {_number(curve.ends[0], 2)} → {_number(curve.ends[1], 2)}".strip() for name, curve in curves)
+    means = "; ".join(f"{name} {_number(curve.ends[0], 2)} → {_number(curve.ends[1], 2)}".strip() for name, curve in curves)
     return (
         f'<figure><svg viewBox="0 0 420 164" role="img" aria-label="{title}">{body}</svg>'
-        f"<figcaption>{title}. First to last tenth: {ends}.</figcaption></figure>"
+        f"<figcaption>{title}. {ends}: {means}.</figcaption></figure>"
     )
 
 
@@ -256,7 +296,8 @@ def _how_to_read(evaluation: Evaluation) -> str:
         "and takes the pairs as independent.</p>"
         "<p>A win rate near 100 % says that nearly every image moved in the judged direction, not how far. The effect is the "
         "mean difference in units of its own spread (0.2 small, 0.8 large); the held-out judge took no part in making the "
-        "preferences; diversity is the mean distance between images of one prompt (0 means that they are all alike).</p></div>"
+        "preferences; diversity is the mean distance between images of one prompt (0 means that they are all alike).</p>"
+        f"<p>The over-optimisation alarm is raised when {RULE}.</p></div>"
     )
 
 
