@@ -273,14 +273,18 @@ def test_gradient_of_image_reward_reaches_the_pixels_and_climbing_it_raises_the_
     assert not any(value.requires_grad for value in scorer.network.parameters())
 
 
-def test_prompts_are_cut_at_35_tokens_and_the_cut_is_logged(build, caplog):
+def test_prompts_are_cut_at_35_tokens_and_the_first_cut_is_told(build, caplog):
     scorer = build()
     just_fits, too_long = "a " * 32, "a " * 33
-    with caplog.at_level(logging.INFO, logger="mmalign"):
-        scores = scorer([too_long + "cat", too_long + "dog", just_fits + "b", just_fits + "c"], [IMAGES[0]] * 4)
-    assert scores[0] == scores[1]
-    assert scores[2] != scores[3]
-    assert "4 of 4 prompts fill all 35 tokens" in caplog.text
+    with caplog.at_level(logging.WARNING, logger="mmalign"):
+        scores = scorer([just_fits + "b", just_fits + "c"], [IMAGES[0]] * 2)
+        assert scores[0] != scores[1] and not caplog.records
+        scores = scorer([too_long + "cat", too_long + "dog", "a cat"], [IMAGES[0]] * 3)
+        scorer([too_long], IMAGES[:1])
+    assert scores[0] == scores[1] != scores[2]
+    assert [record.getMessage()[:65] for record in caplog.records] == [
+        "image_reward: 2 of 3 prompts are longer than 35 tokens; what lies"
+    ]
 
 
 def test_a_tokenizer_of_other_words_or_none_is_a_user_fault(tmp_path):

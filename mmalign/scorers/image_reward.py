@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class RewardNetwork(nn.Module):
         return raw
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ImageReward:
     """A frozen reward network as a scorer (see `image_reward`)."""
 
@@ -118,6 +118,7 @@ class ImageReward:
     network: RewardNetwork
     tokenizer: Any
     preprocess: PixelPreprocess
+    _told: bool = field(default=False, init=False)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
@@ -138,13 +139,24 @@ class ImageReward:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
-        num_full = int(tokens.attention_mask[:, -1].sum())
-        if num_full:
-            full = "%d of %d prompts fill all %d tokens; what lies beyond is not read"
-            logger.info(full, num_full, len(prompts), MAX_TOKENS)
+        self._tell_of_cuts(prompts)
         inputs = (pixels, tokens.input_ids, tokens.attention_mask)
         raw: Tensor = self.network(*(value.to(self.device) for value in inputs))
         return (raw - RAW_MEAN) / RAW_STD
+
+    def _tell_of_cuts(self, prompts: Sequence[str]) -> None:
+        whole = self.tokenizer(list(prompts), truncation=True, max_length=MAX_TOKENS + 1).input_ids
+        num_cut = sum(len(tokens) > MAX_TOKENS for tokens in whole)
+        if num_cut and not self._told:
+            self._told = True
+            logger.warning(
+                "%s: %d of %d prompts are longer than %d tokens; what lies beyond is not read, here and in later prompts. "
+                "Put what matters first.",
+                self.name,
+                num_cut,
+                len(prompts),
+                MAX_TOKENS,
+            )
 
 
 def image_reward(
@@ -166,8 +178,8 @@ def image_reward(
 
     Images: RGB, 224 pixels bicubic on the shorter side, centre crop, CLIP's mean and standard deviation. The authors convert
     to RGB after resizing, which differs for palette and transparent images only. Prompts: BERT's uncased words with [DEC]
-    and [ENC] added, padded and cut to 35 tokens, end token kept; a cut is logged. The first token is [CLS]: the authors do
-    not replace it by [ENC], as BLIP's own matching head does.
+    and [ENC] added, padded and cut to 35 tokens, end token kept; the first cut is logged. The first token is [CLS]: the
+    authors do not replace it by [ENC], as BLIP's own matching head does.
 
     Args:
         checkpoint: `ImageReward.pt` as published, or its folder or hub id; names as in Salesforce's BLIP.
