@@ -143,9 +143,49 @@ def blip(tmp_path_factory):
     return save(BlipForQuestionAnswering, config, BlipProcessor(images, tokenizer), folder)
 
 
-@pytest.fixture(params=["qwen", "llava", "blip"])
+def t5_under_blip(name, folder):
+    """BLIP-2 or InstructBLIP over a T5; the latter's Q-Former reads the question too."""
+    import transformers
+
+    tokenizer = byte_tokenizer(["<image>"], eos_token="</s>", pad_token="<pad>")
+    more = [byte_tokenizer([], eos_token="</s>", pad_token="<pad>")] if name == "InstructBlip" else []
+    images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
+    processor = getattr(transformers, f"{name}Processor")(images, tokenizer, *more, num_query_tokens=3)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape["initializer_range"] = 0.5
+    text = {
+        "model_type": "t5",
+        "d_model": 16,
+        "d_ff": 32,
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_heads": 2,
+        "initializer_factor": 3.0,
+    }
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = getattr(transformers, f"{name}Config")(
+        vision_config={**shape, "image_size": 16, "patch_size": 8},
+        qformer_config={**shape, "encoder_hidden_size": 16, **ids},
+        text_config={**text, **ids, "decoder_start_token_id": tokenizer.pad_token_id},
+        num_query_tokens=3,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return save(getattr(transformers, f"{name}ForConditionalGeneration"), config, processor, folder)
+
+
+@pytest.fixture(scope="module")
+def blip2(tmp_path_factory):
+    return t5_under_blip("Blip2", tmp_path_factory.mktemp("blip2"))
+
+
+@pytest.fixture(scope="module")
+def instruct_blip(tmp_path_factory):
+    return t5_under_blip("InstructBlip", tmp_path_factory.mktemp("instruct_blip"))
+
+
+@pytest.fixture(params=["qwen", "llava", "blip", "blip2", "instruct_blip"])
 def build(request):
-    """Builds the scorer on one of the three tiny random models."""
+    """Builds the scorer on one of the five tiny random models."""
     folder = request.getfixturevalue(request.param)
     return lambda **settings: vqa_score(model=folder, device="cpu", **settings)
 
@@ -211,6 +251,25 @@ def test_vqa_score_of_blip_is_the_probability_of_the_answer_after_the_decoders_s
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["blip2", "instruct_blip"])
+@pytest.mark.parametrize(("answer", "tokens"), [("Yes", ["Yes"]), ("No", ["N", "o"])])
+def test_vqa_score_over_an_encoder_is_the_probability_after_the_decoders_start(kind, answer, tokens, request):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = request.getfixturevalue(kind)
+    network, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    ids = processor.tokenizer.convert_tokens_to_ids(["<pad>", *tokens])
+    expected = []
+    for prompt, image in zip(PROMPTS, IMAGES, strict=True):
+        inputs = processor(images=image, text=QUESTION.replace("{prompt}", prompt), return_tensors="pt")
+        with torch.no_grad():
+            logps = network(**inputs, decoder_input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        expected.append(math.exp(sum(float(logps[place, ids[place + 1]]) for place in range(len(tokens)))))
+    scores = vqa_score(model=folder, answer=answer, device="cpu")(PROMPTS, IMAGES)
+    assert scores.std() > 0
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-9)
+
+
 def test_vqa_score_is_the_same_in_any_batch_and_order(build):
     together, in_twos = build(batch_size=5)(PROMPTS, IMAGES), build(batch_size=2)(PROMPTS, IMAGES)
     turned = build(batch_size=3)(PROMPTS[::-1], IMAGES[::-1]).flip(0)
@@ -271,7 +330,7 @@ def test_a_model_without_a_chat_template_is_a_user_fault(qwen, tmp_path):
     processor.chat_template = processor.tokenizer.chat_template = None
     processor.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"Qwen2VLForConditionalGeneration .* want a BlipForQuestionAnswering, or a model whose"
+        UserError, match=r"Qwen2VLForConditionalGeneration .* want a BlipForQuestionAnswering, or a model with an"
     ):
         vqa_score(model=str(tmp_path))
 

@@ -59,13 +59,15 @@ def vqa_score(
     end token before exp; the published code for chat models, and this one, do not count an end token. The probability is
     over the whole vocabulary, not over yes and no. Scores of different models, templates or answers do not compare.
 
-    Two kinds of model, told apart by its config:
+    Three kinds of model, told apart by its config:
 
     - `BlipForQuestionAnswering`: the question is read by the text encoder, the answer by the decoder from its start token.
       transformers' decoder does not mask the question's padding; it is given each question without.
     - any `AutoModelForImageTextToText` with a chat template (Qwen2-VL, LLaVA ...): one user turn of image and question. The
       answer stands exactly where the template would put the assistant's turn, so that a space before it is the template's.
       Batches are padded on the right: no token sees padding, and a score is the same in any batch to rounding.
+    - an `AutoModelForImageTextToText` over an encoder and a decoder (InstructBLIP or BLIP-2 with Flan-T5, as in the paper):
+      the template alone is the encoder's text, the answer is read from the decoder's start token.
 
     Images: RGB, then the checkpoint's own processor. Prompts are not cut but by BLIP's text encoder (512 tokens).
 
@@ -79,8 +81,8 @@ def vqa_score(
         device: `auto` is the GPU if there is one.
 
     Raises:
-        UserError: no such model, one of neither kind, weights missing, a template without `{prompt}`, a prompt with one of
-            the model's control tokens.
+        UserError: no such model, one of none of these kinds, weights missing, a template without `{prompt}`, a prompt with one
+            of the model's control tokens.
     """
     if "{prompt}" not in template or not answer.strip():
         raise UserError(
@@ -89,7 +91,7 @@ def vqa_score(
         )
     network, processor = _open(model, revision, getattr(torch, dtype))
     network = network.to(torch_device(device)).eval().requires_grad_(False)
-    build = _blip_logps if type(network).__name__ == BLIP_VQA else _chat_logps
+    build = _blip_logps if type(network).__name__ == BLIP_VQA else _seq2seq_logps if _has_decoder(network) else _chat_logps
     return VQAScore(template=template, batch_size=batch_size, answer_logps=build(network, processor, answer))
 
 
@@ -108,10 +110,10 @@ def _open(model: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, An
         ) from error
     check_keys("vqa_score.model", missing=loaded["missing_keys"], unexpected=(), misshapen={})
     chats = isinstance(processor, ProcessorMixin) and processor.chat_template is not None
-    if kind is not BlipForQuestionAnswering and not chats:
+    if kind is not BlipForQuestionAnswering and not chats and not _has_decoder(network):
         raise UserError(
             f"vqa_score.model: got {model!r}, a {type(network).__name__} with a {type(processor).__name__}, want a {BLIP_VQA}, "
-            "or a model whose processor has a chat template. Choose one that answers questions."
+            "or a model with an encoder and a decoder, or one whose processor has a chat template. Choose one that answers."
         )
     return network, processor
 
@@ -138,6 +140,27 @@ def _blip_logps(network: Any, processor: Any, answer: str) -> Callable[[list[str
             logits = network.text_decoder(start, encoder_hidden_states=question[rows, :length]).logits
             logps[rows] = _sequence_logps(logits, targets.expand(len(rows), -1))
         return logps
+
+    return answer_logps
+
+
+def _has_decoder(network: Any) -> bool:
+    return bool(network.config.get_text_config(decoder=True).is_encoder_decoder)
+
+
+def _seq2seq_logps(network: Any, processor: Any, answer: str) -> Callable[[list[str], list[Image]], Float[Tensor, " n"]]:
+    tokens: list[int] = processor.tokenizer(answer, add_special_tokens=False).input_ids
+    targets = torch.tensor([tokens], device=network.device)
+    text_config = network.config.get_text_config(decoder=True)
+    starts = (network.generation_config.decoder_start_token_id, getattr(text_config, "decoder_start_token_id", None))
+    start = next((token for token in starts if token is not None), text_config.pad_token_id)  # T5 starts with its padding
+    decoder_input = torch.tensor([[start, *tokens[:-1]]], device=network.device)
+
+    def answer_logps(questions: list[str], images: list[Image]) -> Float[Tensor, " n"]:
+        _refuse_control_tokens(processor.tokenizer, questions)
+        inputs = processor(images=images, text=questions, padding=True, return_tensors="pt").to(network.device, network.dtype)
+        logits = network(**inputs, decoder_input_ids=decoder_input.expand(len(questions), -1)).logits
+        return _sequence_logps(logits, targets.expand(len(questions), -1))
 
     return answer_logps
 
