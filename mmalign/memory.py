@@ -1,7 +1,7 @@
 """How much memory a diffusion training step needs: an arithmetic of parameter counts and options, in GB of 2^30 bytes.
 
-Source: parameter counts from the public configs; activations counted with saved-tensor hooks in bf16 with fused
-attention (SD 1.5 and SDXL). What is scaled from those, rather than counted, is said where it stands.
+Source: parameter counts from the public configs; activations counted with saved-tensor hooks in bf16 with fused attention
+(SD 1.5, SDXL; PixArt and SANA block by block). What is scaled from those, rather than counted, is said where it stands.
 """
 
 from collections.abc import Mapping
@@ -47,6 +47,20 @@ def _sd(denoiser: int, encoders: int, lora_per_rank: int, latent_side: int) -> S
     )
 
 
+def _pixart(denoiser: int, lora_per_rank: int) -> Size:
+    """PixArt at 1024 px with the T5-XXL encoder and 300 tokens, which alpha cuts to 120."""
+    return Size(
+        denoiser=denoiser,
+        encoders=83_653_863 + 4_762_310_656,
+        lora_per_rank=lora_per_rank,
+        latent_side=128,
+        full=5.74,
+        full_checkpointed=0.28,
+        lora=6.79,
+        lora_checkpointed=0.28,
+    )
+
+
 SIZES: Mapping[str, Size] = MappingProxyType(
     {
         "sd15": _sd(859_520_964, 83_653_863 + 123_060_480, 199_296, 64),
@@ -60,6 +74,18 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             full_checkpointed=1.1 / 2,
             lora=14.5 / 2,
             lora_checkpointed=0.91 / 2,
+        ),
+        "pixart_alpha": _pixart(611_349_152, 863_152),
+        "pixart_sigma": _pixart(610_856_096, 860_336),
+        "sana": Size(
+            denoiser=1_604_462_752,
+            encoders=312_250_275 + 2_614_341_888,
+            lora_per_rank=537_600,
+            latent_side=32,
+            full=3.33,
+            full_checkpointed=0.11,
+            lora=3.11,
+            lora_checkpointed=0.09,
         ),
     }
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmalign.errors import UserError
 from mmalign.families import FAMILIES
+from mmalign.memory import SIZES
 from mmalign.models.diffusion import (
     Denoiser,
     add_lora,
@@ -118,6 +119,14 @@ def test_images_without_a_size_have_the_models_own() -> None:
         pipe, _ = opened(name)
         (image,) = sample_images(FAMILIES[name], pipe, PROMPTS[:1], [1], steps=1, guidance_scale=2.0)
         assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("sana", 32), ("pixart_sigma", 16)])
+def test_a_size_between_the_multiples_of_the_network_is_refused(name: str, multiple: int) -> None:
+    pipe, _ = opened(name)
+    images = sample_images(FAMILIES[name], pipe, PROMPTS[:1], [1], steps=1, guidance_scale=2.0, size=(multiple, multiple + 8))
+    with pytest.raises(UserError, match=rf"size: got \[{multiple}, {multiple + 8}\], want multiples of {multiple} for {name}"):
+        next(images)
 
 
 @every
@@ -343,3 +352,23 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "good" / PEFT_CONFIG_FILE).write_text("{")
     with pytest.raises(UserError, match="not readable as a PEFT adapter"):
         load_lora(opened("pixart_sigma")[1], tmp_path / "good")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pixart_alpha", {"caption_channels": 4096}),
+        ("pixart_sigma", {"caption_channels": 4096, "use_additional_conditions": False}),
+        ("sana", {}),
+    ],
+)
+def test_memory_estimates_count_the_published_networks(name: str, options: dict[str, Any]) -> None:
+    import diffusers
+
+    kind = diffusers.SanaTransformer2DModel if name == "sana" else diffusers.PixArtTransformer2DModel
+    with torch.device("meta"):
+        network = kind(**options)
+    assert sum(parameter.numel() for parameter in network.parameters()) == SIZES[name].denoiser
+    targets = tuple(f".{target}" for target in FAMILIES[name].lora_targets)
+    layers = [layer.weight.shape for path, layer in network.named_modules() if f".{path}".endswith(targets)]
+    assert sum(shape[0] + shape[1:].numel() for shape in layers) == SIZES[name].lora_per_rank
