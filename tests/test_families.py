@@ -42,7 +42,7 @@ from mmalign.records import Comparison, Content, Media
 # diffusers' Euler sampler calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-SIZE = (32, 32)
+SIZE = (32, 64)  # unequal, so that no axis can pass for the other
 PROMPTS = ["a red cube", "two dogs"]
 NEGATIVE = "blurry"
 every_family = pytest.mark.parametrize("name", FAMILIES)
