@@ -45,6 +45,7 @@ class Generator:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     size: tuple[int, int] | None = None
+    frames: int | None = None
     scheduler: str | None = None
     batch_size: int | None = None
     dtype: Dtype | None = None
@@ -66,6 +67,7 @@ class GenerateConfig:
     guidance_scale: float = field(default=7.5, metadata={"help": "1 is none; published: 7.5 for SD, 5 for SDXL"})
     negative_prompt: str | None = field(default=None, metadata={"help": "what to guide away from"})
     size: tuple[int, int] | None = field(default=None, metadata={"help": "[height, width] in pixels; null: the model's own"})
+    frames: int | None = field(default=None, metadata={"help": "of a video, written as animated PNG; null: the model's own"})
     scheduler: str | None = field(default=None, metadata={"help": "diffusers class name; null: the model's own"})
     batch_size: int = field(default=4, metadata={"help": "images sampled at once"})
     dtype: Dtype = field(default="float32", metadata={"help": "of the weights"})
@@ -115,6 +117,7 @@ class Maker:
     guidance_scale: float
     negative_prompt: str | None
     size: tuple[int, int] | None
+    frames: int | None
     scheduler: str | None
     batch_size: int
     dtype: Dtype
@@ -388,6 +391,7 @@ def _open(maker: Maker) -> Any:
     from mmalign.snapshots import stock_places
 
     dtype, family = getattr(torch, maker.dtype), find_family(str(maker.family))
+    _check_measures(maker, family)
     with tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
         model, lora = stock_places(str(maker.model), maker.lora, Path(scratch))
         pipe = open_pipeline(family, model, dtype=dtype, revision=maker.revision)
@@ -397,6 +401,19 @@ def _open(maker: Maker) -> Any:
         if lora is not None:
             use_lora(family, pipe, lora, scale=maker.lora_scale)
         return pipe
+
+
+def _check_measures(maker: Maker, family: Any) -> None:
+    from mmalign.adapters.options import check_frames
+
+    multiple = family.size_multiple
+    if maker.size is not None and any(side % multiple for side in maker.size):
+        raise UserError(f"size: got {list(maker.size)}, want multiples of {multiple} for {family.name}.")
+    if maker.frames is not None:
+        try:
+            check_frames(family, maker.frames)
+        except ValueError as fault:
+            raise UserError(str(fault)) from fault
 
 
 def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[Any]:
@@ -412,6 +429,7 @@ def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[A
         guidance_scale=maker.guidance_scale,
         negative_prompt=maker.negative_prompt,
         size=maker.size,
+        frames=maker.frames,
         batch_size=len(batch),
     )
     return list(images)
@@ -420,7 +438,11 @@ def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[A
 def _provenance(maker: Maker, pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """What made the images, as recorded with each of them."""
     own = {key: value for key, value in resolved(maker).items() if value is not None}
-    made = {key: value for key, value in own.items() if key not in ("name", "first", "num_candidates", "batch_size", "size")}
+    made = {
+        key: value
+        for key, value in own.items()
+        if key not in ("name", "first", "num_candidates", "batch_size", "size", "frames")
+    }
     if maker.lora is None:
         del made["lora_scale"]
     known = environment()

@@ -57,19 +57,21 @@ def main(config: TrainConfig) -> PreparedData:
     if accelerator.is_main_process:
         logger.info("data       %s", summary)
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    policy.cache.fill(policy, _progress(_Share(examples, share), "encode", accelerator))
-    accelerator.wait_for_everyone()
-    references = 0
-    if objective.needs_reference and config.adapter.settings.get("draws") is not None:
-        policy.cache.fill_references(
-            policy,
-            _progress(_Share(examples, share), "reference", accelerator),
-            len(examples[0].samples),
-            accelerator.autocast,
-        )
+    try:
+        policy.cache.fill(policy, _progress(_Share(examples, share), "encode", accelerator))
         accelerator.wait_for_everyone()
-        references = len(examples)
-    policy.cache.close()
+        references = 0
+        if objective.needs_reference and config.adapter.settings.get("draws") is not None:
+            policy.cache.fill_references(
+                policy,
+                _progress(_Share(examples, share), "reference", accelerator),
+                len(examples[0].samples),
+                accelerator.autocast,
+            )
+            accelerator.wait_for_everyone()
+            references = len(examples)
+    finally:
+        policy.cache.close()
     return PreparedData(
         folder=policy.cache.folder,
         num_images=len(policy.cache.images),

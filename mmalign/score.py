@@ -6,7 +6,9 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 from jaxtyping import Float
@@ -41,7 +43,7 @@ SHOWN_FAULTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """What `mmalign score` judges, by whom, and where the verdicts go.
+    """What `mmalign score` judges, by whom, and where the verdicts go. A video's score is the mean over all its frames.
 
     Args:
         data: comparisons in any format that mmalign reads.
@@ -323,7 +325,7 @@ def _judge_share(
 
 
 def _content_key(row: Comparison) -> str:
-    keys = [row.prompt.text, *(candidate.images[0].key() for candidate in row.candidates)]
+    keys = [row.prompt.text, *(candidate.key() for candidate in row.candidates)]
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
 
@@ -341,10 +343,10 @@ def _judge(
 
     due = {judge.scorer.name: [row for row in rows if not holds(judge, row)] for judge in judges}
     num_kept = len(judges) * len(rows) - sum(map(len, due.values()))
-    images: dict[str, list[Image]] = {}
+    images: dict[str, list[list[Image]]] = {}
     for row in rows if any(due.values()) else ():
         try:
-            images[row.comparison.id] = [candidate.images[0].open() for candidate in row.comparison.candidates]
+            images[row.comparison.id] = [candidate.frames() for candidate in row.comparison.candidates]
         except UserError as error:
             faults.append(_fault(row.comparison.where, error))
     whole = [row for row in rows if row.comparison.id in images]
@@ -356,12 +358,17 @@ def _judge(
     return verdicts, num_kept
 
 
-def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[Image]]) -> list[Judgement]:
-    values = [row.comparison for row in rows]
-    prompts = [value.prompt.text or "" for value in values for _ in value.candidates]
-    places = [f"{value.where or value.id}: candidate {n}" for value in values for n in range(1, len(value.candidates) + 1)]
-    flat = [image for value in values for image in images[value.id]]
-    scores = iter(finite_scores(judge.scorer, prompts, flat, places).tolist())
+def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[list[Image]]]) -> list[Judgement]:
+    """The scores of each row's candidates; that of a video is the mean over its frames."""
+    prompts, places, flat, lengths = [], [], [], []
+    for value in (row.comparison for row in rows):
+        for number, frames in enumerate(images[value.id], 1):
+            prompts += [value.prompt.text or ""] * len(frames)
+            places += [f"{value.where or value.id}: candidate {number}"] * len(frames)
+            flat += frames
+            lengths.append(len(frames))
+    each = iter(finite_scores(judge.scorer, prompts, flat, places).tolist())
+    scores = iter([fmean(islice(each, length)) for length in lengths])
     return [
         Judgement(
             comparison=row.comparison.id,
