@@ -68,6 +68,11 @@ class TrainConfig:
         """Refuse what only several keys together tell."""
         if not self.loss:
             raise ValueError("loss: got an empty list, want at least one loss.")
+        if getattr(self.source.target, "online", False) and self.training.epochs is not None:
+            raise ValueError(
+                f"training.epochs: got {self.training.epochs} with source {self.source.name}, whose pairs have no "
+                "number of their own. Set training.steps instead, and epochs to null."
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed}, want 0 to {2**32 - 1}.")
 

@@ -152,6 +152,8 @@ class Run:
             readings |= {f"{name}/ref": value for name, value in {"logps": reference, **inputs.readings(reference)}.items()}
         known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob")}
         self.sums = metrics.add(self.sums, metrics.preference_metrics(result.losses, result.rewards, readings, **known))
+        one = torch.ones((), dtype=torch.float64, device=logps.device)
+        self.sums = metrics.add(self.sums, {name: (value * one, one) for name, value in prepared.notes.items()})
         return torch.isfinite(result.losses.detach()), prepared.ids
 
     def _backward_in_parts(self, inputs: Any, gradients: Mapping[str, Tensor], at_once: int, sync: bool) -> None:

@@ -124,6 +124,33 @@ class Schedule:
             std=std,
         )
 
+    def sde_step(self, timestep: Int[Tensor, "*shape"], previous: Int[Tensor, "*shape"], *, noise_level: float = 0.7) -> Step:
+        """One stochastic step of rectified flow from `timestep` to the less noisy `previous`.
+
+        s = noise_level sqrt(sigma / (1 - sigma));  d = sigma_previous - sigma < 0;  std = s sqrt(-d)
+        mean = x (1 + s^2 d / (2 sigma)) + v d (1 + s^2 (1 - sigma) / (2 sigma))
+
+        Source: Liu et al. 2025 (Flow-GRPO, arXiv 2505.05470), eq. 9, published noise_level 0.7; at sigma 1 the published
+            code puts sigma_previous into the denominator of s.
+        Raises:
+            ValueError: for a variance-preserving schedule, whose stochastic step is `step`.
+        """
+        if self.prediction != "flow":
+            raise ValueError(f"sde_step: got a schedule of {self.prediction} prediction, want rectified flow; use step.")
+        sigma, after = self.sigma.to(timestep.device)[timestep], self.sigma.to(previous.device)[previous]
+        d = after - sigma
+        squared = noise_level**2 * sigma / (1 - torch.where(sigma >= 1, after, sigma))
+        return Step(
+            sample_weight=1 + squared * d / (2 * sigma),
+            output_weight=d * (1 + squared * (1 - sigma) / (2 * sigma)),
+            std=(squared * -d).sqrt(),
+        )
+
+    def index_of(self, network_timestep: Tensor) -> Int[Tensor, "*shape"]:
+        """The timestep for which the network is given this value; the inverse of `network_timestep`."""
+        values = self.network_timesteps.to(network_timestep)
+        return torch.searchsorted(values, network_timestep.contiguous()).clamp(max=self.num_timesteps - 1)
+
     def _clean_weights(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (on x_t, on the output) whose sum is x0-hat."""
         if self.prediction == "epsilon":

@@ -29,7 +29,7 @@ from mmalign.model_card import write_card
 from mmalign.models.lora import LORA_FILES
 from mmalign.noise import beta_conventions
 from mmalign.objective import Objective
-from mmalign.sources import OfflineStream
+from mmalign.sources import OfflineStream, Shape
 from mmalign.training import start
 
 __all__ = ["TrainConfig", "Trained", "main"]
@@ -77,8 +77,8 @@ def main(config: TrainConfig) -> Trained:
         )
     policy = open_policy(config, examples, objective, accelerator)
     source = config.source.build()
-    num_candidates = source.shape(examples).num_candidates
-    plan = _plan(config, policy, objective, len(examples), num_candidates, accelerator.num_processes, summary)
+    shape = source.shape(examples)
+    plan = _plan(config, policy, objective, len(examples), shape, accelerator.num_processes, summary)
     loading = policy.loading_lines(config.output)
     if config.dry_run:
         return Trained(config.output, loading, plan, told=accelerator.is_main_process)
@@ -133,7 +133,7 @@ def _plan(
     policy: Any,
     objective: Objective,
     num_examples: int,
-    num_candidates: int,
+    seen: Shape,
     num_processes: int,
     summary: str,
 ) -> str:
@@ -141,18 +141,20 @@ def _plan(
     training = config.training
     per_step = num_processes * training.batch_size * training.accumulation
     steps = training.num_steps(num_examples, per_step)
+    online = config.source.build().online
+    epochs = "" if online else f" = {steps * per_step / num_examples:.2f} epochs"
     lines = [
         f"data       {summary}",
         f"batch      {num_processes} devices x {training.batch_size} x {training.accumulation} accumulated "
-        f"= {per_step} examples of {num_candidates} per step",
-        f"length     {steps} steps = {steps * per_step} examples = {steps * per_step / num_examples:.2f} epochs",
+        f"= {per_step} examples of {seen.num_candidates} per step",
+        f"length     {steps} steps = {steps * per_step} examples{epochs}",
         f"trained    {policy.plan()}",
     ]
     shape = policy.latent_shape
     latents = " x ".join(map(str, shape))
     for term in objective.terms:
         beta = term.settings.get("beta")
-        if isinstance(beta, int | float) and objective.needs_reference:
+        if isinstance(beta, int | float) and objective.needs_reference and seen.errors:
             others = ", ".join(f"{value:.4g} ({name})" for name, value in beta_conventions(beta, math.prod(shape)).items())
             lines.append(f"beta       {term.name}: {others}, on {latents} latents")
         elif beta == "auto":
@@ -161,7 +163,7 @@ def _plan(
                 f"beta       {term.name}: auto, so that the mean gradient factor is {auto.target:g}; "
                 f"{auto.maximum:g} until policy and reference differ"
             )
-    lines.append(f"memory     {_memory(config, policy, objective, num_candidates)}")
+    lines.append(f"memory     {_memory(config, policy, objective, seen.num_candidates)}")
     return "\n".join(lines)
 
 

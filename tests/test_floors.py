@@ -68,6 +68,7 @@ SIDEWAYS = {
     "devices": {"errors"},
     "models": {"checkpoints", "families"},
     "loop": {"checkpoints", "moving_reference", "objective", "optimisers", "sources", "training"},
+    "sources": {"cache", "models"},
     "training": {"moving_reference", "optimisers"},
     "train": {"experiment"},
     "snapshots": {"experiment"},

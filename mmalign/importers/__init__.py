@@ -10,9 +10,21 @@ from mmalign.importers.hpdv2 import hpdv2
 from mmalign.importers.image_reward_db import image_reward_db
 from mmalign.importers.imagefolder import imagefolder
 from mmalign.importers.pick_a_pic import pick_a_pic
+from mmalign.importers.prompts import prompts
+from mmalign.importers.single_images import single_images
 from mmalign.importers.tables import Imported
 
-__all__ = ["IMPORTERS", "Imported", "comparisons", "hpdv2", "image_reward_db", "imagefolder", "pick_a_pic"]
+__all__ = [
+    "IMPORTERS",
+    "Imported",
+    "comparisons",
+    "hpdv2",
+    "image_reward_db",
+    "imagefolder",
+    "pick_a_pic",
+    "prompts",
+    "single_images",
+]
 
 IMPORTERS: dict[str, Callable[..., Imported]] = {
     "comparisons": comparisons,
@@ -20,4 +32,6 @@ IMPORTERS: dict[str, Callable[..., Imported]] = {
     "hpdv2": hpdv2,
     "image_reward_db": image_reward_db,
     "imagefolder": imagefolder,
+    "single_images": single_images,
+    "prompts": prompts,
 }

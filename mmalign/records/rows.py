@@ -133,14 +133,20 @@ class Fault:
         return f"{self.where}: {self.problem}"
 
 
-def faults_of(value: Comparison) -> list[str]:
-    """Return what is wrong with a comparison, one sentence a fault; an empty list when nothing is."""
+def faults_of(value: Comparison, least: int = 2) -> list[str]:
+    """Return what is wrong with a comparison, one sentence a fault; an empty list when nothing is.
+
+    Args:
+        least: candidates it must have; below 2 for single images and prompts alone, in which nothing is compared.
+    """
     k = len(value.candidates)
     problems = []
     if not (value.prompt.text or "").strip() and not value.prompt.images:
         problems.append("got an empty prompt, want a text. Write one or remove the row.")
-    if k < 2:
-        problems.append(f"got {k} candidate{'s' if k != 1 else ''}, want at least 2. Add the missing one or remove the row.")
+    if k < least:
+        problems.append(
+            f"got {k} candidate{'s' if k != 1 else ''}, want at least {least}. Add the missing one or remove the row."
+        )
     for n, candidate in enumerate(value.candidates, 1):
         if candidate.text is None and not candidate.images:
             problems.append(f"candidate {n} has neither text nor image. Add one or remove the row.")

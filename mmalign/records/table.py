@@ -63,12 +63,13 @@ def to_row(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def comparison(row: Mapping[str, Any], where: str = "") -> Comparison:
+def comparison(row: Mapping[str, Any], where: str = "", least: int = 2) -> Comparison:
     """Read one row of the table schema and check it.
 
     Args:
         row: a dict with the columns of `features()`; id, prompt and candidates are required.
         where: `file:row` for messages; the row's own `where` is used when it is empty.
+        least: candidates it must have.
 
     Raises:
         UserError: everything that is wrong with the row, in one message that begins with `where`.
@@ -90,7 +91,7 @@ def comparison(row: Mapping[str, Any], where: str = "") -> Comparison:
         provenance=tuple(_provenance(p, where) for p in provenance),
         where=where,
     )
-    problems = faults_of(value)
+    problems = faults_of(value, least)
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
     return value
@@ -150,7 +151,7 @@ class Conversion:
 
 
 def outlines(dataset: "datasets.Dataset") -> Iterator[Comparison]:
-    """Read every row without its media: texts, numbers of images and judgements only, in order.
+    """Read every row, of fewer than two candidates too, without its media: texts, numbers of images, judgements.
 
     A table of a terabyte of images is counted and filtered this way in seconds; images of an outline cannot be opened.
 
@@ -158,7 +159,7 @@ def outlines(dataset: "datasets.Dataset") -> Iterator[Comparison]:
         UserError: a row is faulty.
     """
     for row in outline_rows(dataset):
-        yield comparison(row)
+        yield comparison(row, least=0)
 
 
 def outline_rows(dataset: "datasets.Dataset") -> Iterator[dict[str, Any]]:

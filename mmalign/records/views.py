@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Literal
 
 from mmalign.errors import UserError
-from mmalign.records.rows import Comparison, Dropped, Example, Sample, nearest
+from mmalign.records.rows import Comparison, Content, Dropped, Example, Sample, nearest
 
 # What an absent side value means, for batches in which only some rows have it.
 SIDE_DEFAULTS = {"prob": 1.0, "weight": 1.0, "margin": 0.0}
@@ -36,7 +36,7 @@ def pair(
     Raises:
         UserError: `auto` with several judges and no ranks; min_gap with ranks.
     """
-    judged = _values(row, by, min_gap)
+    judged = Dropped(_too_few(row)) if len(row.candidates) < 2 else _values(row, by, min_gap)
     if isinstance(judged, Dropped):
         return judged
     values, soft = judged
@@ -80,7 +80,7 @@ def ranked(row: Comparison, *, by: str = "auto", num_candidates: int | None = No
     """
     if num_candidates is not None and num_candidates < 2:
         raise UserError(f"view: got num_candidates {num_candidates}, want 2 or more, or null for all candidates of a row.")
-    phi = _phi(row, by)
+    phi = Dropped(_too_few(row)) if len(row.candidates) < 2 else _phi(row, by)
     if isinstance(phi, Dropped):
         return phi
     k = len(phi)
@@ -111,11 +111,15 @@ def unpaired(
         positive: 1 for the best candidates only, or for each that beat another one. The same for pairs.
         ties: what a row becomes whose candidates are all equal: dropped, all 1, or all 0.
         min_gap: as in `pair`.
+
+    A single image is 1 if its score (a label of the importer `single_images`) is above 0.
     """
-    judged = _values(row, by, min_gap)
+    judged = _values(row, by, min_gap) if row.candidates else Dropped(_too_few(row))
     if isinstance(judged, Dropped):
         return judged
     values, _ = judged
+    if len(values) == 1:
+        return (_example(row, (0,), {"labels": float(values[0] > 0)}),)
     low, high = min(values), max(values)
     tie = high == low or high - low < min_gap
     if tie and ties == "drop":
@@ -134,13 +138,15 @@ def unpaired(
 
 
 def best(row: Comparison, *, by: str = "auto", ties: Literal["drop", "all"] = "drop") -> tuple[Example, ...] | Dropped:
-    """The best candidate alone, for supervised fine-tuning.
+    """The best candidate alone, for supervised fine-tuning and as an expert; that of a single image is itself.
 
     Args:
         by: as in `pair`.
         ties: with several best candidates drop the row, or make one example of each of them.
     """
-    judged = _values(row, by, 0.0)
+    if len(row.candidates) == 1:
+        return (_example(row, (0,), {}),)
+    judged = _values(row, by, 0.0) if row.candidates else Dropped(_too_few(row))
     if isinstance(judged, Dropped):
         return judged
     values, _ = judged
@@ -148,6 +154,16 @@ def best(row: Comparison, *, by: str = "auto", ties: Literal["drop", "all"] = "d
     if len(winners) > 1 and ties == "drop":
         return Dropped("tie")
     return tuple(_example(row, (i,), {}, f"#{i}" if len(winners) > 1 else "") for i in winners)
+
+
+def prompts(row: Comparison) -> tuple[Example, ...]:
+    """The prompt alone, for sources that make their own samples; candidates are not looked at."""
+    sample = Sample(prompt=row.prompt, completion=Content())
+    return (Example(id=row.id, samples=(sample,)),)
+
+
+def _too_few(row: Comparison) -> str:
+    return f"{len(row.candidates)} candidates, want 2 or more to compare"
 
 
 def preference_scores(judges: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -207,4 +223,5 @@ VIEWS: dict[str, Callable[..., tuple[Example, ...] | Dropped]] = {
     "ranked": ranked,
     "unpaired": unpaired,
     "best": best,
+    "prompts": prompts,
 }

@@ -3,7 +3,21 @@
 from mmalign.sources.offline import Offline, OfflineStream
 from mmalign.sources.order import Draw, Order
 from mmalign.sources.prepared import Prepared, Shape, Source, Stream
+from mmalign.sources.replay import Replay
+from mmalign.sources.rollouts import Rollouts
 
-__all__ = ["SOURCES", "Draw", "Offline", "OfflineStream", "Order", "Prepared", "Shape", "Source", "Stream"]
+__all__ = [
+    "SOURCES",
+    "Draw",
+    "Offline",
+    "OfflineStream",
+    "Order",
+    "Prepared",
+    "Replay",
+    "Rollouts",
+    "Shape",
+    "Source",
+    "Stream",
+]
 
-SOURCES: dict[str, type[Source]] = {"offline": Offline}
+SOURCES: dict[str, type[Source]] = {"offline": Offline, "rollouts": Rollouts, "replay": Replay}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,10 +24,12 @@ class Offline:
     """
 
     num_workers: int = 0
+    online: ClassVar[bool] = False
 
     def check(self, examples: Any, adapter: Any) -> None:
         """Refuse examples that are not of the adapter's kind."""
         adapter.check_examples(examples.kinds)
+        adapter.check_sources(examples.sources)
 
     def shape(self, examples: Any) -> Shape:
         """That of the first example."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,12 +22,14 @@ class Prepared:
         side: side data by the names of the losses' data parameters.
         reference: reference logps where they are known already.
         ids: of the examples, for messages.
+        notes: what the source wants logged beside the metrics.
     """
 
     inputs: Any
     side: Mapping[str, Tensor]
     ids: Sequence[str]
     reference: Float[Tensor, "batch k"] | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -47,15 +49,22 @@ class Shape:
     Args:
         num_candidates: k.
         side: side data of one example, by the names of the losses' data parameters.
+        errors: whether log-likelihoods are denoising errors, on which beta has several conventions.
     """
 
     num_candidates: int
     side: Mapping[str, Any]
+    errors: bool = True
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Settings of a source, as YAML gives them."""
+    """Settings of a source, as YAML gives them.
+
+    `online` says whether it makes its own samples, so that a pass over the data has no length in steps.
+    """
+
+    online: ClassVar[bool]
 
     def check(self, examples: Any, adapter: Any) -> None:
         """Refuse examples or an adapter's settings that it cannot work with, before a model is opened."""

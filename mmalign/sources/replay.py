@@ -1,0 +1,232 @@
+"""The `replay` source of Diffusion-DRO: expert images against states that the policy's own sampling goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmalign.cache import content_key
+from mmalign.errors import UserError
+from mmalign.noise import Schedule
+from mmalign.sources.offline import Offline, OfflineStream
+from mmalign.sources.order import Order
+from mmalign.sources.prepared import Prepared, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Diffusion-DRO's source: an expert image, noised, against a state (x_t, output) of the policy's own sampling.
+
+    The two share timestep and prompt. What the network should say of the own state is what the policy that sampled it said.
+    Own states come from DPM-Solver++ without guidance, on timesteps jittered in each of `num_steps` equal parts of the
+    schedule; one state of a trajectory is used, so sampling stops there.
+
+    Source: Wu et al. 2025 (Diffusion-DRO, arXiv 2510.18353), algorithm 1, and its published settings.
+    Args:
+        num_steps: of a whole trajectory. Published: 20.
+        refresh_every: optimiser steps for which the policy samples at once, after which it samples anew. Published: 1. More is
+            faster, with states of a policy that is up to so many steps old; the buffer is kept in checkpoints.
+        sampling_batch: states sampled at once on a device.
+        num_workers: worker processes that read and resize expert images ahead.
+    """
+
+    num_steps: int = 20
+    refresh_every: int = 1
+    sampling_batch: int = 64
+    num_workers: int = 0
+    online: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers without meaning."""
+        for name in ("num_steps", "refresh_every", "sampling_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want 1 or more.")
+
+    def check(self, examples: Any, adapter: Any) -> None:
+        """Refuse examples that are not one expert image each, and an adapter that cannot sample."""
+        if not hasattr(adapter, "timesteps"):
+            raise UserError("source: got replay with an adapter without sampler steps, want adapter: diffusion.")
+        adapter.check_examples(examples.kinds)
+        count = len(examples[0].samples)
+        if count != 1:
+            raise UserError(f"data.view: gives {count} candidates, want one expert image an example. Use data.view: best.")
+        if adapter.winner_guard is not None:
+            raise UserError("adapter.winner_guard: guards the better of two images, and replay has one. Set it to null.")
+
+    def shape(self, examples: Any) -> Shape:
+        """Expert and own state; side data of the expert."""
+        return Shape(num_candidates=2, side=examples[0].side)
+
+    def open(self, examples: Sequence[Any], policy: Any, *, accelerator: Any, seed: int) -> ReplayStream:
+        """Read expert images as `offline` does."""
+        expert = Offline(num_workers=self.num_workers).open(examples, policy)
+        return ReplayStream(self, expert, policy, accelerator, seed)
+
+
+class ReplayStream:
+    """An opened `replay` source. Its memory: the own states of the optimiser steps until the next refresh."""
+
+    def __init__(self, settings: Replay, expert: OfflineStream, policy: Any, accelerator: Any, seed: int) -> None:
+        """Use `Replay.open`."""
+        self.settings, self.expert, self.policy, self.accelerator, self.seed = settings, expert, policy, accelerator, seed
+        self.buffer: list[dict[str, Tensor]] = []  # of this process, one entry a micro-batch
+
+    def batches(self, order: Order, first_step: int, last_step: int) -> Iterator[Prepared]:
+        """Expert and own state of every example; sampled anew at every multiple of `refresh_every`."""
+        block = self.settings.refresh_every
+        step = first_step
+        while step < last_step:
+            end = min((step // block + 1) * block, last_step)
+            stop = (step // block + 1) * block  # the block is sampled whole, so that a longer run would see the same
+            experts = [self.policy.prepare(batch) for batch in self.expert.collated(order, step, stop)]
+            if step % block == 0 or not self.buffer:
+                self.buffer = self._sampled(experts, step)
+            for expert in experts[: (end - step) * order.accumulation]:
+                yield self._paired(expert, self.buffer.pop(0))
+            step = end
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the buffers of all processes."""
+        own = [{name: value.cpu() for name, value in one.items()} for one in self.buffer]
+        if self.accelerator.num_processes == 1:
+            return {"buffers": [own]}
+        from accelerate.utils import gather_object
+
+        return {"buffers": gather_object([own])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.buffer = list(state["buffers"][self.accelerator.process_index])
+
+    def _sampled(self, experts: Sequence[Prepared], step: int) -> list[dict[str, Tensor]]:
+        """An own state for every expert of the block, on the CPU; sampled in batches that are sorted by how far they go."""
+        settings, schedule = self.settings, self.policy.schedule
+        condition = _conditions(experts)
+        timestep = torch.cat([schedule.index_of(one.inputs.timestep[:, 0]) for one in experts])
+        place = self.accelerator.process_index
+        generator = torch.Generator().manual_seed(int(content_key(self.seed, "replay", step, place)[:15], 16))
+        noise = torch.randn((len(timestep), *experts[0].inputs.noisy.shape[2:]), generator=generator)
+        jitter = torch.rand((len(timestep), settings.num_steps), generator=generator)
+        found = {"noisy": torch.empty_like(noise), "output": torch.empty_like(noise)}
+        training = self.policy.network.training
+        self.policy.network.eval()
+        try:
+            for rows in torch.split(timestep.cpu().argsort(), settings.sampling_batch):
+                on = rows.to(self.policy.device)
+                with torch.no_grad(), self.accelerator.autocast():
+                    noisy, output = own_states(
+                        self.policy.denoiser,
+                        schedule,
+                        noise[rows].to(self.policy.device),
+                        timestep[on],
+                        jitter[rows].to(self.policy.device),
+                        {name: value[on] for name, value in condition.items()},
+                    )
+                found["noisy"][rows], found["output"][rows] = noisy.float().cpu(), output.float().cpu()
+        finally:
+            self.policy.network.train(training)
+        sizes = [len(one.ids) for one in experts]
+        parts = zip(*(torch.split(value, sizes) for value in found.values()), strict=True)
+        return [dict(zip(found, part, strict=True)) for part in parts]
+
+    def _paired(self, expert: Prepared, own: Mapping[str, Tensor]) -> Prepared:
+        inputs, device = expert.inputs, self.policy.device
+
+        def beside(value: Tensor, other: Tensor) -> Tensor:
+            return torch.cat([value, other.to(value)[:, None]], 1)
+
+        condition = {
+            name: value.expand(-1, 2, *value.shape[2:]) if name in inputs.per_candidate else value
+            for name, value in inputs.condition.items()
+        }
+        both = replace(
+            inputs,
+            noisy=beside(inputs.noisy, own["noisy"].to(device)),
+            target=beside(inputs.target, own["output"].to(device)),
+            timestep=inputs.timestep.expand(-1, 2),
+            condition=condition,
+            error_weight=None if inputs.error_weight is None else inputs.error_weight.expand(-1, 2),
+        )
+        return Prepared(inputs=both, side=expert.side, ids=expert.ids)
+
+
+def own_states(
+    network: Any,
+    schedule: Schedule,
+    noise: Float[Tensor, "rows c *dims"],
+    timestep: Int[Tensor, " rows"],
+    jitter: Float[Tensor, "rows steps"],
+    condition: Mapping[str, Tensor],
+) -> tuple[Float[Tensor, "rows c *dims"], Float[Tensor, "rows c *dims"]]:
+    """Sample from noise down to `timestep` with DPM-Solver++(2M): x_t there, and what the network says of it.
+
+    Part i of the schedule is [s i, s (i + 1)), s = T / steps; a row visits one timestep in each part above its own, at
+    s i + floor(s jitter), and in its own part exactly `timestep`. Rows that have arrived are not sampled any further.
+
+    Source: Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095), algorithm 2, with lambda = log(alpha / sigma).
+    Args:
+        network: the policy, without guidance.
+        schedule: variance preserving or rectified flow.
+        noise: x at the first timestep that a row visits.
+        timestep: where each row ends.
+        jitter: in [0, 1), one a part, the least noisy first.
+        condition: of each row.
+    """
+    num_steps = jitter.shape[1]
+    stride = schedule.num_timesteps / num_steps
+    own = (timestep / stride).long().clamp(max=num_steps - 1)
+    parts = torch.arange(num_steps, device=noise.device)
+    visited = ((parts + jitter) * stride).long().clamp(max=schedule.num_timesteps - 1)
+    visited = torch.where(parts == own[:, None], timestep[:, None], visited)
+    noisy, output = noise.clone(), torch.zeros_like(noise)
+    clean_before: Tensor | None = None
+    for part in range(num_steps - 1, int(own.min()) - 1, -1):
+        rows = (own <= part).nonzero()[:, 0]
+        now = visited[rows, part]
+        said = network(noisy[rows], schedule.network_timestep(now), **{k: v[rows] for k, v in condition.items()})
+        output[rows] = said.to(output)
+        clean = torch.zeros_like(noise)
+        clean[rows] = schedule.clean(noisy[rows], output[rows], now)
+        further = (own < part).nonzero()[:, 0]
+        if len(further):
+            before = None if clean_before is None else (clean_before[further], visited[further, part + 1])
+            noisy[further] = _solver_step(
+                schedule, noisy[further], clean[further], visited[further, part], visited[further, part - 1], before
+            )
+        clean_before = clean
+    return noisy, output
+
+
+def _solver_step(
+    schedule: Schedule, noisy: Tensor, clean: Tensor, now: Tensor, after: Tensor, before: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """x_after = sigma_after / sigma x - alpha_after (e^-h - 1) D,  D = (1 + 1/2r) clean - 1/2r clean_before,  r = h_before / h.
+
+    h = lambda_after - lambda;  `before` is None at the first step of a row: D = clean.
+    """
+
+    def log_snr(timestep: Tensor) -> Tensor:
+        alpha, sigma = schedule.coefficients(timestep, noisy.double())
+        return alpha.clamp(min=1e-8).log() - sigma.log()
+
+    h = log_snr(after) - log_snr(now)
+    if before is not None:
+        clean_before, earlier = before
+        ratio = (h / (log_snr(now) - log_snr(earlier)) / 2).to(noisy)
+        clean = (1 + ratio) * clean - ratio * clean_before
+    alpha, sigma = schedule.coefficients(after, noisy)
+    return sigma / schedule.coefficients(now, noisy)[1] * noisy - alpha * torch.expm1(-h).to(noisy) * clean
+
+
+def _conditions(experts: Sequence[Prepared]) -> dict[str, Tensor]:
+    """One row an example; what is told per candidate, as the size of an image, is the expert's."""
+    rows = [
+        {name: value[:, 0] if name in one.inputs.per_candidate else value for name, value in one.inputs.condition.items()}
+        for one in experts
+    ]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,239 @@
+"""The `rollouts` source of SPO: pairs of successors of one sampler step, judged by a step-aware scorer. On-policy, no data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mmalign.cache import content_key
+from mmalign.config import Choice, Table
+from mmalign.errors import UserError
+from mmalign.likelihoods import TransitionInputs
+from mmalign.models.step_scorers import STEP_SCORERS
+from mmalign.sources.order import Order
+from mmalign.sources.prepared import Prepared, Shape
+from mmalign.sources.trajectories import Grid, Guided, Pair, Segments, Settings, judged_pairs
+
+logger = logging.getLogger(__name__)
+FRUITLESS_ROUNDS = 10  # in a row without one valid pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """SPO's source: sample with the policy, and make pairs of the best and worst of several successors of one x_t.
+
+    At each step in the window `num_candidates` successors are drawn; the scorer judges what each of them leads to; the best and
+    the worst become a pair if softmax([s_best, s_worst]) differs by more than `threshold`; one of them, at random, goes on.
+
+    Source: Liang et al. 2024 (SPO, arXiv 2406.04314), section 3 and published code.
+    Args:
+        scorer: a step scorer: `step_aware`, `latent`, or `image` for a plain scorer of predicted clean images.
+        num_steps: sampler steps. Published: 20.
+        eta: of DDIM; noise level of rectified flow (published there: 0.7). None: 1 and 0.7.
+        guidance_scale: in sampling and in training, of policy and reference. Published: 5. 1: none.
+        num_candidates: successors of a step. Published: 4 (SD 1.5), 2 (SDXL).
+        inner_steps: further steps of each branch before it is judged; each becomes a pair with its own two x_t. Published: 0
+            (SD 1.5), 3 (SDXL).
+        window: (lowest, highest) timestep at which pairs are made. Published: (0, 750).
+        threshold: least difference of the softmax; two numbers: at the least and the most noise, linear in sigma between them.
+            Published: 0.3 (SD 1.5), 0.4 (SDXL); LPO 0.35 to 0.5.
+        continue_from: which candidate goes on. Published: random.
+        prompts_per_round: prompts that are sampled together over all processes, before their pairs are trained on once.
+            Published: 40.
+        sampling_batch: prompts sampled at once on a device.
+    """
+
+    scorer: Annotated[Choice, Table(STEP_SCORERS)]
+    num_steps: int = 20
+    eta: float | None = None
+    guidance_scale: float = 5.0
+    num_candidates: int = 4
+    inner_steps: int = 0
+    window: tuple[int, int] = (0, 750)
+    threshold: float | tuple[float, float] = 0.3
+    continue_from: Literal["random", "best", "worst"] = "random"
+    prompts_per_round: int = 40
+    sampling_batch: int = 10
+    online: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers without meaning."""
+        least = {"num_steps": 2, "num_candidates": 2, "inner_steps": 0, "prompts_per_round": 1, "sampling_batch": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want {low} or more.")
+        if self.eta is not None and not self.eta > 0:
+            raise ValueError(
+                f"eta: got {self.eta}, a sampler without noise (an ODE), want a positive number, or the successors of a step "
+                "are one and the same."
+            )
+        ends = (self.threshold,) if isinstance(self.threshold, float) else self.threshold
+        if not all(0 <= end < 1 for end in ends):
+            raise ValueError(f"threshold: got {self.threshold}, want numbers from 0 to below 1.")
+        if not 0 <= self.window[0] <= self.window[1]:
+            raise ValueError(f"window: got {list(self.window)}, want 0 <= lowest <= highest timestep.")
+
+    def check(self, examples: Any, adapter: Any) -> None:
+        """Refuse an adapter whose model cannot be sampled step by step."""
+        if not hasattr(adapter, "timesteps"):
+            raise UserError("source: got rollouts with an adapter without sampler steps, want adapter: diffusion.")
+        for name in ("cache", "winner_guard", "weights", "frames"):
+            if getattr(adapter, name) is not None:
+                raise UserError(f"adapter.{name}: has no meaning for sampler steps (source: rollouts). Set it to null.")
+
+    def shape(self, examples: Any) -> Shape:
+        """Pairs without side data."""
+        return Shape(num_candidates=2, side={}, errors=False)
+
+    def open(self, examples: Sequence[Any], policy: Any, *, accelerator: Any, seed: int) -> RolloutStream:
+        """Read the prompts of the examples and build the scorer.
+
+        Raises:
+            UserError: the window holds no step, or the scorer cannot be opened.
+        """
+        return RolloutStream(self, examples, policy, accelerator, seed)
+
+
+class RolloutStream:
+    """An opened `rollouts` source. Its memory: the pairs that are not trained on yet, alike on all processes."""
+
+    def __init__(self, settings: Rollouts, examples: Sequence[Any], policy: Any, accelerator: Any, seed: int) -> None:
+        """Use `Rollouts.open`."""
+        self.settings, self.examples, self.policy, self.accelerator, self.seed = settings, examples, policy, accelerator, seed
+        self.grid = Grid.of(policy.schedule, settings.num_steps, settings.eta)
+        low, high = settings.window
+        self.segments = Segments.of(self.grid, low, high, settings.inner_steps)
+        self.scorer = settings.scorer.build(policy)
+        self.round = 0
+        self.fruitless = 0
+        self.pool: list[Pair] = []
+        self.notes: dict[str, float] = {}
+
+    def batches(self, order: Order, first_step: int, last_step: int) -> Iterator[Prepared]:
+        """Micro-batches of pairs; whenever they run out, the policy as it is now samples the next round.
+
+        Raises:
+            UserError: no pair in ten rounds.
+        """
+        per_batch = order.batch_size * order.num_processes
+        for _ in range((last_step - first_step) * order.accumulation):
+            while (pairs := self._taken(per_batch)) is None:
+                self._sample_round()
+            start = order.process * order.batch_size
+            yield self._prepared(pairs[start : start + order.batch_size])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "round": self.round,
+            "fruitless": self.fruitless,
+            "notes": self.notes,
+            "pool": [vars(pair) for pair in self.pool],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.round, self.fruitless, self.notes = int(state["round"]), int(state["fruitless"]), dict(state["notes"])
+        self.pool = [Pair(**pair) for pair in state["pool"]]
+
+    def _taken(self, count: int) -> list[Pair] | None:
+        """The next pairs of one kind (one x_t, or each its own), so that they make one batch; None: there are too few."""
+        for shared in (True, False):
+            kind = [pair for pair in self.pool if pair.shared == shared][:count]
+            if len(kind) == count:
+                taken = {id(pair) for pair in kind}
+                self.pool = [pair for pair in self.pool if id(pair) not in taken]
+                return kind
+        return None
+
+    def _sample_round(self) -> None:
+        """Sample a round of prompts, each process its share, and mix the pairs of all."""
+        settings = self.settings
+        deal = Order(num_examples=len(self.examples), batch_size=settings.prompts_per_round, accumulation=1, seed=self.seed)
+        (draws,) = deal.micro_batches(self.round, self.round + 1)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = list(enumerate(draws))[rank::world]
+        found: list[Pair] = []
+        scores: list[Tensor] = []
+        training = self.policy.network.training
+        self.policy.network.eval()
+        try:
+            for start in range(0, len(own), settings.sampling_batch):
+                part = own[start : start + settings.sampling_batch]
+                prompts = [self.examples[index].samples[0].prompt.text or "" for _, (_, index) in part]
+                keys = [content_key(self.seed, self.round, place) for place, _ in part]
+                pairs, score = self._sampled(prompts, keys)
+                found += pairs
+                scores.append(score)
+        finally:
+            self.policy.network.train(training)
+        self._mix(found, scores)
+
+    def _sampled(self, prompts: list[str], keys: list[str]) -> tuple[list[Pair], Tensor]:
+        settings = self.settings
+        with torch.no_grad(), self.accelerator.autocast():
+            condition, without = self._conditions(prompts)
+            return judged_pairs(
+                Guided(self.policy.denoiser, condition, without, settings.guidance_scale),
+                self.policy.schedule,
+                self.grid,
+                self.segments,
+                self.scorer,
+                prompts,
+                keys,
+                shape=self.policy.latent_shape,
+                device=self.policy.device,
+                settings=Settings(settings.num_candidates, settings.threshold, settings.continue_from),
+            )
+
+    def _mix(self, found: list[Pair], scores: list[Tensor]) -> None:
+        every, all_scores = found, [score.mean().item() for score in scores]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            every, all_scores = gather_object(found), gather_object(all_scores)
+        every.sort(key=lambda pair: pair.key)  # the same whatever process found it
+        generator = torch.Generator().manual_seed(int(content_key(self.seed, "mix", self.round)[:15], 16))
+        self.pool += [every[place] for place in torch.randperm(len(every), generator=generator).tolist()]
+        self.round += 1
+        self.fruitless = 0 if every else self.fruitless + 1
+        attempts = self.settings.prompts_per_round * self.segments.num_transitions
+        self.notes = {"rollout/valid": len(every) / attempts, "rollout/score": sum(all_scores) / max(1, len(all_scores))}
+        logger.info("round %d: %d pairs, mean score %.4g", self.round, len(every), self.notes["rollout/score"])
+        if self.fruitless == FRUITLESS_ROUNDS:
+            raise UserError(
+                f"source.threshold: got {self.settings.threshold}, and in {FRUITLESS_ROUNDS} rounds no pair differed as much, "
+                f"with {self.settings.prompts_per_round} prompts each. Lower it, or look at the scorer's scale."
+            )
+
+    def _conditions(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        condition = self.policy.conditions(list(prompts))
+        guided = self.settings.guidance_scale != 1.0
+        return condition, self.policy.conditions([""] * len(prompts)) if guided else None
+
+    def _prepared(self, pairs: Sequence[Pair]) -> Prepared:
+        """Pairs -> the inputs of one step; where both branches share x_t the network is asked once."""
+        device, schedule = self.policy.device, self.policy.schedule
+        steps = torch.tensor([pair.step for pair in pairs], device=device)
+        count = 1 if pairs[0].shared else 2
+        step = {name: value.to(device)[steps, None].expand(-1, count) for name, value in vars(self.grid.steps).items()}
+        timestep = schedule.network_timestep(self.grid.timesteps.to(device)[steps])[:, None].expand(-1, count)
+        condition, without = self._conditions([pair.prompt for pair in pairs])
+        inputs = TransitionInputs(
+            noisy=torch.stack([pair.noisy for pair in pairs]).to(device),
+            next_noisy=torch.stack([pair.next_noisy for pair in pairs]).to(device),
+            timestep=timestep,
+            condition=condition,
+            unconditional=without,
+            guidance_scale=self.settings.guidance_scale,
+            **step,
+        )
+        return Prepared(inputs=inputs, side=_NO_SIDE, ids=[pair.prompt for pair in pairs], notes=self.notes)
+
+
+_NO_SIDE: Mapping[str, Tensor] = {}
