@@ -184,7 +184,7 @@ def test_the_smoke_config_trains_and_its_loading_lines_load_a_model_that_scores(
         pixels = names["reads"].pixels(torch.rand(2, 3, 32, 32), resize="shortest")
         scores = model(pixels[None], torch.tensor([[0, 500]]), names["reads"].tokens(["a red disc"]))
     else:
-        assert isinstance(model, LatentReward) and names["size"] == (32, 32)
+        assert isinstance(model, LatentReward)
         embeds = names["pipe"].encode_prompt("a red disc", "cpu", 1, False)[0]
         scores = model(torch.randn(1, 2, 4, 8, 8), torch.tensor([[0, 500]]), encoder_hidden_states=embeds)
     assert scores.shape == (1, 2) and scores.isfinite().all()

@@ -39,7 +39,7 @@ def step_aware_folder(tmp_path: Path) -> Path:
 
 
 def latent_folder(tmp_path: Path, policy: Any) -> Path:
-    return save_latent_reward(policy.network, tmp_path / "latent", size=(32, 32))
+    return save_latent_reward(policy.network, tmp_path / "latent")
 
 
 @pytest.fixture
@@ -182,14 +182,28 @@ def test_a_latent_judge_stays_put_while_the_network_that_it_reads_is_trained(tmp
     else:
         add_lora(images.denoiser, rank=2)
     scorer = STEP_SCORERS["latent"](images, path=str(folder))
-    before = images.denoiser(states()["noisy"], states()["timestep"], **images.condition(PROMPTS))
+    before = images.denoiser(states()["noisy"], states()["timestep"], **images.conditions(PROMPTS))
     move(images.denoiser)
     torch.testing.assert_close(scorer(prompts=PROMPTS, **states()), expected, rtol=0, atol=1e-5)
-    after = images.denoiser(states()["noisy"], states()["timestep"], **images.condition(PROMPTS))
+    after = images.denoiser(states()["noisy"], states()["timestep"], **images.conditions(PROMPTS))
     assert not torch.allclose(after, before, atol=1e-3)  # and it did train, its LoRA on again
 
 
-def test_a_latent_reward_of_sdxl_scores_with_the_size_it_was_trained_at(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(STEP_SCORERS))
+def test_a_policy_in_training_is_a_model_to_score_steps_of(tmp_path: Path, name: str) -> None:
+    reward = policy_of(tmp_path, LATENT)
+    settings: dict[str, Any] = {
+        "step_aware": {"path": str(step_aware_folder(tmp_path))},
+        "latent": {"path": str(latent_folder(tmp_path, reward))},
+        "image": {"scorer": choice_of("sharpness")},
+    }[name]
+    policy = config_of(tree(tmp_path / "out")).adapter.build().open(seed=0)
+    assert isinstance(policy, StepModel) and policy.denoiser.lora_layers
+    scores, expected = (STEP_SCORERS[name](model, **settings)(prompts=PROMPTS, **states()) for model in (policy, reward.images))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+
+
+def test_a_latent_reward_of_sdxl_scores_with_the_size_that_is_sampled(tmp_path: Path) -> None:
     policy = policy_of(tmp_path, LATENT, "sdxl")
     scorer: Any = STEP_SCORERS["latent"](policy.images, path=str(latent_folder(tmp_path, policy)))
     assert scorer(prompts=PROMPTS, **states()).isfinite().all()

@@ -111,7 +111,7 @@ class NoisedImages:
         return Noised(
             noisy=self.schedule.add_noise(clean, noise.expand(mean.shape), timestep),
             timestep=timestep,
-            condition=self.condition(batch["prompt"]),
+            condition=self.conditions(batch["prompt"]),
         )
 
     @torch.no_grad()
@@ -132,19 +132,17 @@ class NoisedImages:
         return torch.cat([decode_latents(self.pipe, one[None]) for one in latents])
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the text encoders make of each prompt, each distinct one encoded once."""
+    def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Of each prompt, by the keywords of the denoiser, each encoded once; sizes are of this resolution."""
         distinct = list(dict.fromkeys(prompts))
         parts = [encode_prompt(self.family, self.pipe, [prompt]) for prompt in distinct]
         index = [distinct.index(prompt) for prompt in prompts]
-        return {name: torch.cat([parts[place][name] for place in index]) for name in parts[0]}
-
-    def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of each prompt, by the keywords of the denoiser; sizes and crops as if each image were made at this resolution."""
         size = self.settings.size
         sizes = self.family.size_condition(size, (0, 0), size)
-        given = {name: value.to(self.device).expand(len(prompts), *value.shape) for name, value in sizes.items()}
-        return {**self.encode_prompts(prompts), **given}
+        return {
+            **{name: torch.cat([parts[place][name] for place in index]) for name in parts[0]},
+            **{name: value.to(self.device).expand(len(prompts), *value.shape) for name, value in sizes.items()},
+        }
 
     def _predict(
         self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], guidance_scale: float
@@ -154,7 +152,7 @@ class NoisedImages:
             alone: Tensor = self.denoiser(noisy, network_timestep, **condition)
             return alone.float()
         if self._empty is None:
-            self._empty = self.condition([""])
+            self._empty = self.conditions([""])
         both = {name: torch.cat([self._empty[name].expand_as(value), value]) for name, value in condition.items()}
         output: Tensor = self.denoiser(torch.cat([noisy, noisy]), torch.cat([network_timestep, network_timestep]), **both)
         without, with_prompt = output.float().chunk(2)

@@ -131,7 +131,7 @@ class LatentRewardTraining:
         network = LatentReward(
             images.family,
             half.float() if tuned else half,  # the other half of the UNet is never run here
-            text_width=text_summary(images.condition([""])).shape[1],
+            text_width=text_summary(images.conditions([""])).shape[1],
             dim=settings.dim,
             tuned=tuned,
             seed=seed,
@@ -145,7 +145,7 @@ class LatentRewardTraining:
 
     def save(self, folder: Path) -> None:
         """The head, and with `tune: network` the half UNet."""
-        save_latent_reward(self.network, folder, size=self.images.settings.size)
+        save_latent_reward(self.network, folder)
 
     def loading_lines(self, folder: Path) -> str:
         """Code that loads the folder for a pipeline's UNet."""
@@ -155,7 +155,7 @@ class LatentRewardTraining:
             "from mmalign.families import find_family\n"
             "from mmalign.models.latent_reward import open_latent_reward\n"
             f'pipe = diffusers.{family.pipeline}.from_pretrained("{base}")\n'
-            f'model, size = open_latent_reward("{folder}", find_family("{family.name}"), pipe.{family.network})'
+            f'model = open_latent_reward("{folder}", find_family("{family.name}"), pipe.{family.network})'
         )
 
 

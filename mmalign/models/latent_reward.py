@@ -125,11 +125,9 @@ def text_summary(condition: Mapping[str, Tensor]) -> Float[Tensor, "n width"]:
     return condition["encoder_hidden_states"][:, -1]
 
 
-def save_latent_reward(model: LatentReward, folder: Path | str, *, size: tuple[int, int]) -> Path:
+def save_latent_reward(model: LatentReward, folder: Path | str) -> Path:
     """Write the head, and the half UNet where it is tuned, as a folder that `open_latent_reward` reads; whole or not at all.
 
-    Args:
-        size: (height, width) in pixels that it was trained at.
     Returns: the folder.
     """
     from safetensors.torch import save_file
@@ -141,7 +139,6 @@ def save_latent_reward(model: LatentReward, folder: Path | str, *, size: tuple[i
         "dim": model.image_projection.out_features,
         "text_width": model.text_projection.in_features,
         "tuned": model.tuned,
-        "size": list(size),
     }
     with write_folder(folder) as scratch:
         weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -150,13 +147,13 @@ def save_latent_reward(model: LatentReward, folder: Path | str, *, size: tuple[i
     return folder
 
 
-def open_latent_reward(folder: Path | str, family: Family, core: Any) -> tuple[LatentReward, tuple[int, int]]:
+def open_latent_reward(folder: Path | str, family: Family, core: Any) -> LatentReward:
     """Read a saved latent reward model, to score latents of this UNet's family.
 
     Args:
         folder: as `save_latent_reward` wrote it.
         family, core: the UNet whose features it reads; a tuned one has a UNet of its own, of the same config.
-    Returns: the frozen model, and (height, width) in pixels that it was trained at.
+    Returns: the frozen model.
     Raises:
         UserError: no such folder, another family, or weights that do not fit, listed.
     """
@@ -174,8 +171,7 @@ def open_latent_reward(folder: Path | str, family: Family, core: Any) -> tuple[L
         half = first_half(type(core).from_config(core.config)).to(core.device)
     model = LatentReward(family, half, text_width=config["text_width"], dim=config["dim"], tuned=config["tuned"])
     load_checked(model, read_checkpoint(folder, file=WEIGHTS, place=str(folder)), place=str(folder))
-    height, width = config["size"]
-    return model.requires_grad_(False).eval().to(core.device), (height, width)
+    return model.requires_grad_(False).eval().to(core.device)
 
 
 @contextmanager

@@ -56,8 +56,8 @@ class StepModel(Protocol):
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
         """Pixels in [0, 1]."""
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The condition of each prompt, by the keywords of the denoiser."""
+    def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """All that the denoiser is told of an image of each prompt, by its keywords."""
 
 
 @dataclass(kw_only=True)
@@ -241,20 +241,13 @@ def latent(model: StepModel, *, path: str, batch_size: int = 16) -> LatentScorer
     denoiser = model.denoiser
     shared = bool(denoiser.lora_layers)
     core = denoiser.core if shared else copy.deepcopy(denoiser.core)
-    network, size = open_latent_reward(path, denoiser.family, core)
-    sizes = denoiser.family.size_condition(size, (0, 0), size)
-
-    def condition(prompts: list[str]) -> dict[str, Tensor]:
-        encoded = {name: value.to(model.device) for name, value in model.encode_prompts(prompts).items()}
-        given = {name: value.to(model.device).expand(len(prompts), *value.shape) for name, value in sizes.items()}
-        return {**encoded, **given}
-
+    network = open_latent_reward(path, denoiser.family, core)
     return LatentScorer(
         model=model,
         network=network,
         shared=shared and not network.tuned,
         batch_size=batch_size,
-        condition=Kept(compute=condition),
+        condition=Kept(compute=model.conditions),
     )
 
 
