@@ -1,8 +1,11 @@
 """What differs between families of diffusion and flow models: one record a family, behind one common forward."""
 
+from __future__ import annotations
+
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +57,7 @@ class Family:
         size_multiple: sides of an image must be multiples of it, in pixels.
         frame_multiple: for video: the number of frames must be 1 more than a multiple of it. None: images.
         edits: whether a prompt carries a source image.
+        embeds_guidance: whether its networks may be told a guidance scale: `forward` has the keyword `guidance_embedding`.
         lora_format: `diffusers`: the pipeline's own `load_lora_weights`; `peft`: a PEFT adapter folder of the network, for
             pipelines without it.
     """
@@ -75,11 +79,22 @@ class Family:
     size_multiple: int = 8
     frame_multiple: int | None = None
     edits: bool = False
+    embeds_guidance: bool = False
     lora_format: str = "diffusers"
 
     def pipeline_class(self) -> Any:
         """The stock diffusers class."""
         return getattr(importlib.import_module("diffusers"), self.pipeline)
+
+    def with_guidance(self, value: float) -> Family:
+        """The family with another guidance scale that its networks are told in training, by policy and reference alike.
+
+        Raises:
+            ValueError: a family whose networks are told none.
+        """
+        if not self.embeds_guidance:
+            raise ValueError(f"guidance_embedding: got {value}, but {self.name} is told no guidance. Remove the setting.")
+        return replace(self, forward=functools.partial(self.forward, guidance_embedding=value))
 
     def core(self, pipe: Any) -> Any:
         """The trained component of a pipeline."""

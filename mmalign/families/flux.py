@@ -50,21 +50,20 @@ def _forward(
     *,
     encoder_hidden_states: Tensor,
     pooled_projections: Tensor,
-    guidance: Tensor | None = None,
+    guidance_embedding: float = 1.0,
 ) -> Tensor:
-    """FLUX.1 dev is distilled from guided predictions and told their scale: one value for policy and reference, by default 1.
+    """FLUX.1 dev is distilled from guided predictions and told their scale, FLUX.1 schnell is not.
 
-    1 is what the README of diffusers' FLUX scripts trains with; no paper on preference training of FLUX.1 dev names a value.
+    Args:
+        guidance_embedding: the scale that is told, the same for policy and reference. 1 is what diffusers' guide to training
+            FLUX.1 dev recommends, 3.5 its scripts' default and the pipeline's; no paper on preference training names one.
     """
     dtype = weight_dtype(network)
-    if not network.config.guidance_embeds:
-        guidance = None
-    elif guidance is None:
-        guidance = torch.ones(len(noisy), device=noisy.device)
+    told = torch.full((len(noisy),), guidance_embedding, device=noisy.device) if network.config.guidance_embeds else None
     tokens = network(
         hidden_states=_pack(noisy.to(dtype)),
         timestep=timestep / 1000,
-        guidance=guidance,
+        guidance=told,
         encoder_hidden_states=encoder_hidden_states.to(dtype),
         pooled_projections=pooled_projections.to(dtype),
         txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, device=noisy.device),
@@ -123,4 +122,5 @@ FLUX = Family(
     tiny=_build,
     call_options=_call_options,
     size_multiple=16,
+    embeds_guidance=True,
 )

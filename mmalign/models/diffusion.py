@@ -22,7 +22,7 @@ from mmalign.models.lora import (
     trainable_parameters,
     training_plan,
 )
-from mmalign.models.pipeline_folder import check_family, detect_family, local_folder
+from mmalign.models.pipeline_folder import absent_parts, check_family, detect_family, local_folder
 from mmalign.models.quiet import quiet_libraries
 from mmalign.models.schedules import schedule_of
 from mmalign.models.tiny import TINY, tiny_folder
@@ -98,6 +98,7 @@ def open_pipeline(
     options: dict[str, Any] = {"dtype": {"vae": torch.float32, "default": dtype}, "variant": variant, "local_files_only": True}
     if "safety_checker" in inspect.signature(family.pipeline_class().__init__).parameters:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    options |= absent_parts(family, folder)
     try:
         with quiet_libraries():
             pipe = family.pipeline_class().from_pretrained(str(folder), **options)

@@ -74,6 +74,15 @@ def check_family(folder: Path, model: str | Path, family: Family) -> None:
     raise UserError(f"{model}: got a model of {found or 'an unknown family'} ({facts}), want {family.name}. {remedy}")
 
 
+def absent_parts(family: Family, folder: Path) -> dict[str, None]:
+    """Encoders and tokenizers that a folder does without (SD3 without its T5), as keywords of `from_pretrained`.
+
+    Stock diffusers wants them named, although the folder says so.
+    """
+    (index,) = _configs(folder, "model_index.json")
+    return {name: None for name in (*family.encoders, *family.tokenizers) if index.get(name) == [None, None]}
+
+
 def _configs(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [_read_json(folder / name, missing_ok=name != "model_index.json") for name in names]
 
