@@ -1,7 +1,9 @@
 """`mmalign generate` with a tiny model: rows that read back, seeds, restarts, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from runs import train
 from tiny import IMAGE_SIZE, tiny_folder, tiny_pipeline
 
 from mmalign.config import command_line
 from mmalign.errors import UserError
-from mmalign.generate import GenerateConfig, main, read_prompts
+from mmalign.generate import GenerateConfig, Generator, main, read_prompts
 from mmalign.models.diffusion import Denoiser, add_lora, find_family, open_pipeline, save_lora, trainable_parameters
 from mmalign.models.sampling import image_seed
 from mmalign.records import comparison, read
@@ -268,3 +271,145 @@ def test_an_output_that_is_no_folder_is_refused_before_the_model_is_opened(tmp_p
 def test_prompts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs", encoding="utf-8-sig")
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["a red cube", "two dogs"]
+
+
+def makers(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"family": None, "model": None, "generators": tuple(Generator(**entry) for entry in entries)}
+
+
+SMALL = {"name": "small", "family": "sd15", "model": str(tiny_folder("sd15"))}
+LARGE = {"name": "large", "family": "sdxl", "model": str(tiny_folder("sdxl")), "num_candidates": 1, "guidance_scale": 5.0}
+
+
+def test_several_models_make_one_row_each_with_its_own_settings(tmp_path: Path) -> None:
+    assert main(settings(tmp_path / "both", **makers(SMALL, LARGE))).num_images == 9
+    main(settings(tmp_path / "small"))
+    main(settings(tmp_path / "large", family="sdxl", model=LARGE["model"], num_candidates=3, guidance_scale=5.0, batch_size=1))
+    both, small, large = (pixels(tmp_path / name) for name in ("both", "small", "large"))
+    for index in range(3):
+        for number in range(2):
+            assert np.array_equal(both[f"{index:06d}-{number:02d}.png"], small[f"{index:06d}-{number:02d}.png"])
+        assert np.abs(both[f"{index:06d}-02.png"] - large[f"{index:06d}-02.png"]).max() <= 1, "the seed of its number"
+    row = comparison(read(tmp_path / "both")[0])
+    assert [p["generator"] for p in row.provenance] == ["small", "small", "large"]
+    assert [p["guidance_scale"] for p in row.provenance] == [3.0, 3.0, 5.0]
+    assert len({p["seed"] for p in row.provenance}) == 3
+    assert row.provenance[2]["scheduler"] == "EulerDiscreteScheduler"
+
+
+def test_every_image_says_itself_how_it_was_made(tmp_path: Path) -> None:
+    main(settings(tmp_path / "out", limit=1, size=(16, 40)))
+    row = comparison(read(tmp_path / "out")[0])
+    for candidate, origin in zip(row.candidates, row.provenance, strict=True):
+        with Image.open(candidate.images[0].path or "") as image:
+            assert json.loads(image.info["mmalign"]) == origin
+            image.verify()  # the checksum of the chunk too
+    entry = row.provenance[0]
+    assert (entry["size"], entry["dtype"], entry["generator"]) == ([16, 40], "float32", str(tiny_folder("sd15")))
+    assert entry["versions"] == {
+        name: metadata.version(name) for name in ("mmalign", "torch", "diffusers", "transformers", "peft")
+    }
+    assert entry["files"]["model"] in (tmp_path / "out" / "generation.json").read_text()
+
+
+def test_an_image_that_was_not_made_here_does_not_get_a_row(tmp_path: Path) -> None:
+    main(settings(tmp_path / "out", limit=1))
+    place = tmp_path / "out" / "media" / "000000-00.png"
+    Image.open(place).copy().save(place)
+    (tmp_path / "out" / "comparisons.jsonl").unlink()
+    with pytest.raises(UserError, match=r"000000-00\.png: got an image that generate did not make"):
+        main(settings(tmp_path / "out", limit=1))
+
+
+@pytest.mark.parametrize("lost", [["000000-01.png"], ["000001-00.png", "000002-01.png"], ["000001-01.png", "000002-00.png"]])
+def test_killed_within_a_batch_it_ends_byte_for_byte_as_if_never_stopped(tmp_path: Path, lost: list[str]) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        main(settings(folder, batch_size=4))
+    (killed / "comparisons.jsonl").unlink()
+    for name in lost:
+        (killed / "media" / name).unlink()
+    kept = {p.name: p.stat().st_mtime_ns for p in (killed / "media").iterdir()}
+    assert main(settings(killed, batch_size=4)).num_images == len(lost)
+    assert contents(killed) == contents(whole)
+    assert {name: (killed / "media" / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_rows_that_are_lacking_are_written_from_the_images_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    main(settings(tmp_path / "out"))
+    file = tmp_path / "out" / "comparisons.jsonl"
+    rows = file.read_bytes()
+    file.write_bytes(rows.splitlines(keepends=True)[1])
+    assert main(settings(tmp_path / "out")).num_images == 0
+    assert file.read_bytes() == rows
+
+
+def test_other_settings_of_a_generator_are_refused_by_name_but_not_another_batch_size(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main(settings(out, limit=1, **makers(SMALL, LARGE)))
+    assert main(settings(out, limit=1, **makers({**SMALL, "batch_size": 1}, LARGE))).num_images == 0
+    with pytest.raises(UserError, match=r"generators\.large\.steps: was null, is now 3"):
+        main(settings(out, limit=1, **makers(SMALL, {**LARGE, "steps": 3})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"family": None}, "family: got none, want one"),
+        (makers({"name": "a", "family": "sd15"}), "generators: a: model: got none"),
+        (makers(SMALL, SMALL), "got the names small, small, want each once"),
+        (makers({**SMALL, "num_candidates": 1}), "num_candidates: got 1, want 2 or more"),
+        (makers(SMALL, {**LARGE, "steps": 0}), "generators: large: steps: got 0, want 1 or more"),
+        (makers(SMALL, {**LARGE, "size": (12, 16)}), r"generators: large: size: got \[12, 16\]"),
+    ],
+)
+def test_generators_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        settings(tmp_path / "out", **changes)
+
+
+def test_a_fault_of_the_second_model_is_told_before_the_first_image(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model"):
+        main(settings(tmp_path / "out", **makers(SMALL, {**LARGE, "model": str(tmp_path / "no model")})))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def runs_with_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A LoRA and a full fine-tune of two steps, with a checkpoint of each step."""
+    folder = tmp_path_factory.mktemp("runs")
+    training = {"checkpoint_every": 1, "keep_checkpoints": 2, "optimiser": {"name": "adamw", "learning_rate": 1e-2}}
+    return {name: train(folder / name, training=training, adapter={"lora": lora}) for name, lora in LORAS.items()}
+
+
+LORAS: dict[str, Any] = {"lora": {"rank": 2}, "full": None}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_checkpoints_are_sampled_by_their_path(tmp_path: Path, runs_with_checkpoints: dict[str, Path], kind: str) -> None:
+    run = runs_with_checkpoints[kind]
+    places = {f"checkpoint-{step}": run / f"checkpoint-{step}" for step in (1, 2)}
+    places["result"] = run / "pipeline" if kind == "full" else run
+    for name, place in places.items():
+        changes = {"model": str(place)} if kind == "full" else {"lora": str(place)}
+        main(settings(tmp_path / name, limit=1, **changes))
+    first, last, result = (pixels(tmp_path / name)["000000-00.png"] for name in places)
+    assert np.array_equal(last, result)
+    assert not np.array_equal(first, last)
+
+
+def test_a_checkpoint_of_the_other_kind_or_without_its_run_is_refused(
+    tmp_path: Path, runs_with_checkpoints: dict[str, Path]
+) -> None:
+    lora, full = (runs_with_checkpoints[kind] / "checkpoint-1" for kind in ("lora", "full"))
+    with pytest.raises(UserError, match=r"which holds a LoRA only\. Name it as lora"):
+        main(settings(tmp_path / "a", model=str(lora)))
+    with pytest.raises(UserError, match=r"which holds all weights\. Name it as model"):
+        main(settings(tmp_path / "b", lora=str(full)))
+    shutil.copytree(lora, tmp_path / "alone" / "checkpoint-1")
+    with pytest.raises(UserError, match=r"want the checkpoint in the folder of its run"):
+        main(settings(tmp_path / "c", lora=str(tmp_path / "alone" / "checkpoint-1")))
+    (tmp_path / "alone" / "checkpoint-1" / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match="got an incomplete checkpoint"):
+        main(settings(tmp_path / "d", lora=str(tmp_path / "alone" / "checkpoint-1")))
+    assert [path.name for path in tmp_path.iterdir()] == ["alone"], "nothing half-written"

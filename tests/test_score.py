@@ -230,3 +230,51 @@ def test_a_folder_is_not_replaced_by_a_file_nor_the_reverse(data, tmp_path):
     for name, wanted in (("x.jsonl", "want a file"), ("x", "want a folder")):
         with pytest.raises(UserError, match=wanted):
             score(data, "scorers=brightness", f"output={tmp_path / name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """A scorer whose scores depend on what else is in the batch, as those of a network do in the last digit."""
+
+    name: str = "rounding"
+
+    def __call__(self, prompts, images):
+        return torch.tensor([image.getpixel((0, 0))[0] + 1e-3 * len(images) for image in images])
+
+
+def rounding() -> Rounding:
+    return Rounding()
+
+
+@pytest.mark.parametrize("kept", [[0], [1], [2], [0, 2]])
+def test_scores_are_byte_for_byte_those_of_a_run_without_a_stop(data, kept):
+    settings = (f"scorers={{name: '{__name__}:rounding'}}", "batch_size=5")
+    whole = score(data, *settings)
+    output, journal = whole.output.read_bytes(), whole.judgements.read_bytes()
+    lines = journal.splitlines(keepends=True)
+    whole.output.unlink()
+    whole.judgements.write_bytes(b"".join(lines[number] for number in kept))
+    again = score(data, *settings)
+    assert (again.num_kept, again.num_judged) == (len(kept), 3 - len(kept))
+    assert (again.output.read_bytes(), again.judgements.read_bytes()) == (output, journal)
+
+
+def test_parts_that_killed_processes_left_are_gathered_without_a_double(data):
+    whole = score(data, "scorers=[brightness, sharpness]")
+    output, journal = whole.output.read_bytes(), whole.judgements.read_bytes()
+    lines = journal.splitlines(keepends=True)
+    whole.output.unlink()
+    whole.judgements.write_bytes(lines[3])
+    for process, part in enumerate((lines[0] + lines[1][:20], lines[3] + lines[4])):
+        whole.judgements.with_name(f"{whole.judgements.name}.part-{process:03d}").write_bytes(part)
+    again = score(data, "scorers=[brightness, sharpness]")
+    assert (again.num_kept, again.num_judged) == (3, 3)
+    assert (again.output.read_bytes(), again.judgements.read_bytes()) == (output, journal)
+    assert not list(data.parent.glob("*.part-*"))
+
+
+def test_the_mean_is_of_the_rows_as_they_are_now(data, tmp_path):
+    score(data, "scorers=brightness")
+    png(tmp_path, "c0", 255)
+    png(tmp_path, "c1", 255)
+    assert score(data, "scorers=brightness").means["brightness"] == pytest.approx((0 + 0.2 + 1 + 0.4 + 0.2 + 1 + 1) / 7)
