@@ -140,7 +140,7 @@ def test_prompts_are_dropped_at_their_rate_for_the_empty_prompt(tmp_path: Path) 
     inputs = prepared(policy, *((examples[0], epoch) for epoch in range(200))).inputs
     embeds = inputs.condition["encoder_hidden_states"]
     prompt = examples[0].samples[0].prompt.text
-    empty, full = (policy.encode_prompts([text])["encoder_hidden_states"][0] for text in ("", prompt))
+    empty, full = (policy.conditions([text])["encoder_hidden_states"][0] for text in ("", prompt))
     is_empty = [torch.equal(row, empty) for row in embeds]
     assert all(dropped or torch.equal(row, full) for dropped, row in zip(is_empty, embeds, strict=True))
     assert 40 <= sum(is_empty) <= 80

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmalign.adapters.diffusion_cache import Cache, opened_cache
 from mmalign.adapters.options import Lora, Validation, WinnerGuard, check_frames, check_numbers_of_frames
+from mmalign.adapters.prompts import Prompt, check_sources, encoded_prompts, prompt_of, source_image, texts_of
 from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
 from mmalign.config import Choice, Table
@@ -25,8 +26,8 @@ from mmalign.likelihoods import DenoisingInputs, winner_guard
 from mmalign.models.diffusion import (
     Denoiser,
     add_lora,
+    decode_latents,
     encode_images,
-    encode_prompt,
     find_family,
     frozen_copy,
     latent_shape,
@@ -41,6 +42,7 @@ from mmalign.models.diffusion import (
     training_plan,
     vae_dtype,
 )
+from mmalign.models.lora import loading_code
 from mmalign.models.sampling import sample_images
 from mmalign.models.tiny import TINY
 from mmalign.noise import TIMESTEP_WEIGHTS, TIMESTEPS
@@ -63,7 +65,7 @@ class DiffusionAdapter:
         frames: of a video, whose first so many are trained on at its own rate: for families of videos, 1 more than a multiple
             of 4. All videos of an example must have one length, and this many frames at least. None: images.
         crop, flip: how images become that size; `flip` mirrors each image with probability 1/2, each on its own. All frames of
-            a video are cut and mirrored alike.
+            a video are cut and mirrored alike. A family that edits takes neither random crops nor flips.
         prompt_dropout: share of examples trained on the empty prompt. Published: 0.2 (Salesforce), 0 (diffusers).
         timesteps: distribution of the timestep.
         weights: factor of the squared error by timestep, for policy and reference alike; None: 1, as every published method.
@@ -115,6 +117,12 @@ class DiffusionAdapter:
         check_frames(family, self.frames)
         if self.crop == "random" and self.cache is not None:
             raise ValueError("crop: got random with a cache, which holds one crop of an image. Use crop: center.")
+        if family.edits and (self.flip or self.crop == "random"):
+            raise ValueError(
+                f"flip, crop: {family.name} edits, and source and edits must stay aligned. Use flip: false, crop: center."
+            )
+        if self.validation is not None:
+            self.validation.check_sources(family)
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws: got {self.draws}, want 1 or more, or null for fresh draws.")
 
@@ -134,6 +142,10 @@ class DiffusionAdapter:
                 check_numbers_of_frames(images, self.frames, where)
             elif images != (1,):
                 raise UserError(f"{where}: got candidates with {images[0]} images, want 1 each. Complete or remove the row.")
+
+    def check_sources(self, numbers: Mapping[int, str]) -> None:
+        """Refuse prompts without a source image for a family that edits, and with one for any other."""
+        check_sources(find_family(self.family), numbers)
 
     def open(
         self,
@@ -216,6 +228,7 @@ class DiffusionPolicy:
             size_condition=self.family.size_condition,
             frames=None if self.cache is None else self.cache.frames,
             num_frames=settings.frames,
+            edits=self.family.edits,
         )
         self._copy = frozen_copy(self.denoiser) if settings.lora is None and needs_reference else None
         self._make_trainable(weights)
@@ -261,7 +274,8 @@ class DiffusionPolicy:
         mean, std = self._latents(batch)
         drop, u, noise, posterior = self._draws(batch, tuple(mean.shape[2:]))
         clean = mean if self.settings.latents == "mean" else mean + std * posterior
-        prompts = ["" if dropped else text for dropped, text in zip(drop, batch["prompt"], strict=True)]
+        rows = zip(drop, batch["prompt"], batch["source"], strict=True)
+        prompts = [prompt_of("" if dropped else text, source) for dropped, text, source in rows]
         timestep = self.settings.timesteps.build(u, self.schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
         noise = noise.expand(mean.shape)
         side = {name: value.to(self.device) for name, value in batch["side"].items()}
@@ -270,7 +284,7 @@ class DiffusionPolicy:
             noisy=self.schedule.add_noise(clean, noise, timestep),
             timestep=self.schedule.network_timestep(timestep),
             target=self.schedule.target(clean, noise, timestep),
-            condition={**self._prompts(prompts), **{k: v.to(self.device) for k, v in batch["sizes"].items()}},
+            condition={**self._prompts(prompts, batch["sources"]), **{k: v.to(self.device) for k, v in batch["sizes"].items()}},
             per_candidate=frozenset(batch["sizes"]),
             error_weight=None if weights is None else weights.build(self.schedule, timestep),
             safeguard=self._safeguard(side),
@@ -308,6 +322,7 @@ class DiffusionPolicy:
                     guidance_scale=wanted.guidance_scale,
                     size=self.settings.size,
                     frames=self.settings.frames,
+                    sources=[source_image(media, self.settings.size) for media in wanted.media()],
                 )
                 for number, image in enumerate(images):
                     frames = [image] if self.settings.frames is None else image
@@ -334,12 +349,11 @@ class DiffusionPolicy:
     def loading_lines(self, folder: Path) -> str:
         """Stock diffusers code that loads the result, from any folder."""
         folder = folder.absolute()
-        pipeline = self.family.pipeline
         if self.settings.lora is None:
-            return f'pipe = diffusers.{pipeline}.from_pretrained("{folder / FULL}")'
+            return f'pipe = diffusers.{self.family.pipeline}.from_pretrained("{folder / FULL}")'
         model = self.settings.model
         base = model_folder(self.family, model) if model == TINY else model
-        return f'pipe = diffusers.{pipeline}.from_pretrained("{base}")\npipe.load_lora_weights("{folder}")'
+        return loading_code(self.family, base, folder)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -348,10 +362,19 @@ class DiffusionPolicy:
         parts = [encode_images(self.pipe, one.to(self.device)[None].float() / 127.5 - 1, check=check) for one in pixels]
         return {"mean": torch.cat([mean for mean, _ in parts]), "std": torch.cat([std for _, std in parts])}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The condition of each prompt, one at a time for the same reason."""
-        parts = [encode_prompt(self.family, self.pipe, [prompt]) for prompt in prompts]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """All that the network is told of images that it makes itself, (n, ...) each, on the device."""
+        sizes = self.family.size_condition(self.settings.size, (0, 0), self.settings.size)
+        repeated = {name: value.to(self.device).expand(len(prompts), *value.shape) for name, value in sizes.items()}
+        return {**self._prompts(texts_of(self.family, prompts), {}), **repeated}
+
+    def decode(self, latents: Float[Tensor, "n c *latent"]) -> Float[Tensor, "n 3 *dims"]:
+        """Pixels in [0, 1] of scaled latents, one at a time so that no batch changes the numbers."""
+        return torch.cat([decode_latents(self.pipe, one[None]) for one in latents])
+
+    def encode_prompts(self, prompts: Sequence[Prompt], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The condition of each prompt, one at a time for the same reason; `sources` are 8-bit pixels by key."""
+        return encoded_prompts(self.family, self.pipe, prompts, sources)
 
     def _open(self, dtype: torch.dtype) -> Any:
         settings = self.settings
@@ -411,10 +434,12 @@ class DiffusionPolicy:
         mean, std = (found[name].to(self.device, torch.float32).reshape(shape) for name in ("mean", "std"))
         return mean, std
 
-    def _prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _prompts(self, prompts: Sequence[Prompt], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         distinct = list(dict.fromkeys(prompts))
-        cached = self.cache is not None and self.cache.frames is not None
-        encoded = self.cache.prompts_of(distinct) if cached and self.cache is not None else self.encode_prompts(distinct)
+        if self.cache is not None and self.cache.frames is not None:
+            encoded = self.cache.prompts_of(distinct)
+        else:
+            encoded = self.encode_prompts(distinct, sources)
         index = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return {name: value[index.to(value.device)].to(self.device) for name, value in encoded.items()}
 

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.adapters.images import Framed
+from mmalign.adapters.prompts import Prompt, framed_source, prompt_of
 from mmalign.adapters.reading import cache_key
 from mmalign.cache import TensorStore, content_key, weights_fingerprint
 from mmalign.config import resolved
-from mmalign.records import Example
+from mmalign.records import Example, Media
 
 if TYPE_CHECKING:
     from mmalign.adapters.diffusion import DiffusionPolicy
@@ -52,7 +53,8 @@ class Cache:
         settings = policy.settings
         dtype = DTYPES[settings.cache_dtype]
         latent = (policy.latent_shape, dtype)
-        example = policy.encode_prompts([""])
+        blank = {"": torch.zeros(3, *settings.size, dtype=torch.uint8)}
+        example = policy.encode_prompts([prompt_of("", "" if policy.family.edits else None)], blank)
         prompt_fields: Fields = {name: (tuple(value.shape[1:]), dtype) for name, value in example.items()}
         frame_fields: Fields = {"frame": ((4,), torch.int64)}
         stores: dict[str, tuple[Fields, Any]] = {
@@ -82,9 +84,9 @@ class Cache:
         """Bytes on disk of images, frames and prompts."""
         return self.images.num_bytes + self._frames.store.num_bytes + self.prompts.num_bytes
 
-    def prompts_of(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompts_of(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """The conditions of these prompts, in float32 or the cached precision."""
-        return self.prompts.get([content_key(prompt) for prompt in prompts])
+        return self.prompts.get([content_key(*prompt) for prompt in prompts])
 
     def reference(self, keys: Sequence[str], draws: Sequence[int]) -> Float[Tensor, "batch k"] | None:
         """The reference logps of these draws, None where none were computed."""
@@ -95,12 +97,9 @@ class Cache:
 
     def fill(self, policy: DiffusionPolicy, examples: Iterable[Example]) -> None:
         """Encode every image (both orientations if flips are on) and prompt that the cache lacks."""
-        prompts = {"": content_key("")} if self.settings.prompt_dropout else {}
-        self._fill_prompts(policy, prompts)
         flips = (False, True) if self.settings.flip else (False,)
         for group in _groups(examples, 8 if self.settings.frames is None else 1):
-            texts = {e.samples[0].prompt.text or "" for e in group}
-            self._fill_prompts(policy, {text: content_key(text) for text in sorted(texts)})
+            self._fill_prompts(policy, group)
             media = {one.key(): one for example in group for one in policy.reader.contents(example)}
             wanted = {cache_key(key, flip): (one, flip) for key, one in media.items() for flip in flips}
             missing = self._frames.store.missing(list(wanted))
@@ -143,13 +142,24 @@ class Cache:
         for store in (self.images, self._frames.store, self.prompts):
             store.close()
 
-    def _fill_prompts(self, policy: DiffusionPolicy, prompts: dict[str, str]) -> None:
-        missing = set(self.prompts.missing(list(prompts.values())))
-        todo = {text: key for text, key in prompts.items() if key in missing}
+    def _fill_prompts(self, policy: DiffusionPolicy, examples: Sequence[Example]) -> None:
+        """Those of these examples; where prompts are dropped, also the empty one that stands for them."""
+        prompts: dict[str, Prompt] = {}
+        sources: dict[str, Media] = {}
+        for example in examples:
+            source = policy.reader.source(example)
+            name = None if source is None else source.key()
+            if source is not None and name is not None:
+                sources[name] = source
+            for text in {example.samples[0].prompt.text or "", *([""] if self.settings.prompt_dropout else [])}:
+                prompts[content_key(*prompt_of(text, name))] = prompt_of(text, name)
+        todo = {key: prompts[key] for key in sorted(self.prompts.missing(list(prompts)))}
         if todo:
-            encoded = policy.encode_prompts(list(todo))
+            wanted = {key for _, *keys in todo.values() for key in keys}
+            pixels = {key: framed_source(sources[key], self.settings.size) for key in wanted}
+            encoded = policy.encode_prompts(list(todo.values()), pixels)
             dtype = DTYPES[self.settings.cache_dtype]
-            self.prompts.add(list(todo.values()), {name: value.cpu().to(dtype) for name, value in encoded.items()})
+            self.prompts.add(list(todo), {name: value.cpu().to(dtype) for name, value in encoded.items()})
 
 
 def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: str, part: int | None) -> Cache:
@@ -171,6 +181,8 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
     prompts = {name: weights_fingerprint(encoder) for name, encoder in encoders.items()}
     tokenizers = {name: getattr(pipe, name) for name in policy.family.tokenizers if getattr(pipe, name, None)}
     prompts |= {name: _tokenizer_fingerprint(tokenizer) for name, tokenizer in tokenizers.items()}
+    if policy.family.edits:
+        prompts |= images  # the condition holds the latents of the source
     fingerprints: dict[str, Any] = {"frames": geometry, "images": images, "prompts": prompts}
     if settings.draws is not None:
         fingerprints["references"] = {
@@ -192,7 +204,15 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    """The sha256 of vocabulary and rules, padding token and length; not of how the last call padded and cut."""
+    """The sha256 of vocabulary and rules, padding token and length; not of how the last call padded and cut.
+
+    Of a processor: that of its tokenizer, and how it reads images.
+    """
+    from transformers import ProcessorMixin
+
+    if isinstance(tokenizer, ProcessorMixin):
+        images = json.dumps(tokenizer.image_processor.to_dict(), sort_keys=True, default=str)
+        return content_key(_tokenizer_fingerprint(tokenizer.tokenizer), images)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
     return content_key(json.dumps(rules), tokenizer.pad_token_id, tokenizer.model_max_length)

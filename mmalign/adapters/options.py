@@ -5,6 +5,7 @@ from typing import Literal
 
 from mmalign.errors import UserError
 from mmalign.families import Family
+from mmalign.records import Media
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,16 @@ class WinnerGuard:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Images made during training, always from the same prompts and seeds."""
+    """Images made during training, always from the same prompts and seeds.
+
+    Args:
+        prompts: one image each.
+        sources: files of the source images, one a prompt, for a family that edits.
+        seed, steps, guidance_scale: of the sampler; a guidance of 1 is none.
+    """
 
     prompts: tuple[str, ...]
+    sources: tuple[str, ...] = ()
     seed: int = 0
     steps: int = 25
     guidance_scale: float = 7.5
@@ -47,6 +55,24 @@ class Validation:
             raise ValueError("prompts: got none, want one or more, or validation: null.")
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, want 1 or more.")
+
+    def check_sources(self, family: Family) -> None:
+        """Refuse sources that are not what the family wants.
+
+        Raises:
+            ValueError: not one a prompt for a family that edits; any for another.
+            UserError: one that is missing or damaged.
+        """
+        wanted = len(self.prompts) if family.edits else 0
+        if len(self.sources) != wanted:
+            kind = "edits" if family.edits else "does not edit"
+            raise ValueError(f"validation.sources: got {len(self.sources)}, want {wanted}: {family.name} {kind}.")
+        for media in self.media():
+            media.inspect()
+
+    def media(self) -> list[Media]:
+        """The source images."""
+        return [Media(path=path, where="adapter.validation.sources") for path in self.sources]
 
 
 def check_frames(family: Family, frames: int | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmalign.adapters.images import Framed, frame, frame_video
+from mmalign.adapters.prompts import framed_source, prompt_of, source_of
 from mmalign.cache import content_key
 from mmalign.errors import UserError
 from mmalign.records import SIDE_DEFAULTS, Content, Example, Media
@@ -35,6 +36,7 @@ class Reader:
         size_condition: the family's condition of one image's (original size, crop, target size).
         frames: where latents are cached; then no image is decoded.
         num_frames: of a video: its first so many, at the file's own rate. None: images.
+        edits: whether prompts carry a source image.
     """
 
     size: tuple[int, int]
@@ -45,6 +47,7 @@ class Reader:
     size_condition: Callable[..., dict[str, Tensor]]
     frames: Frames | None = None
     num_frames: int | None = None
+    edits: bool = False
 
     def item(self, example: Example, epoch: int) -> dict[str, Any]:
         """One example in one epoch: framed pixels, or only their keys where latents are cached.
@@ -55,16 +58,20 @@ class Reader:
         draw = epoch if self.draws is None else epoch % self.draws
         media = self.contents(example)
         keys = [one.key() for one in media]
-        prompt = example.samples[0].prompt.text or ""
+        text = example.samples[0].prompt.text or ""
+        source = self.source(example)
+        prompt = prompt_of(text, None if source is None else source.key())
         # The same draws whichever candidate is preferred: a flipped label changes the label only.
-        unordered = content_key(prompt, tuple(sorted(keys)))
+        unordered = content_key(*prompt, tuple(sorted(keys)))
         named = [self._framed(one, key, f"{self.seed}/{unordered}/{key}/{draw}") for one, key in zip(media, keys, strict=True)]
         return {
             "id": example.id,
-            "key": content_key(prompt, tuple(keys)),
+            "key": content_key(*prompt, tuple(keys)),
             "unordered": unordered,
             "draw": draw,
-            "prompt": prompt,
+            "prompt": text,
+            "source": prompt[1] if source is not None else None,
+            "source_pixels": framed_source(source, self.size) if source is not None and self.frames is None else None,
             "images": [name for name, _ in named],
             "framed": [framed for _, framed in named],
             "side": example.side,
@@ -85,7 +92,11 @@ class Reader:
         pixels = {name: f.pixels for item in items for name, f in zip(item["images"], item["framed"], strict=True)}
         known = {name: value for name, value in pixels.items() if value.numel()}
         return {
-            **{name: [item[name] for item in items] for name in ("id", "key", "unordered", "draw", "prompt", "images")},
+            **{
+                name: [item[name] for item in items]
+                for name in ("id", "key", "unordered", "draw", "prompt", "source", "images")
+            },
+            "sources": {item["source"]: item["source_pixels"] for item in items if item["source_pixels"] is not None},
             "names": list(known),
             "pixels": torch.stack(list(known.values())) if known else None,
             "sizes": self._sizes([item["framed"] for item in items]),
@@ -102,6 +113,14 @@ class Reader:
             return videos_of(example, self.num_frames)
         images = [image_of(example, place) for place in range(len(example.samples))]
         return [Content(images=(_loaded(one, one.where),)) for one in images]
+
+    def source(self, example: Example) -> Media | None:
+        """The source image of an example, read but not decoded; None for a family that does not edit.
+
+        Raises:
+            UserError: it has none, or several.
+        """
+        return _loaded(source_of(example), "") if self.edits else None
 
     def cut(self, content: Content, *, flip: bool, rng: random.Random | None = None) -> Framed:
         """Decode an image or a video and bring it to size.

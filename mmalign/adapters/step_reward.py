@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.adapters.noised_images import Noised, NoisedImages, ScoringInputs
+from mmalign.adapters.prompts import check_sources
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.families import find_family
@@ -202,6 +203,14 @@ class StepRewardAdapter:
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    def check_sources(self, numbers: Mapping[int, str]) -> None:
+        """Refuse prompts with a source image; `numbers` as `records.Examples.sources` has them.
+
+        Raises:
+            UserError: names the first such row.
+        """
+        check_sources(find_family(self.family), numbers)
 
     def check_examples(self, kinds: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
         """Refuse examples that are not one image a candidate; `kinds` as `records.Examples` has them.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.families import Family
@@ -34,6 +35,7 @@ def sample_images(
     negative_prompt: str | None = None,
     size: tuple[int, int] | None = None,
     frames: int | None = None,
+    sources: Sequence[Image.Image] = (),
     batch_size: int = 4,
 ) -> Iterator[Any]:
     """Yield one image for each prompt with its seed, in order, `batch_size` at a time; of a video the list of its frames.
@@ -44,22 +46,31 @@ def sample_images(
         pipe: a stock pipeline; its scheduler is the sampler.
         steps: sampler steps. Published evaluations: 50.
         guidance_scale: 1 is no guidance. Published: 7.5 (SD 1.x), 5 (SDXL).
-        size: (height, width) in pixels, multiples of 8. None: the model's own.
+        size: (height, width) in pixels, multiples of the family's `size_multiple`. None: the model's own.
         frames: of a video. None: the pipeline's own number, or an image.
+        sources: for a family that edits, one image a prompt, of any size. Edits are made one at a time, because
+            the stock pipelines size a batch by its first source.
+    Raises:
+        UserError: a size that the family cannot make.
     """
+    if any(side % family.size_multiple for side in size or ()):
+        raise UserError(f"size: got {list(size or ())}, want multiples of {family.size_multiple} for {family.name}.")
+    batch_size = 1 if sources else batch_size
     length = {} if frames is None else {"num_frames": frames}
     height, width = size or family.default_size(pipe)
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
+        edited = {"image": list(sources[start : start + batch_size])} if sources else {}
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
         made = pipe(
-            batch,
+            prompt=batch,
             height=height,
             width=width,
             num_inference_steps=steps,
             generator=generators,
             output_type="pil",
             **length,
+            **edited,
             **family.call_options(guidance_scale, negative_prompt, len(batch)),
         )
         yield from getattr(made, family.output)

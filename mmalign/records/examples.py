@@ -17,7 +17,8 @@ class Examples(Sequence[Example]):
     """The examples of a table under a view, in the table's order; what the view dropped is counted by reason.
 
     Building it reads no media. Item i reads the one row it comes from. `kinds` tells (number of samples, numbers of images in a
-    sample) of the examples there are, each with its first row; `fingerprint` is a hash of all that was read.
+    sample) of the examples there are, each with its first row, `sources` the numbers of images in a prompt; `fingerprint` is a
+    hash of all that was read.
 
     Args:
         dataset: a table of our schema.
@@ -33,14 +34,18 @@ class Examples(Sequence[Example]):
         self.view = view
         self.dropped: Counter[str] = Counter()
         self.kinds: dict[tuple[int, tuple[int, ...]], str] = {}
+        self.sources: dict[int, str] = {}
         self._places: list[tuple[int, int]] = []
         digest = hashlib.sha256()
         for index, row in enumerate(outlines(dataset)):
             outcome = view(row)
             digest.update(repr((row.id, row.prompt.text, len(row.candidates), row.ranks, row.prob, row.scores)).encode())
+            if row.prompt.images:
+                digest.update(repr(len(row.prompt.images)).encode())
             if isinstance(outcome, Dropped):
                 self.dropped[outcome.reason] += 1
             else:
+                self.sources.setdefault(len(row.prompt.images), row.where or f"row {index + 1}")
                 self._places += [(index, n) for n in range(len(outcome))]
                 for example in outcome:
                     images = tuple(sorted({len(sample.completion.images) for sample in example.samples}))
@@ -63,7 +68,7 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row, n = self._places[index]
-        outcome = self.view(comparison(self.dataset[row]))
+        outcome = self.view(comparison(self.dataset[row], least=0))
         assert not isinstance(outcome, Dropped)  # views do not look into media, so the outline had the same outcome
         return outcome[n]
 
