@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.adapters.step_reward import StepRewardAdapter
 from mmalign.config import read_config
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
@@ -101,5 +102,10 @@ def _run_config(run: Path) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"run: got {run}, want the output folder of `mmalign train`, with config.yaml. Check the path.")
     config = read_config(TrainConfig, path)
+    if config.adapter.target is StepRewardAdapter:
+        raise UserError(
+            f"run: got {run}, which trained a reward model, want the run of a diffusion model. A reward model's accuracy is "
+            "rewards/accuracies in its metrics.jsonl."
+        )
     adapter = dataclasses.replace(config.adapter, settings={**config.adapter.settings, "winner_guard": None})
     return dataclasses.replace(config, adapter=adapter)
