@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,18 @@ def test_published_checkpoints_that_name_the_networks_former_class_are_opened(na
     assert type(pipe.transformer).__name__ == "PixArtTransformer2DModel"
     now, before = predicted(denoiser, **inputs(name, pipe)), predicted(opened(name)[1], **inputs(name, pipe))
     assert torch.equal(now, before)
+
+
+def test_a_tokenizer_whose_packages_are_missing_is_refused_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("pixart_sigma"), tmp_path / "model"))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
+    opened("pixart_sigma", folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"")  # all that the published folders have
+    with pytest.raises(UserError, match=r"its tokenizer is a SentencePiece model, .* pip install sentencepiece\."):
+        opened("pixart_sigma", folder)
 
 
 # --- SANA -------------------------------------------------------------------------------------------------------------

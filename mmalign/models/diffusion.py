@@ -22,7 +22,7 @@ from mmalign.models.lora import (
     trainable_parameters,
     training_plan,
 )
-from mmalign.models.pipeline_folder import absent_parts, check_family, detect_family, local_folder
+from mmalign.models.pipeline_folder import absent_parts, check_family, check_tokenizers, detect_family, local_folder
 from mmalign.models.quiet import quiet_libraries
 from mmalign.models.schedules import schedule_of
 from mmalign.models.tiny import TINY, tiny_folder
@@ -90,11 +90,13 @@ def open_pipeline(
         revision, variant: of a hub id; variant ("fp16") also of a folder.
         local_files_only: use only what the hub cache holds.
     Raises:
-        UserError: nothing there, a single-file checkpoint, a broken folder, or a model of another family.
+        UserError: nothing there, a single-file checkpoint, a broken folder, a model of another family, or a tokenizer whose
+            packages are not installed.
     """
     family = find_family(family)
     folder = model_folder(family, model, revision=revision, variant=variant, local_files_only=local_files_only)
     check_family(folder, model, family)
+    check_tokenizers(folder, model, family)
     options: dict[str, Any] = {"dtype": {"vae": torch.float32, "default": dtype}, "variant": variant, "local_files_only": True}
     if "safety_checker" in inspect.signature(family.pipeline_class().__init__).parameters:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

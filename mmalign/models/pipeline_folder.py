@@ -1,5 +1,6 @@
 """Where the files of a diffusers pipeline lie, and which model family its configs describe."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,27 @@ def absent_parts(family: Family, folder: Path) -> dict[str, None]:
     """
     (index,) = _configs(folder, "model_index.json")
     return {name: None for name in (*family.encoders, *family.tokenizers) if index.get(name) == [None, None]}
+
+
+def check_tokenizers(folder: Path, model: str | Path, family: Family) -> None:
+    """Refuse tokenizers that exist only as a SentencePiece model (PixArt's) where the packages that read one are missing.
+
+    Raises:
+        UserError: which packages to install.
+    """
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    for name in family.tokenizers:
+        held = {path.name for path in (folder / name).glob("*")}
+        if missing and "tokenizer.json" not in held and held & {"spiece.model", "tokenizer.model"}:
+            packages = " ".join(one.removeprefix("google.") for one in missing)
+            raise UserError(f"{model}: its {name} is a SentencePiece model, which needs {packages}. pip install {packages}.")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _configs(folder: Path, *names: str) -> list[dict[str, Any]]:
