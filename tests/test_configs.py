@@ -69,7 +69,8 @@ def _stock_pipeline(lines: list[str]) -> Any:
 
 def _image(family: Family, pipe: Any) -> np.ndarray[Any, Any]:
     generator = torch.Generator().manual_seed(0)
-    options = {"height": 32, "width": 32, "num_inference_steps": 2, **family.call_options(1.0, None, 1)}
+    length = {} if family.frame_multiple is None else {"num_frames": 1 + family.frame_multiple}
+    options = {"height": 32, "width": 32, "num_inference_steps": 2, **length, **family.call_options(1.0, None, 1)}
     return np.array(getattr(pipe(["a red disc"], generator=generator, **options), family.output)[0])
 
 
