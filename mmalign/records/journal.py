@@ -48,6 +48,7 @@ def sort_journal(journal: Path, ids: Sequence[str], names: Sequence[str]) -> Non
 
     before = journal.read_bytes()
     lines: list[bytes] = list(dict.fromkeys(before.splitlines(keepends=True)))
-    after = b"".join(sorted(lines, key=key))
+    lines.sort(key=key)
+    after = b"".join(lines)
     if after != before:
         replace_file(journal, after)
