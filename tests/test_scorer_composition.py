@@ -1,3 +1,4 @@
+import itertools
 import json
 import string
 
@@ -193,17 +194,26 @@ def test_colour_by_clip_is_its_zero_shot_choice(owl, clip_tokenizer, tmp_path):
     assert isinstance(scorer.colour_of, ZeroShotColour)
 
     network, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
-    box = (8.0, 4.0, 40.0, 36.0)
-    fits = []
-    for colour in COLOURS:
-        texts = [f"a photo of a {colour} dog", f"a photo of a {colour}-colored dog", f"a photo of a {colour} object"]
-        inputs = processor(text=texts, images=IMAGES[3].crop((8, 4, 40, 36)), return_tensors="pt", padding=True)
+    chosen, first = [], []
+    for image, name in itertools.product(IMAGES, ("dog", "apple", "traffic light")):
+        texts = [
+            text
+            for colour in COLOURS
+            for text in (
+                f"a photo of a {colour} {name}",
+                f"a photo of a {colour}-colored {name}",
+                f"a photo of a {colour} object",
+            )
+        ]
+        inputs = processor(text=texts, images=image.crop((8, 4, 40, 36)), return_tensors="pt", padding=True)
         with torch.no_grad():
             outputs = network(**inputs)
-        mean = outputs.text_embeds.mean(dim=0)  # of normalised embeddings
-        fits.append(float(outputs.image_embeds[0] @ mean / mean.norm()))
-    detection = Detection(name="dog", score=0.9, box=box)
-    assert scorer.colour_of(IMAGES[3], detection) == COLOURS[int(np.argmax(fits))]
+        means = torch.stack([features.mean(dim=0) for features in outputs.text_embeds.split(3)])  # of normalised features
+        fits = means @ outputs.image_embeds[0] / means.norm(dim=-1)
+        chosen.append(COLOURS[int(fits.argmax())])
+        first.append(COLOURS[int((outputs.text_embeds[::3] @ outputs.image_embeds[0]).argmax())])
+        assert scorer.colour_of(image, Detection(name=name, score=0.9, box=(8.0, 4.0, 40.0, 36.0))) == chosen[-1]
+    assert len(set(chosen)) > 1 and chosen != first  # the image and all three texts have their say
     assert set(scorer(["a photo of a red dog"] * 2, IMAGES[:2]).tolist()) <= {0.0, 1.0}
 
 

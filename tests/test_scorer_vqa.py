@@ -35,7 +35,7 @@ IMAGES = [noise(48, 80, 1), noise(80, 48, 2), noise(32, 32, 3), noise(56, 56, 4)
 
 def byte_tokenizer(controls, **special):
     """Byte-level BPE whose only words of more than a letter are `Yes` and ` Yes`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -44,6 +44,12 @@ def byte_tokenizer(controls, **special):
     tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if "bos_token" in special:  # put before every text, as Llama's does, unless the text has it already
+        start = special["bos_token"]
+        tokenizer.add_special_tokens([start])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=controls, **special)
 
 
