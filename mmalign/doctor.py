@@ -248,10 +248,10 @@ def _lines(findings: Findings) -> Iterator[str]:
     yield f"hub: {online}, cache {hub['cache']}{'' if hub['writable'] else ', NOT WRITABLE: set HF_HOME'}"
     if findings.fits:
         yield f"\npairs per backward pass that would fit on {findings.devices[0].name} (at most; native resolution, AdamW)"
-        yield f"  {'family':<8}{'training':<10}{'checkpointing':<15}{'fixed GB':>9}{'GB/pair':>9}{'pairs':>7}"
+        yield f"  {'family':<14}{'training':<10}{'checkpointing':<15}{'fixed GB':>9}{'GB/pair':>9}{'pairs':>7}"
     for f in findings.fits:
         yield (
-            f"  {f.family:<8}{f.training:<10}{'yes' if f.checkpointing else 'no':<15}{f.fixed_gb:>9.1f}{f.gb_per_pair:>9.2f}"
+            f"  {f.family:<14}{f.training:<10}{'yes' if f.checkpointing else 'no':<15}{f.fixed_gb:>9.1f}{f.gb_per_pair:>9.2f}"
             f"{f.pairs if f.pairs else '-':>7}"
         )
 

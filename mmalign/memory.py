@@ -1,7 +1,7 @@
 """How much memory a diffusion training step needs: an arithmetic of parameter counts and options, in GB of 2^30 bytes.
 
 Source: parameter counts from the public configs; activations counted with saved-tensor hooks in bf16 with fused attention
-(SD 1.5, SDXL; PixArt and SANA block by block). What is scaled from those, rather than counted, is said where it stands.
+(SD 1.5, SDXL, SD3, FLUX.1; PixArt and SANA block by block). What is scaled from those, not counted, is said where it stands.
 """
 
 from collections.abc import Mapping
@@ -61,6 +61,25 @@ def _pixart(denoiser: int, lora_per_rank: int) -> Size:
     )
 
 
+_VAE_16 = 83_819_683  # with 16 channels
+_T5_XXL = 4_762_310_656
+
+
+def _sd3(denoiser: int, lora_per_rank: int, *activations: float) -> Size:
+    """SD3 and SD 3.5 at 1024 px with both CLIPs and T5; activations full, with checkpointing, LoRA, with checkpointing."""
+    full, full_checkpointed, lora, lora_checkpointed = activations
+    return Size(
+        denoiser=denoiser,
+        encoders=_VAE_16 + 123_650_304 + 694_659_840 + _T5_XXL,
+        lora_per_rank=lora_per_rank,
+        latent_side=128,
+        full=full,
+        full_checkpointed=full_checkpointed,
+        lora=lora,
+        lora_checkpointed=lora_checkpointed,
+    )
+
+
 SIZES: Mapping[str, Size] = MappingProxyType(
     {
         "sd15": _sd(859_520_964, 83_653_863 + 123_060_480, 199_296, 64),
@@ -74,6 +93,19 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             full_checkpointed=1.1 / 2,
             lora=14.5 / 2,
             lora_checkpointed=0.91 / 2,
+        ),
+        "sd3": _sd3(2_028_328_000, 586_752, 6.42, 0.343, 5.49, 0.317),
+        "sd3.5-medium": _sd3(2_243_171_520, 586_752, 11.18, 0.343, 8.76, 0.317),
+        "sd3.5-large": _sd3(8_056_627_520, 1_473_792, 22.22, 0.822, 18.38, 0.782),
+        "flux": Size(
+            denoiser=11_901_408_320,
+            encoders=_VAE_16 + 123_060_480 + _T5_XXL,
+            lora_per_rank=2_801_664,
+            latent_side=128,
+            full=39.73,
+            full_checkpointed=1.58,
+            lora=35.18,
+            lora_checkpointed=1.53,
         ),
         "pixart_alpha": _pixart(611_349_152, 863_152),
         "pixart_sigma": _pixart(610_856_096, 860_336),
@@ -89,6 +121,16 @@ SIZES: Mapping[str, Size] = MappingProxyType(
         ),
     }
 )
+
+
+# Families whose models differ in size; every other family is one entry of SIZES, by its own name.
+MODELS: Mapping[str, tuple[str, ...]] = MappingProxyType({"sd3": ("sd3", "sd3.5-medium", "sd3.5-large")})
+
+
+def known_size(family: str, num_parameters: int) -> str | None:
+    """The entry of SIZES for a family's network of so many weights, within 5 %; None for one that was not counted."""
+    entries = [name for name in MODELS.get(family, (family,)) if name in SIZES]
+    return next((name for name in entries if abs(num_parameters / SIZES[name].denoiser - 1) < 0.05), None)
 
 
 @dataclass(frozen=True, kw_only=True)

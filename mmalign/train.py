@@ -24,7 +24,7 @@ from mmalign.experiment import (
     read_examples,
 )
 from mmalign.loop import METRICS, fit
-from mmalign.memory import OPTIMISER_BYTES, SIZES, activations, memory_estimate
+from mmalign.memory import OPTIMISER_BYTES, activations, known_size, memory_estimate
 from mmalign.model_card import write_card
 from mmalign.models.lora import LORA_FILES
 from mmalign.noise import beta_conventions
@@ -173,13 +173,12 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
     total = sum(p.numel() for p in network.parameters())
     lora = adapter.get("lora") is not None
     base = total - trained if lora else total
-    size = SIZES.get(str(adapter["family"]))
-    stock = size is not None and abs(base / size.denoiser - 1) < 0.1
+    stock = known_size(str(adapter["family"]), base)
     per_sample = 0.0
-    if stock:
+    if stock is not None:
         checkpointing = bool(adapter.get("gradient_checkpointing"))
         side = math.prod(policy.latent_shape[-2:]) ** 0.5
-        per_sample = activations(adapter["family"], lora=lora, checkpointing=checkpointing, latent_side=side)
+        per_sample = activations(stock, lora=lora, checkpointing=checkpointing, latent_side=side)
     precision: Any = training.mixed_precision or "no"
     known = training.optimiser.name in OPTIMISER_BYTES
     estimate = memory_estimate(
@@ -193,7 +192,7 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
         reference_copy=not lora and objective.needs_reference,
         ema=training.ema_decay is not None,
     )
-    missing = "" if stock else "; activations not counted for a network of this size"
+    missing = "" if stock is not None else "; activations not counted for a network of this size"
     return f"{estimate}{missing}" + ("" if known else "; the optimiser counted as adamw")
 
 

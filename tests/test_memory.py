@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from mmalign.errors import UserError
-from mmalign.memory import SIZES, activations, family_estimate, memory_estimate
+from mmalign.families import FAMILIES
+from mmalign.memory import SIZES, activations, family_estimate, known_size, memory_estimate
 
 
 def test_full_tuning_of_sd15_repeats_the_published_floor() -> None:
@@ -26,6 +27,51 @@ def test_lora_of_sdxl_is_its_base_and_a_little() -> None:
     assert estimate.weights + estimate.gradients + estimate.optimiser == pytest.approx(4.8 + 0.2, abs=0.05)
     assert estimate.reference == 0
     assert estimate.total == pytest.approx(4.95 + 14.5, abs=0.05)
+
+
+def test_lora_of_sd3_and_flux_is_their_base_and_t5_unless_cached() -> None:
+    medium, large, flux = (
+        family_estimate(name, lora_rank=16, checkpointing=True, pairs=1) for name in ("sd3", "sd3.5-large", "flux")
+    )
+    assert medium.weights == pytest.approx(2 * 2.028e9 / 2**30, abs=0.05)
+    assert large.weights == pytest.approx(2 * 8.057e9 / 2**30, abs=0.1)
+    assert flux.weights == pytest.approx(2 * 11.9e9 / 2**30, abs=0.2)
+    assert medium.encoders == pytest.approx(10.5, abs=0.1), "mostly T5"
+    assert family_estimate("flux", lora_rank=16, checkpointing=True, pairs=1, cached=True).total < 28
+
+
+def test_the_number_of_weights_tells_the_models_of_a_family_apart() -> None:
+    assert known_size("sd3", 2_028_328_000) == "sd3"
+    assert known_size("sd3", 2_243_171_520) == "sd3.5-medium"
+    assert known_size("sd3", 8_056_627_520) == "sd3.5-large"
+    assert known_size("flux", 11_891_178_560) == "flux", "schnell has no guidance embedding"
+    assert known_size("sd3", 4_000_000_000) is None
+    assert known_size("sd15", 10_000) is None
+    assert known_size("yours", 859_520_964) is None
+
+
+def published_networks() -> dict[str, torch.nn.Module]:
+    """SD3, SD 3.5 and FLUX.1 dev with the numbers of their public configs, without memory."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    large = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+    second = {"dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
+    with torch.device("meta"):
+        return {
+            "sd3": SD3Transformer2DModel(**medium, pos_embed_max_size=192),
+            "sd3.5-medium": SD3Transformer2DModel(**medium, **second, pos_embed_max_size=384),
+            "sd3.5-large": SD3Transformer2DModel(**large, qk_norm="rms_norm", pos_embed_max_size=192),
+            "flux": FluxTransformer2DModel(guidance_embeds=True),
+        }
+
+
+def test_counts_of_sd3_and_flux_are_those_of_their_published_configs() -> None:
+    for name, network in published_networks().items():
+        assert sum(parameter.numel() for parameter in network.parameters()) == SIZES[name].denoiser
+        targets = FAMILIES["flux" if name == "flux" else "sd3"].lora_targets
+        layers = [m for n, m in network.named_modules() if n.endswith(tuple(f".{target}" for target in targets))]
+        assert sum(layer.in_features + layer.out_features for layer in layers) == SIZES[name].lora_per_rank
 
 
 def test_the_parts_by_hand() -> None:
