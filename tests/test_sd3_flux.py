@@ -11,6 +11,8 @@ from test_families import PROMPTS, SIZE, condition_of, retraced, sampled
 from tiny import tiny_pipeline
 
 from mmalign import prepare
+from mmalign.errors import UserError
+from mmalign.experiment import read_examples
 from mmalign.families import FAMILIES
 from mmalign.families.flux import _pack, _positions, _unpack
 from mmalign.models.diffusion import Denoiser, encode_prompt, open_pipeline, schedule_of
@@ -126,3 +128,37 @@ def test_a_prompt_longer_than_the_encoder_takes_is_cut_as_the_stock_pipeline_cut
     assert embeds.shape[:2] == (3, tokens)
     assert torch.equal(embeds[0, :-1], embeds[1, :-1])
     assert not torch.equal(embeds[0], embeds[2])
+
+
+def test_the_told_guidance_is_a_setting_that_reference_logps_in_the_cache_remember(tmp_path: Path) -> None:
+    told: list[set[float]] = []
+    adapter = {"guidance_embedding": 3.5, "draws": 1, "cache": str(tmp_path / "cache")}
+    prepare.main(config_of(tree(tmp_path / "out", family="flux", adapter=adapter)))
+    policy = config_of(tree(tmp_path / "out", family="flux", adapter=adapter)).adapter.build().open()
+    embedding = policy.pipe.transformer.time_text_embed.time_proj
+    embedding.register_forward_pre_hook(lambda _, given: told.append(set(given[0].tolist())))
+    examples, _ = read_examples(config_of(tree(tmp_path / "out", family="flux", adapter=adapter)).data)
+    inputs = policy.prepare(policy.collate([policy.item(examples[0], 0)])).inputs
+    with torch.no_grad(), policy.reference() as reference:
+        inputs.logps(reference)
+        inputs.logps(policy.network)
+    assert told[1::2] == [{3500.0}, {3500.0}]
+    with pytest.raises(UserError, match="guidance_embedding"):
+        train(tmp_path / "other", family="flux", adapter={**adapter, "guidance_embedding": 1.0})
+    with pytest.raises(UserError, match=r"guidance_embedding: got 3\.5, but sd3 is told no guidance"):
+        config_of(tree(tmp_path / "out", family="sd3", adapter={"guidance_embedding": 3.5}))
+
+
+def test_t5_keeps_in_float32_what_overflows_in_float16_also_after_validation_images(tmp_path: Path) -> None:
+    validation = {"prompts": ["a red 1"], "steps": 1, "guidance_scale": 1.0}
+    config = config_of(tree(tmp_path / "out", family="sd3", adapter={"lora": None, "validation": validation}))
+    policy = config.adapter.build().open(mixed_precision="fp16")
+    expected = {"SelfAttention.q.weight": torch.float16, "DenseReluDense.wo.weight": torch.float32}
+    before = {name: value.clone() for name, value in policy.pipe.text_encoder_3.state_dict().items()}
+    for moment in ("opened", "validated"):
+        after = policy.pipe.text_encoder_3.state_dict()
+        for end, dtype in expected.items():
+            assert {value.dtype for name, value in after.items() if name.endswith(end)} == {dtype}, moment
+        assert all(torch.equal(before[name], value) for name, value in after.items()), moment
+        policy.validate(tmp_path / "images")
+    assert (tmp_path / "images" / "000.png").is_file()

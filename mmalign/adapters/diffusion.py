@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmalign.adapters.diffusion_cache import Cache, opened_cache
-from mmalign.adapters.options import Lora, Validation, WinnerGuard, check_frames, check_numbers_of_frames
+from mmalign.adapters.options import Lora, Validation, WinnerGuard, check_frames, check_numbers_of_frames, told_family
 from mmalign.adapters.prompts import Prompt, check_sources, encoded_prompts, prompt_of, source_image, texts_of
 from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
@@ -23,6 +23,7 @@ from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.families import weight_dtype
 from mmalign.likelihoods import DenoisingInputs, winner_guard
+from mmalign.models.casting import cast
 from mmalign.models.diffusion import (
     Denoiser,
     add_lora,
@@ -72,6 +73,7 @@ class DiffusionAdapter:
         noise, timestep: `shared`: the candidates of an example see one; `independent`: each its own. Published: both shared;
             for RankDPO the noise is each image's own.
         latents: a sample of the VAE's posterior, or its mean.
+        guidance_embedding: the guidance scale that FLUX.1 dev is told in training, policy and reference alike; None: 1.
         lora: None trains all weights against a frozen copy.
         dtype: of frozen weights: text encoders and, under a LoRA, the network; auto: that of the mixed precision. Always
             float32: trained weights, the reference of a full fine-tune, and a VAE whose config says force_upcast.
@@ -96,6 +98,7 @@ class DiffusionAdapter:
     noise: Literal["shared", "independent"] = "shared"
     timestep: Literal["shared", "independent"] = "shared"
     latents: Literal["sample", "mean"] = "sample"
+    guidance_embedding: float | None = None
     lora: Lora | None = LORA
     winner_guard: WinnerGuard | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -109,7 +112,7 @@ class DiffusionAdapter:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
-        family = find_family(self.family)
+        family = told_family(self.family, self.guidance_embedding)
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout: got {self.prompt_dropout}, want a share from 0 to below 1.")
         if any(side <= 0 or side % family.size_multiple for side in self.size):
@@ -198,7 +201,7 @@ class DiffusionPolicy:
     ) -> None:
         """Use `DiffusionAdapter.open`."""
         self.settings = settings
-        self.family = find_family(settings.family)
+        self.family = told_family(settings.family, settings.guidance_embedding)
         self.device = device
         self.seed = seed
         frozen = settings.frozen_dtype(mixed_precision)
@@ -209,7 +212,7 @@ class DiffusionPolicy:
         for part in self._encoders():
             part.requires_grad_(False).eval()
             if part is not self.pipe.vae and part.dtype != frozen:
-                part.to(frozen)
+                cast(part, device, frozen)
         nn.Module.to(self.pipe.vae, vae_dtype(self.pipe.vae.config, frozen))
         self.denoiser = Denoiser(self.family, self.family.core(self.pipe))
         self._check_timesteps()
@@ -391,11 +394,11 @@ class DiffusionPolicy:
         before: list[tuple[nn.Module, Any, Any]] = [(part, part.device, part.dtype) for part in self._encoders()]
         try:
             for part, _, _ in before:
-                nn.Module.to(part, self.device, weight_dtype(self.denoiser.core))
+                cast(part, self.device, weight_dtype(self.denoiser.core))
             yield
         finally:
             for part, device, dtype in before:
-                nn.Module.to(part, device, dtype)
+                cast(part, device, dtype)
             self.pipe.vae = vae
 
     def _make_trainable(self, weights: Path | None) -> None:

@@ -197,7 +197,7 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
             "weights": resolved(settings.weights) if settings.weights is not None else None,
             **{
                 name: getattr(settings, name)
-                for name in ("noise", "timestep", "latents", "flip", "prompt_dropout", "cache_dtype")
+                for name in ("noise", "timestep", "latents", "flip", "prompt_dropout", "cache_dtype", "guidance_embedding")
             },
         }
     return Cache(policy, Path(settings.cache or ""), fingerprints, -1 if part is None else part)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmalign.errors import UserError
-from mmalign.families import Family
+from mmalign.families import Family, find_family
 from mmalign.records import Media
 
 
@@ -108,3 +108,13 @@ def check_numbers_of_frames(images: tuple[int, ...], frames: int, where: str) ->
     if len(several) > 1:
         lengths = " and ".join(map(str, several))
         raise UserError(f"{where}: got videos of {lengths} frames in one row, want one length. Cut them, or remove the row.")
+
+
+def told_family(name: str, guidance_embedding: float | None) -> Family:
+    """The family of that name, whose networks are told this guidance scale in training; None: its own.
+
+    Raises:
+        ValueError: a scale for a family whose networks are told none.
+    """
+    family = find_family(name)
+    return family if guidance_embedding is None else family.with_guidance(guidance_embedding)
