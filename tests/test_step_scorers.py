@@ -94,6 +94,7 @@ def test_each_scorer_looks_at_its_part_of_the_state(built: Any, request: pytest.
     }
     changed = {name for name, other in others.items() if not torch.allclose(scorer(**{**base, name: other}), scores, atol=1e-6)}
     assert changed == LOOKS_AT[request.node.callspec.params["built"]]
+    assert scorer.needs_guess == ("clean" in changed)
 
 
 def test_the_step_aware_scorer_is_the_model_on_the_decoded_guess(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ KEPT_PROMPTS = 256
 class StepScorer(Protocol):
     """What a source of rollouts asks of a judge; no gradient."""
 
+    @property
+    def needs_guess(self) -> bool:
+        """Whether it looks at `clean`; if not, a sampler need not ask the network about every state."""
+
     def __call__(
         self,
         *,
@@ -41,6 +45,7 @@ class StepScorer(Protocol):
             prompts: one a state; equal ones are encoded once.
             noisy: x_t.
             clean: the guess x0-hat from it, with the guidance that is sampled with; in the end the image's own latents.
+                Anything where no guess is needed.
             timestep: index in the model's schedule; 0 for a finished image.
         """
 
@@ -98,6 +103,7 @@ class StepAwareScorer:
     resize: Literal["shortest", "squash"]
     batch_size: int
     text: Kept
+    needs_guess: bool = True
 
     @torch.no_grad()
     def __call__(
@@ -159,6 +165,7 @@ class ImageScorer:
     model: StepModel
     scorer: Scorer
     batch_size: int
+    needs_guess: bool = True
 
     @torch.no_grad()
     def __call__(
@@ -204,6 +211,7 @@ class LatentScorer:
     shared: bool
     batch_size: int
     condition: Kept
+    needs_guess: bool = False
 
     @torch.no_grad()
     def __call__(
