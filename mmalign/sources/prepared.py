@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.errors import UserError
 from mmalign.sources.order import Order
 
 
@@ -55,6 +56,16 @@ class Shape:
     num_candidates: int
     side: Mapping[str, Any]
     errors: bool = True
+
+
+def check_samples(adapter: Any, source: str) -> None:
+    """Refuse an adapter whose model is not sampled with.
+
+    Raises:
+        UserError: it has no noise schedule to sample on.
+    """
+    if not hasattr(adapter, "winner_guard"):
+        raise UserError(f"source: got {source} with an adapter that makes no samples, want adapter: diffusion.")
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from mmalign.errors import UserError
 from mmalign.noise import Schedule
 from mmalign.sources.offline import Offline, OfflineStream
 from mmalign.sources.order import Order
-from mmalign.sources.prepared import Prepared, Shape
+from mmalign.sources.prepared import Prepared, Shape, check_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ class Replay:
 
     def check(self, examples: Any, adapter: Any) -> None:
         """Refuse examples that are not one expert image each, and an adapter that cannot sample."""
-        if not hasattr(adapter, "timesteps"):
-            raise UserError("source: got replay with an adapter without sampler steps, want adapter: diffusion.")
+        check_samples(adapter, "replay")
         adapter.check_examples(examples.kinds)
+        adapter.check_sources(examples.sources)
         count = len(examples[0].samples)
         if count != 1:
             raise UserError(f"data.view: gives {count} candidates, want one expert image an example. Use data.view: best.")
@@ -63,7 +63,13 @@ class Replay:
         return Shape(num_candidates=2, side=examples[0].side)
 
     def open(self, examples: Sequence[Any], policy: Any, *, accelerator: Any, seed: int) -> ReplayStream:
-        """Read expert images as `offline` does."""
+        """Read expert images as `offline` does.
+
+        Raises:
+            UserError: more steps than timesteps.
+        """
+        if self.num_steps > policy.schedule.num_timesteps:
+            raise UserError(f"source.num_steps: got {self.num_steps}, want at most {policy.schedule.num_timesteps}.")
         expert = Offline(num_workers=self.num_workers).open(examples, policy)
         return ReplayStream(self, expert, policy, accelerator, seed)
 
@@ -85,7 +91,7 @@ class ReplayStream:
             stop = (step // block + 1) * block  # the block is sampled whole, so that a longer run would see the same
             experts = [self.policy.prepare(batch) for batch in self.expert.collated(order, step, stop)]
             if step % block == 0 or not self.buffer:
-                self.buffer = self._sampled(experts, step)
+                self.buffer = self._sampled(experts, order, step)
             for expert in experts[: (end - step) * order.accumulation]:
                 yield self._paired(expert, self.buffer.pop(0))
             step = end
@@ -103,20 +109,17 @@ class ReplayStream:
         """Go on from a checkpoint."""
         self.buffer = list(state["buffers"][self.accelerator.process_index])
 
-    def _sampled(self, experts: Sequence[Prepared], step: int) -> list[dict[str, Tensor]]:
+    def _sampled(self, experts: Sequence[Prepared], order: Order, step: int) -> list[dict[str, Tensor]]:
         """An own state for every expert of the block, on the CPU; sampled in batches that are sorted by how far they go."""
         settings, schedule = self.settings, self.policy.schedule
         condition = _conditions(experts)
         timestep = torch.cat([schedule.index_of(one.inputs.timestep[:, 0]) for one in experts])
-        place = self.accelerator.process_index
-        generator = torch.Generator().manual_seed(int(content_key(self.seed, "replay", step, place)[:15], 16))
-        noise = torch.randn((len(timestep), *experts[0].inputs.noisy.shape[2:]), generator=generator)
-        jitter = torch.rand((len(timestep), settings.num_steps), generator=generator)
+        noise, jitter = self._draws(order, step, len(experts), tuple(experts[0].inputs.noisy.shape[2:]))
         found = {"noisy": torch.empty_like(noise), "output": torch.empty_like(noise)}
         training = self.policy.network.training
         self.policy.network.eval()
         try:
-            for rows in torch.split(timestep.cpu().argsort(), settings.sampling_batch):
+            for rows in torch.split(timestep.cpu().argsort(stable=True), settings.sampling_batch):
                 on = rows.to(self.policy.device)
                 with torch.no_grad(), self.accelerator.autocast():
                     noisy, output = own_states(
@@ -133,6 +136,17 @@ class ReplayStream:
         sizes = [len(one.ids) for one in experts]
         parts = zip(*(torch.split(value, sizes) for value in found.values()), strict=True)
         return [dict(zip(found, part, strict=True)) for part in parts]
+
+    def _draws(self, order: Order, step: int, num_batches: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Noise and jitter of every example, told by its place in the run: the same however a step is split."""
+        noise, jitter = [], []
+        for number in range(num_batches):
+            start = ((step * order.accumulation + number) * order.num_processes + order.process) * order.batch_size
+            for position in range(start, start + order.batch_size):
+                generator = torch.Generator().manual_seed(int(content_key(self.seed, "replay", position)[:15], 16))
+                noise.append(torch.randn(shape, generator=generator))
+                jitter.append(torch.rand(self.settings.num_steps, generator=generator, dtype=torch.float64))
+        return torch.stack(noise), torch.stack(jitter)
 
     def _paired(self, expert: Prepared, own: Mapping[str, Tensor]) -> Prepared:
         inputs, device = expert.inputs, self.policy.device
@@ -165,8 +179,8 @@ def own_states(
 ) -> tuple[Float[Tensor, "rows c *dims"], Float[Tensor, "rows c *dims"]]:
     """Sample from noise down to `timestep` with DPM-Solver++(2M): x_t there, and what the network says of it.
 
-    Part i of the schedule is [s i, s (i + 1)), s = T / steps; a row visits one timestep in each part above its own, at
-    s i + floor(s jitter), and in its own part exactly `timestep`. Rows that have arrived are not sampled any further.
+    Part i of the schedule is the timesteps in [s i, s (i + 1)), s = T / steps; a row visits one of each part above its own, the
+    share `jitter` into it, and in its own part exactly `timestep`. Rows that have arrived are not sampled any further.
 
     Source: Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095), algorithm 2, with lambda = log(alpha / sigma).
     Args:
@@ -178,11 +192,8 @@ def own_states(
         condition: of each row.
     """
     num_steps = jitter.shape[1]
-    stride = schedule.num_timesteps / num_steps
-    own = (timestep / stride).long().clamp(max=num_steps - 1)
-    parts = torch.arange(num_steps, device=noise.device)
-    visited = ((parts + jitter) * stride).long().clamp(max=schedule.num_timesteps - 1)
-    visited = torch.where(parts == own[:, None], timestep[:, None], visited)
+    own = timestep * num_steps // schedule.num_timesteps
+    visited = visited_timesteps(timestep, jitter, schedule.num_timesteps)
     noisy, output = noise.clone(), torch.zeros_like(noise)
     clean_before: Tensor | None = None
     for part in range(num_steps - 1, int(own.min()) - 1, -1):
@@ -200,6 +211,19 @@ def own_states(
             )
         clean_before = clean
     return noisy, output
+
+
+def visited_timesteps(
+    timestep: Int[Tensor, " rows"], jitter: Float[Tensor, "rows steps"], num_timesteps: int
+) -> Int[Tensor, "rows steps"]:
+    """One timestep of each part, the least noisy first; see `own_states`. In integers, so that no part is left by rounding."""
+    num_steps = jitter.shape[1]
+    bounds = torch.arange(num_steps + 1, device=timestep.device) * num_timesteps
+    bounds = (bounds + num_steps - 1) // num_steps  # a part begins at the first timestep that is not below s i
+    low, size = bounds[:-1], bounds.diff()
+    visited = low + torch.minimum((jitter * size).long(), size - 1)
+    own = timestep * num_steps // num_timesteps
+    return torch.where(torch.arange(num_steps, device=timestep.device) == own[:, None], timestep[:, None], visited)
 
 
 def _solver_step(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -14,13 +15,15 @@ from mmalign.cache import content_key
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.likelihoods import TransitionInputs
-from mmalign.models.step_scorers import STEP_SCORERS
+from mmalign.models.step_scorers import STEP_SCORERS, Kept
 from mmalign.sources.order import Order
-from mmalign.sources.prepared import Prepared, Shape
+from mmalign.sources.prepared import Prepared, Shape, check_samples
 from mmalign.sources.trajectories import Grid, Guided, Pair, Segments, Settings, judged_pairs
 
 logger = logging.getLogger(__name__)
 FRUITLESS_ROUNDS = 10  # in a row without one valid pair
+# Settings of the diffusion adapter that are about given images.
+WITHOUT_MEANING = ("cache", "winner_guard", "weights", "frames", "draws", "crop", "flip", "prompt_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,9 @@ class Rollouts:
         num_candidates: successors of a step. Published: 4 (SD 1.5), 2 (SDXL).
         inner_steps: further steps of each branch before it is judged; each becomes a pair with its own two x_t. Published: 0
             (SD 1.5), 3 (SDXL).
-        window: (lowest, highest) timestep at which pairs are made. Published: (0, 750).
-        threshold: least difference of the softmax; two numbers: at the least and the most noise, linear in sigma between them.
-            Published: 0.3 (SD 1.5), 0.4 (SDXL); LPO 0.35 to 0.5.
+        window: (lowest, highest) timestep at which pairs are made. Published: 0 to 750, in code up to the grid's step 751.
+        threshold: least difference of the softmax; two numbers: at the steps of least and of most noise, linear in the noise
+            that a step adds. Published: 0.3 (SD 1.5), 0.4 (SDXL); LPO 0.35 to 0.5.
         continue_from: which candidate goes on. Published: random.
         prompts_per_round: prompts that are sampled together over all processes, before their pairs are trained on once.
             Published: 40.
@@ -54,7 +57,7 @@ class Rollouts:
     guidance_scale: float = 5.0
     num_candidates: int = 4
     inner_steps: int = 0
-    window: tuple[int, int] = (0, 750)
+    window: tuple[int, int] = (0, 751)
     threshold: float | tuple[float, float] = 0.3
     continue_from: Literal["random", "best", "worst"] = "random"
     prompts_per_round: int = 40
@@ -72,7 +75,7 @@ class Rollouts:
                 f"eta: got {self.eta}, a sampler without noise (an ODE), want a positive number, or the successors of a step "
                 "are one and the same."
             )
-        ends = (self.threshold,) if isinstance(self.threshold, float) else self.threshold
+        ends = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         if not all(0 <= end < 1 for end in ends):
             raise ValueError(f"threshold: got {self.threshold}, want numbers from 0 to below 1.")
         if not 0 <= self.window[0] <= self.window[1]:
@@ -80,11 +83,12 @@ class Rollouts:
 
     def check(self, examples: Any, adapter: Any) -> None:
         """Refuse an adapter whose model cannot be sampled step by step."""
-        if not hasattr(adapter, "timesteps"):
-            raise UserError("source: got rollouts with an adapter without sampler steps, want adapter: diffusion.")
-        for name in ("cache", "winner_guard", "weights", "frames"):
-            if getattr(adapter, name) is not None:
-                raise UserError(f"adapter.{name}: has no meaning for sampler steps (source: rollouts). Set it to null.")
+        check_samples(adapter, "rollouts")
+        defaults = {one.name: one.default for one in fields(adapter)}
+        for name in WITHOUT_MEANING:
+            if getattr(adapter, name) != defaults[name]:
+                told = "null" if defaults[name] is None else defaults[name]
+                raise UserError(f"adapter.{name}: has no meaning for sampler steps (source: rollouts). Set it to {told}.")
 
     def shape(self, examples: Any) -> Shape:
         """Pairs without side data."""
@@ -109,6 +113,7 @@ class RolloutStream:
         low, high = settings.window
         self.segments = Segments.of(self.grid, low, high, settings.inner_steps)
         self.scorer = settings.scorer.build(policy)
+        self.conditions = Kept(compute=policy.conditions)
         self.round = 0
         self.fruitless = 0
         self.pool: list[Pair] = []
@@ -143,7 +148,8 @@ class RolloutStream:
 
     def _taken(self, count: int) -> list[Pair] | None:
         """The next pairs of one kind (one x_t, or each its own), so that they make one batch; None: there are too few."""
-        for shared in (True, False):
+        first = not self.pool or self.pool[0].shared
+        for shared in (first, not first):
             kind = [pair for pair in self.pool if pair.shared == shared][:count]
             if len(kind) == count:
                 taken = {id(pair) for pair in kind}
@@ -159,7 +165,7 @@ class RolloutStream:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = list(enumerate(draws))[rank::world]
         found: list[Pair] = []
-        scores: list[Tensor] = []
+        scores: list[float] = []
         training = self.policy.network.training
         self.policy.network.eval()
         try:
@@ -169,17 +175,23 @@ class RolloutStream:
                 keys = [content_key(self.seed, self.round, place) for place, _ in part]
                 pairs, score = self._sampled(prompts, keys)
                 found += pairs
-                scores.append(score)
+                scores += score.flatten().tolist()
         finally:
             self.policy.network.train(training)
         self._mix(found, scores)
 
     def _sampled(self, prompts: list[str], keys: list[str]) -> tuple[list[Pair], Tensor]:
         settings = self.settings
-        with torch.no_grad(), self.accelerator.autocast():
-            condition, without = self._conditions(prompts)
+        condition, without = self._conditions(prompts)
+
+        def network(*arguments: Tensor, **condition: Tensor) -> Tensor:
+            with self.accelerator.autocast():  # not of the scorer, which knows its own precision
+                output: Tensor = self.policy.denoiser(*arguments, **condition)
+            return output
+
+        with torch.no_grad():
             return judged_pairs(
-                Guided(self.policy.denoiser, condition, without, settings.guidance_scale),
+                Guided(network, condition, without, settings.guidance_scale),
                 self.policy.schedule,
                 self.grid,
                 self.segments,
@@ -191,19 +203,20 @@ class RolloutStream:
                 settings=Settings(settings.num_candidates, settings.threshold, settings.continue_from),
             )
 
-    def _mix(self, found: list[Pair], scores: list[Tensor]) -> None:
-        every, all_scores = found, [score.mean().item() for score in scores]
+    def _mix(self, found: list[Pair], scores: list[float]) -> None:
+        """Gather, and order at random: the same pairs and the same order whatever process found them."""
+        every, all_scores = found, scores
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            every, all_scores = gather_object(found), gather_object(all_scores)
-        every.sort(key=lambda pair: pair.key)  # the same whatever process found it
+            every, all_scores = gather_object(found), gather_object(scores)
+        every.sort(key=lambda pair: pair.key)
         generator = torch.Generator().manual_seed(int(content_key(self.seed, "mix", self.round)[:15], 16))
         self.pool += [every[place] for place in torch.randperm(len(every), generator=generator).tolist()]
         self.round += 1
         self.fruitless = 0 if every else self.fruitless + 1
         attempts = self.settings.prompts_per_round * self.segments.num_transitions
-        self.notes = {"rollout/valid": len(every) / attempts, "rollout/score": sum(all_scores) / max(1, len(all_scores))}
+        self.notes = {"rollout/valid": len(every) / attempts, "rollout/score": math.fsum(all_scores) / len(all_scores)}
         logger.info("round %d: %d pairs, mean score %.4g", self.round, len(every), self.notes["rollout/score"])
         if self.fruitless == FRUITLESS_ROUNDS:
             raise UserError(
@@ -212,9 +225,9 @@ class RolloutStream:
             )
 
     def _conditions(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        condition = self.policy.conditions(list(prompts))
         guided = self.settings.guidance_scale != 1.0
-        return condition, self.policy.conditions([""] * len(prompts)) if guided else None
+        with torch.no_grad():
+            return self.conditions(prompts), self.conditions([""] * len(prompts)) if guided else None
 
     def _prepared(self, pairs: Sequence[Pair]) -> Prepared:
         """Pairs -> the inputs of one step; where both branches share x_t the network is asked once."""

@@ -138,7 +138,7 @@ class Guided:
         """The output for rows that are a whole multiple of the prompts, at one timestep."""
         count = len(noisy) // len(next(iter(self.condition.values())))
         condition = {name: value.repeat_interleave(count, 0) for name, value in self.condition.items()}
-        times = timestep.expand(len(noisy))
+        times = timestep.to(noisy.device).expand(len(noisy))
         if self.without is None:
             return self.network(noisy, times, **condition).float()
         without = {name: value.repeat_interleave(count, 0) for name, value in self.without.items()}
@@ -178,10 +178,11 @@ def judged_pairs(
     shape: tuple[int, ...],
     device: torch.device,
     settings: Settings,
-) -> tuple[list[Pair], Float[Tensor, " scores"]]:
-    """Sample all prompts at once; returns the valid pairs, and the scores of all candidates.
+) -> tuple[list[Pair], Float[Tensor, "prompts judged"]]:
+    """Sample all prompts at once; returns the valid pairs, and the scores of all candidates of each prompt.
 
-    What the network said of the branch that goes on serves its next step: no state is forwarded twice.
+    What the network said of the branch that goes on serves its next step: no state is forwarded twice. Where the scorer needs
+    no guess, only the branch that goes on is forwarded.
 
     Args:
         policy: the network with guidance.
@@ -194,11 +195,10 @@ def judged_pairs(
     """
     generators = [torch.Generator().manual_seed(int(content_key(key)[:15], 16)) for key in keys]
     noisy = _randn(generators, shape, device)
-    output: Tensor | None = None
     for number in segments.alone:
-        output = policy(noisy, _time(schedule, grid, number))
-        noisy = _stepped(grid, number, noisy, output, _randn(generators, shape, device))
-    output = None
+        said = policy(noisy, _time(schedule, grid, number))
+        noisy = _stepped(grid, number, noisy, said, _randn(generators, shape, device))
+    output: Tensor | None = None
     pairs: list[Pair] = []
     scores: list[Tensor] = []
     for part in segments.parts:
@@ -206,7 +206,7 @@ def judged_pairs(
             output = policy(noisy, _time(schedule, grid, part[0]))
         states = _branches(policy, schedule, grid, part, noisy, output, generators, settings.num_candidates)
         ends = states[-1]
-        outputs, clean, timestep = _end(policy, schedule, grid, part[-1], ends)
+        outputs, clean, timestep = _end(policy, schedule, grid, part[-1], ends, guess=scorer.needs_guess)
         rows = len(prompts) * settings.num_candidates
         judged = scorer(
             prompts=[prompt for prompt in prompts for _ in range(settings.num_candidates)],
@@ -214,14 +214,14 @@ def judged_pairs(
             clean=clean.flatten(0, 1),
             timestep=timestep.expand(rows),
         ).reshape(len(prompts), -1)
-        best, worst, valid = select(judged, _threshold(settings.threshold, schedule, int(timestep)))
-        scores.append(judged.flatten())
+        best, worst, valid = select(judged, threshold_at(settings.threshold, grid, part[0]))
+        scores.append(judged)
         pairs += _pairs(part, states, best, worst, valid, prompts, keys)
         on = _chosen(settings.continue_from, best, worst, generators, settings.num_candidates)
         rows_of = torch.arange(len(prompts), device=device)
         noisy = ends[rows_of, on]
         output = None if outputs is None else outputs[rows_of, on]
-    return pairs, torch.cat(scores).cpu()
+    return pairs, torch.cat(scores, 1).cpu()
 
 
 def _branches(
@@ -248,7 +248,7 @@ def _branches(
 
 
 def _end(
-    policy: Guided, schedule: Schedule, grid: Grid, number: int, ends: Tensor
+    policy: Guided, schedule: Schedule, grid: Grid, number: int, ends: Tensor, *, guess: bool
 ) -> tuple[Tensor | None, Tensor, Int[Tensor, ""]]:
     """What the network says of the branches where they are judged, the clean latents it implies, and their timestep.
 
@@ -257,6 +257,8 @@ def _end(
     if number == grid.num_steps - 1:
         return None, ends, torch.tensor(0, device=ends.device)
     timestep = grid.timesteps[number + 1].to(ends.device)
+    if not guess:
+        return None, ends, timestep
     outputs = policy(ends.flatten(0, 1), _time(schedule, grid, number + 1)).reshape(ends.shape)
     return outputs, schedule.clean(ends, outputs, timestep.expand(ends.shape[:2])), timestep
 
@@ -288,11 +290,16 @@ def _chosen(way: str, best: Tensor, worst: Tensor, generators: Sequence[torch.Ge
     return torch.tensor([int(torch.randint(count, (), generator=one)) for one in generators], device=best.device)
 
 
-def _threshold(threshold: float | tuple[float, float], schedule: Schedule, timestep: int) -> float:
-    if isinstance(threshold, float):
+def threshold_at(threshold: float | tuple[float, float], grid: Grid, number: int) -> float:
+    """One threshold, or least + (most - least) (std - min std) / (max std - min std), std being the noise of a sampler step.
+
+    Source: the published code of LPO, dynamic_threshold_sigma.
+    """
+    if not isinstance(threshold, tuple):
         return threshold
     least, most = threshold
-    return least + (most - least) * float(schedule.sigma[timestep])
+    std, low, high = (float(value) for value in (grid.steps.std[number], grid.steps.std.min(), grid.steps.std.max()))
+    return least + (most - least) * (std - low) / (high - low)
 
 
 def _stepped(grid: Grid, number: int, noisy: Tensor, output: Tensor, noise: Tensor) -> Tensor:
