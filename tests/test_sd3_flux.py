@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from runs import config_of, final_weights, forget_accelerate, metrics_of, train, tree
@@ -16,6 +17,7 @@ from mmalign.experiment import read_examples
 from mmalign.families import FAMILIES
 from mmalign.families.flux import _pack, _positions, _unpack
 from mmalign.models.diffusion import Denoiser, encode_prompt, open_pipeline, schedule_of
+from mmalign.models.sampling import set_scheduler
 
 
 def schnell(folder: Path) -> Any:
@@ -115,8 +117,17 @@ def test_sd3_without_t5_has_zeros_in_its_place_and_trains_caches_and_saves_a_fol
     assert max(float(value.abs().max()) for key, value in final_weights(output).items() if "lora_B" in key) > 1e-4
     forget_accelerate()
     full = train(tmp_path / "full", family="sd3", adapter={"model": str(folder), "lora": None})
-    stock = open_pipeline("sd3", full / "pipeline")
-    assert stock.text_encoder_3 is None and stock.tokenizer_3 is None
+    for run in (output, full):
+        names: dict[str, Any] = {"diffusers": diffusers}
+        exec((run / "README.md").read_text().split("```python\nimport diffusers\n")[1].split("```")[0], names)
+        assert names["pipe"].text_encoder_3 is None and names["pipe"].tokenizer_3 is None
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_sampler_of_epsilon_is_refused_for_rectified_flow(name: str, tmp_path: Path) -> None:
+    pipe = open_pipeline(name, tiny_pipeline(name, tmp_path))
+    with pytest.raises(UserError, match=r"got 'DDIMScheduler', which this .* Known: FlowMatchEuler"):
+        set_scheduler(pipe, "DDIMScheduler")
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("sd3", 16 + 256), ("flux", 512)])

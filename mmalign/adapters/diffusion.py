@@ -44,6 +44,7 @@ from mmalign.models.diffusion import (
     vae_dtype,
 )
 from mmalign.models.lora import loading_code
+from mmalign.models.pipeline_folder import opening_code
 from mmalign.models.sampling import sample_images
 from mmalign.models.tiny import TINY
 from mmalign.noise import TIMESTEP_WEIGHTS, TIMESTEPS
@@ -353,7 +354,7 @@ class DiffusionPolicy:
         """Stock diffusers code that loads the result, from any folder."""
         folder = folder.absolute()
         if self.settings.lora is None:
-            return f'pipe = diffusers.{self.family.pipeline}.from_pretrained("{folder / FULL}")'
+            return opening_code(self.family, folder / FULL, like=self.settings.model)
         model = self.settings.model
         base = model_folder(self.family, model) if model == TINY else model
         return loading_code(self.family, base, folder)

@@ -18,6 +18,7 @@ from mmalign.errors import UserError
 from mmalign.families import Family
 from mmalign.models.denoiser import Denoiser
 from mmalign.models.peft_adapter import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter, write_adapter
+from mmalign.models.pipeline_folder import opening_code
 from mmalign.models.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def loading_code(family: Family, base: Path | str, folder: Path | str) -> str:
         base: the base model, a folder or hub id.
         folder: where `save_lora` wrote to.
     """
-    opened = f'pipe = diffusers.{family.pipeline}.from_pretrained("{base}")'
+    opened = opening_code(family, base)
     if family.lora_format == "peft":
         network = f"pipe.{family.network}"
         return f'{opened}\nimport peft\n{network} = peft.PeftModel.from_pretrained({network}, "{folder}")'

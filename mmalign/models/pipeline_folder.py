@@ -84,6 +84,20 @@ def absent_parts(family: Family, folder: Path) -> dict[str, None]:
     return {name: None for name in (*family.encoders, *family.tokenizers) if index.get(name) == [None, None]}
 
 
+def opening_code(family: Family, base: Path | str, *, like: Path | str | None = None) -> str:
+    """The line of stock Python that opens a pipeline as `pipe`, given `import diffusers`.
+
+    Args:
+        family: of the model.
+        base: folder or hub id.
+        like: a folder with the same parts, where `base` is not written yet.
+    """
+    folder = Path(base if like is None else like)
+    absent = absent_parts(family, folder) if (folder / "model_index.json").is_file() else {}
+    arguments = ", ".join([f'"{base}"', *(f"{name}=None" for name in absent)])
+    return f"pipe = diffusers.{family.pipeline}.from_pretrained({arguments})"
+
+
 def check_tokenizers(folder: Path, model: str | Path, family: Family) -> None:
     """Refuse tokenizers that exist only as a SentencePiece model (PixArt's) where the packages that read one are missing.
 
