@@ -15,7 +15,7 @@ from mmalign.config import check_folder, command_line, differences, resolved, wr
 from mmalign.config.writing import environment
 from mmalign.errors import UserError
 from mmalign.processes import Processes, launched_processes
-from mmalign.prompts import read_prompts
+from mmalign.prompts import read_prompts, read_sources
 from mmalign.records.stamps import replace_file, save_stamped, stamp_of
 
 __all__ = ["GenerateConfig", "Generated", "Generator", "main", "read_prompts"]
@@ -164,11 +164,12 @@ def main(config: GenerateConfig) -> Generated:
     Raises:
         UserError: unusable prompts, model, LoRA or sampler; a folder made with other settings, or of other files.
     """
-    prompts = read_prompts(config.prompts)
-    settings = _settings(config, prompts)
+    prompts, sources = read_prompts(config.prompts), read_sources(config.prompts)
+    _check_sources(config, sources)
+    settings = _settings(config, prompts, sources)
     check_folder(config.output)
     _check_state(config.output, settings)
-    run = _Run(config=config, key=_sha256(json.dumps(settings, sort_keys=True)), prompts=prompts)
+    run = _Run(config=config, key=_sha256(json.dumps(settings, sort_keys=True)), prompts=prompts, sources=sources)
     processes = launched_processes()
     standing = _standing_rows(run.file)
     processes.wait()  # until here nobody has written
@@ -191,6 +192,7 @@ class _Run:
     config: GenerateConfig
     key: str
     prompts: Sequence[str]
+    sources: Sequence[Path]
 
     @property
     def file(self) -> Path:
@@ -209,6 +211,14 @@ class _Run:
     def lacks(self, job: Job) -> bool:
         return not self.image_path(job).is_file()
 
+    def source_path(self, index: int) -> Path:
+        return self.config.output / IMAGES_FOLDER / f"{index:06d}-source{self.sources[index].suffix}"
+
+    def prompt(self, index: int) -> str | dict[str, str]:
+        if not self.sources:
+            return self.prompts[index]
+        return {"text": self.prompts[index], "image": self.source_path(index).relative_to(self.config.output).as_posix()}
+
     def paths(self, index: int) -> list[Path]:
         count = sum(maker.num_candidates for maker in self.config.makers)
         return [self.image_path((index, number)) for number in range(count)]
@@ -222,7 +232,7 @@ class _Run:
         """The row of a prompt whose images are there, as they themselves tell it."""
         paths = self.paths(index)
         candidates = [{"image": path.relative_to(self.config.output).as_posix()} for path in paths]
-        row = {"id": self.row_id(index), "prompt": self.prompts[index], "candidates": candidates}
+        row = {"id": self.row_id(index), "prompt": self.prompt(index), "candidates": candidates}
         return (json.dumps({**row, "provenance": [stamp_of(path) for path in paths]}, ensure_ascii=False) + "\n").encode()
 
 
@@ -245,6 +255,8 @@ def _sample_all(run: _Run, work: Sequence[Sequence[list[Job]]], settings: dict[s
     pipe = _open(makers[due[0]]).to(device)
     if processes.is_main:
         _claim_folder(run.config, settings)
+        for index in run.wanted[: len(run.sources)]:
+            replace_file(run.source_path(index), run.sources[index].read_bytes())
     processes.wait()
     for number in due:
         mine = processes.share(work[number])
@@ -269,10 +281,25 @@ def _free_memory(device: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _settings(config: GenerateConfig, prompts: Sequence[str]) -> dict[str, Any]:
+def _check_sources(config: GenerateConfig, sources: Sequence[Path]) -> None:
+    """Refuse prompts without source images for a family that edits, and with them for any other."""
+    from mmalign.families import find_family
+
+    for family in (find_family(str(maker.family)) for maker in config.makers):
+        if family.edits and not sources:
+            wanted = 'a .jsonl file with {"prompt": "text", "image": "file"} a line'
+            raise UserError(f"prompts: got no source images, want {wanted}: {family.name} edits them.")
+        if sources and not family.edits:
+            raise UserError(f"prompts: got source images, want texts alone: {family.name} does not edit. Set another family.")
+
+
+def _settings(config: GenerateConfig, prompts: Sequence[str], sources: Sequence[Path]) -> dict[str, Any]:
     """Everything that the images depend on, with fingerprints of what lies behind names."""
     settings = {key: value for key, value in resolved(config).items() if key not in (*FREE_KEYS, "generators")}
     settings["prompts"] = f"{len(prompts)} prompts, sha256 {_sha256(json.dumps(prompts))}"
+    if sources:
+        contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+        settings["sources"] = f"{len(sources)} images, sha256 {_sha256(json.dumps(contents))}"
     files = {maker.name: _files(maker) for maker in config.makers}
     if not config.generators:
         return {**settings, **files[config.makers[0].name]}
@@ -417,9 +444,12 @@ def _check_measures(maker: Maker, family: Any) -> None:
 
 
 def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[Any]:
+    from mmalign.adapters.prompts import source_image
     from mmalign.families import find_family
     from mmalign.models.sampling import sample_images
+    from mmalign.records import Media
 
+    media = [Media(path=str(run.sources[index])) for index, _ in batch if run.sources]
     images = sample_images(
         find_family(str(maker.family)),
         pipe,
@@ -430,6 +460,7 @@ def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[A
         negative_prompt=maker.negative_prompt,
         size=maker.size,
         frames=maker.frames,
+        sources=[one.open() if maker.size is None else source_image(one, maker.size) for one in media],
         batch_size=len(batch),
     )
     return list(images)

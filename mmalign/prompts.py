@@ -36,6 +36,29 @@ def read_prompts(source: str | Sequence[str]) -> list[str]:
     return [text for _, text in numbered]
 
 
+def read_sources(source: str | Sequence[str]) -> list[Path]:
+    """Source images of the prompts of a .jsonl file: `{"prompt": "text", "image": "file"}` a line, beside that file.
+
+    Empty where no line names one, and for prompts that are no .jsonl file. Read after `read_prompts`, which checks the rest.
+
+    Raises:
+        UserError: a line without an image where others have one, or an image that is not there, with file and line.
+    """
+    if not isinstance(source, str) or not source.endswith(".jsonl"):
+        return []
+    file = Path(source).expanduser()
+    values = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    names = [value.get("image") if isinstance(value, dict) else None for value in values]
+    if not any(names):
+        return []
+    for number, name in enumerate(names, 1):
+        if not isinstance(name, str) or not name:
+            raise UserError(f'{source}:{number}: got no source image, want "image": a file, as other lines have. Add it.')
+        if not (file.parent / name).is_file():
+            raise UserError(f"{source}:{number}: the image {name} is missing. Put it beside {file.name}, or remove the line.")
+    return [file.parent / str(name) for name in names]
+
+
 def _prompt_of(line: str, where: str) -> str:
     try:
         value = json.loads(line)

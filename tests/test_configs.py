@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mmalign.config import read_config, resolved
 from mmalign.experiment import TrainConfig
@@ -71,7 +72,8 @@ def _image(family: Family, pipe: Any) -> np.ndarray[Any, Any]:
     generator = torch.Generator().manual_seed(0)
     length = {} if family.frame_multiple is None else {"num_frames": 1 + family.frame_multiple}
     options = {"height": 32, "width": 32, "num_inference_steps": 2, **length, **family.call_options(1.0, None, 1)}
-    return np.array(getattr(pipe(["a red disc"], generator=generator, **options), family.output)[0])
+    source = {"image": [Image.new("RGB", (32, 32), "white")]} if family.edits else {}
+    return np.array(getattr(pipe(prompt=["a red disc"], generator=generator, **source, **options), family.output)[0])
 
 
 def _as_overrides(values: dict[str, Any]) -> list[str]:

@@ -365,10 +365,14 @@ def test_training_from_the_cache_is_training_without_it(name: str, tmp_path: Pat
     changes["adapter"]["cache"] = str(tmp_path / "cache")
     forget_accelerate()
     prepared = prepare.main(config_of(tree(tmp_path / "cached", **changes)))
-    assert (prepared.num_references, prepared.num_prompts) == (4, 3)
+    # The empty prompt counts once; what an edit is made from is part of its prompt, also of the empty one.
+    assert (prepared.num_references, prepared.num_prompts) == (4, 8 if FAMILIES[name].edits else 3)
     cached = train(tmp_path / "cached", **changes)
     for one, other in zip(metrics_of(plain), metrics_of(cached), strict=True):
-        assert (one["loss"], one["logps/rejected"]) == (other["loss"], other["logps/rejected"])
+        # References are computed four examples at a time: the thousand tokens of a source are summed in another order.
+        exactly = {"rel": 1e-4 if FAMILIES[name].edits else 0, "abs": 0}
+        for key in ("loss", "logps/rejected"):
+            assert one[key] == pytest.approx(other[key], **exactly)
 
 
 @pytest.mark.parametrize("name", IMAGE_FAMILIES)

@@ -1,11 +1,14 @@
 """Qwen-Image (and Edit) and Z-Image: each forward is the stock network's call, padding changes nothing, noise is Gaussian."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import metrics_of, train
+from test_adapter_diffusion import opened, prepared
 from tiny import tiny_folder
 from torch import Tensor
 
@@ -163,3 +166,27 @@ def test_the_shift_is_the_one_the_stock_pipeline_samples_this_size_with() -> Non
     assert sigma[499].item() == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=1e-6)
     z = schedule_of(open_pipeline("z_image", tiny_folder("z_image")), (64, 64)).sigma
     assert z[499].item() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_the_shared_noise_of_a_flow_model_is_gaussian(name: str, tmp_path: Path) -> None:
+    """x_t = (1 - sigma) clean + sigma noise and target = noise - clean; uniform noise on [0, 1] has mean 0.5 and std 0.29."""
+    policy, examples = opened(tmp_path, name, latents="mean")
+    inputs = prepared(policy, *((examples[n], epoch) for n in range(8) for epoch in range(3))).inputs
+    sigma = (inputs.timestep / 1000).reshape(-1, 2, 1, 1, 1)
+    noise = inputs.noisy + (1 - sigma) * inputs.target
+    torch.testing.assert_close(noise[:, 0], noise[:, 1], atol=1e-5, rtol=0)  # one noise for both candidates
+    drawn = noise[:, 0].flatten()
+    assert len(drawn) == 24 * 256
+    assert drawn.mean().abs() < 0.05
+    assert drawn.std() == pytest.approx(1, abs=0.05)
+    assert (drawn.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.01)
+    assert (drawn < 0).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_a_batch_of_one_trains_from_its_reference(name: str, tmp_path: Path) -> None:
+    output = train(tmp_path / "out", name, training={"batch_size": 1, "steps": 2})
+    losses = [row["loss"] for row in metrics_of(output)]
+    assert losses[0] == pytest.approx(0.6931472, rel=1e-6)
+    assert len(losses) == 2 and np.isfinite(losses[1]) and losses[1] != losses[0]
