@@ -16,7 +16,7 @@ from mmalign.importers import IMPORTERS
 from mmalign.losses import LOSSES
 from mmalign.objective import AutoBeta, Objective, Term
 from mmalign.records import VIEWS, Examples
-from mmalign.sources import SOURCES
+from mmalign.sources import SOURCES, Offline
 from mmalign.training import Training, changed_keys
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,8 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
     adapter = config.adapter.build()
     source = config.source.build()
     source.check(examples, adapter)
+    if config.adapter.settings.get("buckets") is not None and not isinstance(source, Offline):
+        raise UserError(f"adapter.buckets: got them with source: {config.source.name}, want source: offline. Set it to null.")
     return adapter.open(
         device=accelerator.device,
         mixed_precision=accelerator.mixed_precision,

@@ -84,7 +84,8 @@ def _decided(examples: Examples) -> Iterator[Example]:
 
 def _batches(policy: Any, examples: Examples, draws: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(rewards, error above the reference's), each (batch, 2) and averaged over the draws."""
-    for group in in_batches(_decided(examples), batch_size):
+    size = batch_size if policy.settings.buckets is None else 1  # a batch is of one bucket
+    for group in in_batches(_decided(examples), size):
         ratios, drifts = [], []
         for draw in range(draws):
             prepared = policy.prepare(policy.collate([policy.item(example, draw) for example in group]))

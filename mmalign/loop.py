@@ -381,6 +381,7 @@ def fit(
         seed=seed,
         num_processes=accelerator.num_processes,
         process=accelerator.process_index,
+        groups=getattr(stream, "groups", ()),
     )
     total = training.num_steps(num_examples, order.per_step)
     torch.manual_seed(seed + accelerator.process_index)  # dropout; every other draw has a generator of its own

@@ -86,7 +86,7 @@ def main(config: TrainConfig) -> Trained:
         check_images(examples, config.data.check_images)
     stream = source.open(examples, policy, accelerator=accelerator, seed=config.seed)
     if isinstance(stream, OfflineStream):  # a fault of the data shows before any file does
-        first = range(min(config.training.batch_size, len(examples)))
+        first = (stream.groups[0] if stream.groups else range(len(examples)))[: config.training.batch_size]
         policy.prepare(policy.collate([policy.item(examples[i], 0) for i in first]))
     if accelerator.is_main_process:
         logger.info("%s", plan)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmalign.adapters.buckets import Buckets
 from mmalign.adapters.diffusion_cache import Cache, opened_cache
 from mmalign.adapters.options import Lora, Validation, WinnerGuard, check_frames, check_numbers_of_frames, told_family
 from mmalign.adapters.prompts import Prompt, check_sources, encoded_prompts, prompt_of, source_image, texts_of
@@ -64,6 +65,8 @@ class DiffusionAdapter:
     Args:
         family, model, revision, variant: what to open: a name in FAMILIES; local folder or hub id.
         resolution: side, or (height, width), in pixels; a multiple of what the family asks for: 8 or 16.
+        buckets: several sizes to train at, by the shape of the chosen image; `resolution` is then that of the validation
+            images. Of the offline source.
         frames: of a video, whose first so many are trained on at its own rate: for families of videos, 1 more than a multiple
             of 4. All videos of an example must have one length, and this many frames at least. None: images.
         crop, flip: how images become that size; `flip` mirrors each image with probability 1/2, each on its own. All frames of
@@ -90,6 +93,7 @@ class DiffusionAdapter:
     revision: str | None = None
     variant: str | None = None
     resolution: int | tuple[int, int]
+    buckets: Buckets | None = None
     frames: int | None = None
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -119,6 +123,8 @@ class DiffusionAdapter:
         if any(side <= 0 or side % family.size_multiple for side in self.size):
             raise ValueError(f"resolution: got {self.resolution}, want multiples of {family.size_multiple}, such as 512.")
         check_frames(family, self.frames)
+        if self.buckets is not None:
+            self.buckets.check(family)
         if self.crop == "random" and self.cache is not None:
             raise ValueError("crop: got random with a cache, which holds one crop of an image. Use crop: center.")
         if family.edits and (self.flip or self.crop == "random"):
@@ -209,6 +215,8 @@ class DiffusionPolicy:
         trained = frozen if settings.lora is not None else torch.float32
         self.pipe = self._open(trained)
         self.schedule = schedule_of(self.pipe, settings.size)
+        buckets = () if settings.buckets is None else settings.buckets.all()
+        self.schedules = {size: schedule_of(self.pipe, size) for size in (settings.size, *buckets)}
         self.pipe.to(device)
         for part in self._encoders():
             part.requires_grad_(False).eval()
@@ -233,6 +241,7 @@ class DiffusionPolicy:
             frames=None if self.cache is None else self.cache.frames,
             num_frames=settings.frames,
             edits=self.family.edits,
+            buckets=buckets,
         )
         self._copy = frozen_copy(self.denoiser) if settings.lora is None and needs_reference else None
         self._make_trainable(weights)
@@ -273,24 +282,34 @@ class DiffusionPolicy:
         """Items -> micro-batch."""
         return self.reader.collate
 
+    def groups(self, examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
+        """Which examples may share a step: those of one bucket; () where all may. The head of each chosen image is read."""
+        if self.settings.buckets is None:
+            return ()
+        found: dict[tuple[int, int], list[int]] = {}
+        for index in range(len(examples)):
+            found.setdefault(self.reader.size_of(examples[index]), []).append(index)
+        return tuple(tuple(found[size]) for size in sorted(found))
+
     def prepare(self, batch: Mapping[str, Any]) -> Prepared:
         """Encode what is not cached, make every random draw, and build the inputs of one step."""
+        schedule = self.schedules[batch["size"]]
         mean, std = self._latents(batch)
         drop, u, noise, posterior = self._draws(batch, tuple(mean.shape[2:]))
         clean = mean if self.settings.latents == "mean" else mean + std * posterior
         rows = zip(drop, batch["prompt"], batch["source"], strict=True)
         prompts = [prompt_of("" if dropped else text, source) for dropped, text, source in rows]
-        timestep = self.settings.timesteps.build(u, self.schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
+        timestep = self.settings.timesteps.build(u, schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
         noise = noise.expand(mean.shape)
         side = {name: value.to(self.device) for name, value in batch["side"].items()}
         weights = self.settings.weights
         inputs = DenoisingInputs(
-            noisy=self.schedule.add_noise(clean, noise, timestep),
-            timestep=self.schedule.network_timestep(timestep),
-            target=self.schedule.target(clean, noise, timestep),
+            noisy=schedule.add_noise(clean, noise, timestep),
+            timestep=schedule.network_timestep(timestep),
+            target=schedule.target(clean, noise, timestep),
             condition={**self._prompts(prompts, batch["sources"]), **{k: v.to(self.device) for k, v in batch["sizes"].items()}},
             per_candidate=frozenset(batch["sizes"]),
-            error_weight=None if weights is None else weights.build(self.schedule, timestep),
+            error_weight=None if weights is None else weights.build(schedule, timestep),
             safeguard=self._safeguard(side),
         )
         reference = None if self.cache is None else self.cache.reference(batch["key"], batch["draw"])
@@ -343,7 +362,11 @@ class DiffusionPolicy:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of the latents of one image; (channels, frames, height, width) of a video."""
-        return latent_shape(self.pipe, self.settings.size, self.settings.frames)
+        return self.latent_shape_of(self.settings.size)
+
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """The same of an image or video of this (height, width) in pixels."""
+        return latent_shape(self.pipe, size, self.settings.frames)
 
     @property
     def num_encoder_parameters(self) -> int:
@@ -428,13 +451,13 @@ class DiffusionPolicy:
     def _latents(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "batch k *dims"], Float[Tensor, "batch k *dims"]]:
         names = [name for row in batch["images"] for name in row]
         if self.cache is not None and self.cache.frames is not None:
-            found = self.cache.images.get(names)
+            found = self.cache.latents(names, self.latent_shape_of(batch["size"]))
         else:
             encoded = self.encode(batch["pixels"], check=False)  # NaN shows in the loss, where the loop looks once a step
             where = {name: place for place, name in enumerate(batch["names"])}
             index = torch.tensor([where[name] for name in names])
             found = {field: value[index.to(value.device)] for field, value in encoded.items()}
-        shape = (len(batch["images"]), -1, *self.latent_shape)
+        shape = (len(batch["images"]), -1, *self.latent_shape_of(batch["size"]))
         mean, std = (found[name].to(self.device, torch.float32).reshape(shape) for name in ("mean", "std"))
         return mean, std
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from mmalign.adapters.images import Framed
 from mmalign.adapters.prompts import Prompt, framed_source, prompt_of
-from mmalign.adapters.reading import cache_key
 from mmalign.cache import TensorStore, content_key, weights_fingerprint
 from mmalign.config import resolved
-from mmalign.records import Example, Media
+from mmalign.records import Content, Example, Media
 
 if TYPE_CHECKING:
     from mmalign.adapters.diffusion import DiffusionPolicy
@@ -34,15 +34,15 @@ Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class CachedFrames:
     """Sizes and crops of the cached images: what SDXL's conditioning needs when no image is read."""
 
-    def __init__(self, store: TensorStore, target: tuple[int, int]) -> None:
+    def __init__(self, store: TensorStore) -> None:
         """Wrap a store of (original height, width, crop top, left)."""
-        self.store, self.target = store, target
+        self.store = store
 
-    def get(self, key: str) -> Framed:
+    def get(self, key: str, target: tuple[int, int]) -> Framed:
         """The frame of one image, without pixels."""
         height, width, top, left = self.store.get([key])["frame"][0].tolist()
         nothing = torch.empty((3, 0, 0), dtype=torch.uint8)
-        return Framed(pixels=nothing, original=(height, width), crop=(top, left), target=self.target)
+        return Framed(pixels=nothing, original=(height, width), crop=(top, left), target=target)
 
 
 class Cache:
@@ -53,6 +53,9 @@ class Cache:
         settings = policy.settings
         dtype = DTYPES[settings.cache_dtype]
         latent = (policy.latent_shape, dtype)
+        if settings.buckets is not None:  # of any bucket, as rows of the longest
+            shapes = [policy.latent_shape_of(size) for size in settings.buckets.all()]
+            latent = ((shapes[0][0], max(math.prod(shape[1:]) for shape in shapes)), dtype)
         blank = {"": torch.zeros(3, *settings.size, dtype=torch.uint8)}
         example = policy.encode_prompts([prompt_of("", "" if policy.family.edits else None)], blank)
         prompt_fields: Fields = {name: (tuple(value.shape[1:]), dtype) for name, value in example.items()}
@@ -73,7 +76,7 @@ class Cache:
             for name, (fields, fingerprint) in stores.items()
         }
         self.images, self.prompts = opened["images"], opened["prompts"]
-        self._frames = CachedFrames(opened["frames"], settings.size)
+        self._frames = CachedFrames(opened["frames"])
         self.frames: CachedFrames | None = self._frames if part < 0 else None
         self.references: TensorStore | None = None
         if settings.draws is not None and (folder / "references").exists() and part < 0:
@@ -83,6 +86,13 @@ class Cache:
     def num_bytes(self) -> int:
         """Bytes on disk of images, frames and prompts."""
         return self.images.num_bytes + self._frames.store.num_bytes + self.prompts.num_bytes
+
+    def latents(self, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Mean and std of the latents of these images, which have this shape."""
+        found = self.images.get(names)
+        if self.settings.buckets is None:
+            return found
+        return {name: value[..., : math.prod(shape[1:])].reshape(-1, *shape) for name, value in found.items()}
 
     def prompts_of(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """The conditions of these prompts, in float32 or the cached precision."""
@@ -100,14 +110,16 @@ class Cache:
         flips = (False, True) if self.settings.flip else (False,)
         for group in _groups(examples, 8 if self.settings.frames is None else 1):
             self._fill_prompts(policy, group)
-            media = {one.key(): one for example in group for one in policy.reader.contents(example)}
-            wanted = {cache_key(key, flip): (one, flip) for key, one in media.items() for flip in flips}
+            wanted: dict[str, tuple[Content, bool, tuple[int, int]]] = {}
+            for example in group:
+                size = policy.reader.size_of(example)
+                for one in policy.reader.contents(example):
+                    wanted |= {policy.reader.cache_key(one.key(), flip, size): (one, flip, size) for flip in flips}
             missing = self._frames.store.missing(list(wanted))
-            framed = [policy.reader.cut(wanted[name][0], flip=wanted[name][1]) for name in missing]
+            framed = [policy.reader.cut(one, size, flip=flip) for one, flip, size in map(wanted.__getitem__, missing)]
             if missing:
-                encoded = policy.encode(torch.stack([one.pixels for one in framed]))
-                dtype = DTYPES[self.settings.cache_dtype]
-                self.images.add(missing, {name: value.cpu().to(dtype) for name, value in encoded.items()})
+                encoded = [policy.encode(one.pixels[None]) for one in framed]
+                self.images.add(missing, {name: torch.cat([self._row(one[name]) for one in encoded]) for name in encoded[0]})
                 frames = torch.tensor([[*one.original, *one.crop] for one in framed])
                 self._frames.store.add(missing, {"frame": frames})
         self.frames = self._frames
@@ -124,7 +136,7 @@ class Cache:
             part=self.part,
         )
         with policy.reference() as network, store:
-            for group in _groups(examples, 4):
+            for group in _groups(examples, 4 if self.settings.buckets is None else 1):
                 keys = [policy.item(example, 0)["key"] for example in group]
                 todo = set(store.missing(keys))
                 chosen = {key: example for key, example in zip(keys, group, strict=True) if key in todo}
@@ -141,6 +153,14 @@ class Cache:
         """Give the locks of a writer back."""
         for store in (self.images, self._frames.store, self.prompts):
             store.close()
+
+    def _row(self, latent: Float[Tensor, "one c *dims"]) -> Float[Tensor, "one c *stored"]:
+        """A latent as the store keeps it: of its own shape, or with buckets flat and with zeros behind it."""
+        stored = latent.cpu().to(DTYPES[self.settings.cache_dtype])
+        if self.settings.buckets is None:
+            return stored
+        flat = stored.flatten(2)
+        return torch.nn.functional.pad(flat, (0, self.images.fields["mean"][0][1] - flat.shape[2]))
 
     def _fill_prompts(self, policy: DiffusionPolicy, examples: Sequence[Example]) -> None:
         """Those of these examples; where prompts are dropped, also the empty one that stands for them."""
@@ -174,6 +194,8 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
     geometry: dict[str, Any] = {"resolution": list(settings.size), "crop": settings.crop}
     if settings.frames is not None:
         geometry["frames"] = settings.frames
+    if settings.buckets is not None:
+        geometry["buckets"] = [list(size) for size in settings.buckets.all()]
     encoders = {name: getattr(pipe, name) for name in policy.family.encoders[1:] if getattr(pipe, name, None)}
     scaling = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
     scaling |= {name: pipe.vae.config[name] for name in ("latents_mean", "latents_std") if name in pipe.vae.config}

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from mmalign.adapters.buckets import nearest_size
 from mmalign.adapters.images import Framed, frame, frame_video
 from mmalign.adapters.prompts import framed_source, prompt_of, source_of
 from mmalign.cache import content_key
@@ -21,7 +22,7 @@ from mmalign.records import SIDE_DEFAULTS, Content, Example, Media
 class Frames(Protocol):
     """Sizes and crops of images whose latents are cached."""
 
-    def get(self, key: str) -> Framed:
+    def get(self, key: str, target: tuple[int, int]) -> Framed:
         """The frame of one image, without pixels."""
 
 
@@ -37,6 +38,7 @@ class Reader:
         frames: where latents are cached; then no image is decoded.
         num_frames: of a video: its first so many, at the file's own rate. None: images.
         edits: whether prompts carry a source image.
+        buckets: sizes instead of the one.
     """
 
     size: tuple[int, int]
@@ -48,6 +50,7 @@ class Reader:
     frames: Frames | None = None
     num_frames: int | None = None
     edits: bool = False
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def item(self, example: Example, epoch: int) -> dict[str, Any]:
         """One example in one epoch: framed pixels, or only their keys where latents are cached.
@@ -56,6 +59,7 @@ class Reader:
             UserError: as `contents`, or a damaged image.
         """
         draw = epoch if self.draws is None else epoch % self.draws
+        size = self.size_of(example)
         media = self.contents(example)
         keys = [one.key() for one in media]
         text = example.samples[0].prompt.text or ""
@@ -63,7 +67,8 @@ class Reader:
         prompt = prompt_of(text, None if source is None else source.key())
         # The same draws whichever candidate is preferred: a flipped label changes the label only.
         unordered = content_key(*prompt, tuple(sorted(keys)))
-        named = [self._framed(one, key, f"{self.seed}/{unordered}/{key}/{draw}") for one, key in zip(media, keys, strict=True)]
+        seeds = [f"{self.seed}/{unordered}/{key}/{draw}" for key in keys]
+        named = [self._framed(one, key, seed, size) for one, key, seed in zip(media, keys, seeds, strict=True)]
         return {
             "id": example.id,
             "key": content_key(*prompt, tuple(keys)),
@@ -75,6 +80,7 @@ class Reader:
             "images": [name for name, _ in named],
             "framed": [framed for _, framed in named],
             "side": example.side,
+            "size": size,
         }
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,7 +88,11 @@ class Reader:
 
         Raises:
             UserError: the items differ in their number of candidates or in their side data.
+            ValueError: the items are of several buckets.
         """
+        sizes = {item["size"] for item in items}
+        if len(sizes) > 1:
+            raise ValueError(f"collate: got items of the sizes {sorted(sizes)}, want those of one bucket.")
         counts = {len(item["images"]) for item in items}
         if len(counts) > 1:
             raise UserError(
@@ -101,6 +111,7 @@ class Reader:
             "pixels": torch.stack(list(known.values())) if known else None,
             "sizes": self._sizes([item["framed"] for item in items]),
             "side": _side([item["side"] for item in items]),
+            "size": next(iter(sizes)),
         }
 
     def contents(self, example: Example) -> list[Content]:
@@ -114,6 +125,17 @@ class Reader:
         images = [image_of(example, place) for place in range(len(example.samples))]
         return [Content(images=(_loaded(one, one.where),)) for one in images]
 
+    def size_of(self, example: Example) -> tuple[int, int]:
+        """(height, width) that an example is trained at: the bucket nearest its first, chosen, image in shape.
+
+        Raises:
+            UserError: the image is missing or damaged.
+        """
+        if not self.buckets:
+            return self.size
+        width, height = image_of(example, 0).size()
+        return nearest_size(self.buckets, height, width)
+
     def source(self, example: Example) -> Media | None:
         """The source image of an example, read but not decoded; None for a family that does not edit.
 
@@ -122,23 +144,28 @@ class Reader:
         """
         return _loaded(source_of(example), "") if self.edits else None
 
-    def cut(self, content: Content, *, flip: bool, rng: random.Random | None = None) -> Framed:
+    def cut(self, content: Content, size: tuple[int, int], *, flip: bool, rng: random.Random | None = None) -> Framed:
         """Decode an image or a video and bring it to size.
 
         Raises:
             UserError: it is damaged, or an animation where an image is wanted.
         """
         if self.num_frames is None:
-            return frame(content.images[0].open(), target=self.size, crop=self.crop, flip=flip, rng=rng)
-        return frame_video(content.frames(self.num_frames), target=self.size, crop=self.crop, flip=flip, rng=rng)
+            return frame(content.images[0].open(), target=size, crop=self.crop, flip=flip, rng=rng)
+        return frame_video(content.frames(self.num_frames), target=size, crop=self.crop, flip=flip, rng=rng)
 
-    def _framed(self, content: Content, key: str, seed: str) -> tuple[str, Framed]:
+    def cache_key(self, image_key: str, flip: bool, size: tuple[int, int]) -> str:
+        """The key of an image's latents: its content, its orientation and, where there are several, its size."""
+        oriented = f"{image_key}-flipped" if flip else image_key
+        return f"{oriented}-{size[0]}x{size[1]}" if self.buckets else oriented
+
+    def _framed(self, content: Content, key: str, seed: str, size: tuple[int, int]) -> tuple[str, Framed]:
         rng = random.Random(seed)
         flip = self.flip and rng.random() < 0.5
+        name = self.cache_key(key, flip, size)
         if self.frames is not None:
-            return cache_key(key, flip), self.frames.get(cache_key(key, flip))
-        framed = self.cut(content, flip=flip, rng=rng)
-        name = cache_key(key, flip)
+            return name, self.frames.get(name, size)
+        framed = self.cut(content, size, flip=flip, rng=rng)
         return (f"{name}@{framed.crop}" if self.crop == "random" else name), framed
 
     def _sizes(self, framed: Sequence[Sequence[Framed]]) -> dict[str, Tensor]:
@@ -188,11 +215,6 @@ def videos_of(example: Example, num_frames: int) -> list[Content]:
 def _loaded(media: Media, name: str) -> Media:
     named = replace(media, where=media.where or name)
     return replace(named, data=named.read())
-
-
-def cache_key(image_key: str, flip: bool) -> str:
-    """The key of an image's latents: its content and its orientation."""
-    return f"{image_key}-flipped" if flip else image_key
 
 
 def _side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -122,6 +122,21 @@ class Media:
         except DAMAGED as fault:
             raise UserError(self._damaged(fault)) from fault
 
+    def size(self) -> tuple[int, int]:
+        """Return (width, height) after EXIF rotation, from the head of an image; nothing is decoded.
+
+        Raises:
+            UserError: the image is missing or damaged.
+        """
+        plain = self.data is None and self.path and "://" not in self.path
+        try:
+            with Image.open(self.path if plain and self.path else io.BytesIO(self.read())) as image:
+                width, height = image.size
+                turned = image.getexif().get(0x0112, 1) >= 5
+        except DAMAGED as fault:
+            raise UserError(self._damaged(fault)) from fault
+        return (height, width) if turned else (width, height)
+
     def inspect(self) -> tuple[tuple[int, int], str]:
         """Decode once, cheaply, and return ((width, height) after EXIF rotation, mode as stored).
 

@@ -36,16 +36,22 @@ class Offline:
         return Shape(num_candidates=len(examples[0].samples), side=examples[0].side)
 
     def open(self, examples: Sequence[Example], policy: Any, *, accelerator: Any = None, seed: int = 0) -> OfflineStream:
-        """Read with the policy's `item(example, epoch)` (in a worker) and `collate(items)`, prepare with its `prepare`."""
-        return OfflineStream(examples, policy, self.num_workers)
+        """Read with the policy's `item(example, epoch)` (in a worker) and `collate(items)`, prepare with its `prepare`.
+
+        A policy that has `groups(examples)` says with it which examples may share a step.
+        """
+        divide = getattr(policy, "groups", None)
+        return OfflineStream(examples, policy, self.num_workers, () if divide is None else divide(examples))
 
 
 class OfflineStream:
     """An opened `offline` source. It has no memory: a step number tells its examples."""
 
-    def __init__(self, examples: Sequence[Example], policy: Any, num_workers: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], policy: Any, num_workers: int, groups: tuple[tuple[int, ...], ...] = ()
+    ) -> None:
         """Use `Offline.open`."""
-        self.examples, self.policy, self.num_workers = examples, policy, num_workers
+        self.examples, self.policy, self.num_workers, self.groups = examples, policy, num_workers, groups
 
     def batches(self, order: Order, first_step: int, last_step: int) -> Iterator[Prepared]:
         """One prepared micro-batch at a time.

@@ -17,6 +17,9 @@ class Order:
     All examples in a new seeded order every epoch, one epoch after another without a gap: every step is full. Step s takes
     `batch_size * num_processes * accumulation` of them, dealt so that the union over processes and micro-batches is the
     same however it is split.
+
+    With `groups`, tuples of examples that are all there are, a step is of one group: each has an order and epochs of its own
+    (a step can begin a group's next epoch), and its turns come evenly, as often as its share of the examples.
     """
 
     num_examples: int
@@ -25,6 +28,7 @@ class Order:
     seed: int
     num_processes: int = 1
     process: int = 0
+    groups: tuple[tuple[int, ...], ...] = ()
 
     @property
     def per_step(self) -> int:
@@ -39,13 +43,31 @@ class Order:
                 yield [self._draw(position) for position in range(start, start + self.batch_size)]
 
     def _draw(self, position: int) -> Draw:
-        epoch, place = divmod(position, self.num_examples)
-        return epoch, self._permutation(epoch)[place]
+        if not self.groups:
+            epoch, place = divmod(position, self.num_examples)
+            return epoch, self._permutation(epoch, 0, self.num_examples)[place]
+        step, place = divmod(position, self.per_step)
+        group, turn = self._turn(step)
+        members = self.groups[group]
+        epoch, place = divmod(turn * self.per_step + place, len(members))
+        return epoch, members[self._permutation(epoch, group, len(members))[place]]
 
-    def _permutation(self, epoch: int) -> list[int]:
-        cached: tuple[int, list[int]] | None = self.__dict__.get("_cached")
-        if cached is None or cached[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            cached = epoch, torch.randperm(self.num_examples, generator=generator).tolist()
-            object.__setattr__(self, "_cached", cached)
-        return cached[1]
+    def _turn(self, step: int) -> tuple[int, int]:
+        """The group of a step, and how many steps it had before: its j-th is due at (j + its start) / its size."""
+        turns: list[tuple[int, int]] = self.__dict__.setdefault("_turns", [])
+        if len(turns) <= step:
+            counts: list[int] = self.__dict__.setdefault("_counts", [0] * len(self.groups))
+            starts: list[float] = torch.rand(len(self.groups), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            while len(turns) <= step:
+                due = [(count + start) / len(group) for count, start, group in zip(counts, starts, self.groups, strict=True)]
+                turn = due.index(min(due))
+                turns.append((turn, counts[turn]))
+                counts[turn] += 1
+        return turns[step]
+
+    def _permutation(self, epoch: int, group: int, count: int) -> list[int]:
+        cached: dict[int, tuple[int, list[int]]] = self.__dict__.setdefault("_cached", {})
+        if group not in cached or cached[group][0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + 7_919 * group)
+            cached[group] = epoch, torch.randperm(count, generator=generator).tolist()
+        return cached[group][1]
