@@ -139,3 +139,15 @@ def test_a_video_is_sampled_as_its_frames_and_does_not_depend_on_its_batch() -> 
     levels = [torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).float() for frame in (both[1][4], alone[4])]
     assert (levels[0] - levels[1]).abs().max() <= 1
     assert both[0][0].tobytes() != both[1][0].tobytes()
+
+
+@pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing"])
+def test_options_that_save_memory_change_no_prediction(option: str) -> None:
+    pipe = open_pipeline("wan", tiny_folder("wan"))
+    denoiser = Denoiser("wan", pipe.transformer)
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(1, *latent_shape(pipe, (32, 32), 5), generator=generator)
+    condition = encode_prompt("wan", pipe, ["a disc"])
+    before = denoiser(noisy, torch.tensor([500.0]), **condition)
+    denoiser.save_memory(**{option: True})
+    torch.testing.assert_close(denoiser(noisy, torch.tensor([500.0]), **condition), before, atol=1e-6, rtol=0)

@@ -17,6 +17,10 @@ def comparisons(
 ) -> Imported:
     """Comparisons as mmalign writes them: x.jsonl, x.parquet, x.tar, imagefolder, shards, or a save_to_disk folder.
 
+    Columns: id, prompt {text, images}, candidates [{text, images}], and if known ranks, prob, scores, weight, margin,
+    provenance. A candidate's video is one image that is a file of several frames (GIF, WebP, APNG, MP4, WebM), or several
+    images: its frames in order.
+
     Args:
         path: file or folder.
         split: a file or folder in it, for folders that have one per split (`train`, `train.parquet`).

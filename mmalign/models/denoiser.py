@@ -51,7 +51,8 @@ class Denoiser(nn.Module):
 
             self.core.set_attn_processor(AttnProcessor2_0())
         if channels_last:
-            self.core.to(memory_format=torch.channels_last)
+            video = self.family.frame_multiple is not None
+            self.core.to(memory_format=torch.channels_last_3d if video else torch.channels_last)
         if gradient_checkpointing:
             # Ours, because torch.compile cannot trace into diffusers' own choice of this very function.
             self.core.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
