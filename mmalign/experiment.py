@@ -127,6 +127,11 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     objective = Objective(terms, config.auto_beta)
     shape = config.source.build().shape(examples)
     objective.check(shape.side, shape.num_candidates)
+    if objective.measures and not shape.errors:
+        raise UserError(
+            f"loss: asks for {' and '.join(sorted(objective.measures))}, which is not defined for sampler steps (source: "
+            f"{config.source.name}). Leave the loss that needs it out."
+        )
     objective.try_out(shape.side, shape.num_candidates)
     return objective
 
