@@ -152,7 +152,7 @@ def retraced(family: Family, pipe: Any, scheduler: Any, prompts: list[str], scal
 
 # Guided otherwise than by unguided + scale * (guided - unguided) of two prompts: Qwen-Image rescales the sum to the guided
 # prediction's norm, SANA puts its instruction before the positive prompt alone.
-OTHER_GUIDANCE = {"qwen_image", "qwen_image_edit", "sana"}
+OTHER_GUIDANCE = {"qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "sana"}
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0], ids=["plain", "guided"])

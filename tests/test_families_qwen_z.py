@@ -17,7 +17,7 @@ from mmalign.families import FAMILIES, encode_prompt
 from mmalign.families.captions import padded, trimmed
 from mmalign.models.diffusion import latent_shape, open_pipeline, schedule_of
 
-NAMES = ("qwen_image", "qwen_image_edit", "z_image")
+NAMES = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "z_image")
 PROMPTS = ("a red disc", "two dogs that play in the snow behind a wooden house")
 SIZE = (32, 64)
 
@@ -43,15 +43,17 @@ def condition_of(name: str, pipe: Any, prompts: tuple[str, ...], pictures: list[
 def hooked_call(name: str, pipe: Any, pictures: list[Image.Image], guidance: float) -> list[tuple[tuple[Any, ...], Any, Any]]:
     """Arguments and outputs of the network in a stock call of two steps."""
     calls: list[tuple[tuple[Any, ...], Any, Any]] = []
+    count = 1 if name == "qwen_image_edit_plus" else 2  # its pipeline takes one prompt at a time
+    pictures = pictures[:count]
     handle = pipe.transformer.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     pipe(
-        prompt=list(PROMPTS),
+        prompt=list(PROMPTS[:count]),
         height=SIZE[0],
         width=SIZE[1],
         num_inference_steps=2,
-        generator=[torch.Generator().manual_seed(n) for n in range(2)],
+        generator=[torch.Generator().manual_seed(n) for n in range(count)],
         **({"image": pictures} if FAMILIES[name].edits else {}),
-        **FAMILIES[name].call_options(guidance, None, 2),
+        **FAMILIES[name].call_options(guidance, None, count),
     )
     handle.remove()
     return calls
@@ -64,15 +66,17 @@ def from_packed(pipe: Any, tokens: Tensor) -> Tensor:
     return latents.squeeze(2)
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "qwen_image_edit"])
+@pytest.mark.parametrize("name", NAMES[:3])
 def test_qwen_forward_is_what_the_network_says_in_a_guided_stock_call(name: str) -> None:
     pipe, pictures = open_pipeline(name, tiny_folder(name)), sources(2)
     calls = hooked_call(name, pipe, pictures, guidance=4.0)
     assert len(calls) == 4  # two steps, each with and without the prompt
-    conditions = [condition_of(name, pipe, prompts, pictures) for prompts in (PROMPTS, (" ", " "))]
+    count = len(calls[0][2][0])
+    prompted = (PROMPTS[:count], (" ",) * count)
+    conditions = [condition_of(name, pipe, prompts, pictures[:count]) for prompts in prompted]
     for number, (_, given, output) in enumerate(calls):
         noisy = from_packed(pipe, given["hidden_states"])
-        time = pipe.scheduler.timesteps[number // 2].expand(2)
+        time = pipe.scheduler.timesteps[number // 2].expand(count)
         with torch.no_grad():
             ours = FAMILIES[name].forward(pipe.transformer, noisy, time, **conditions[number % 2])
         torch.testing.assert_close(ours, from_packed(pipe, output[0]), atol=1e-4, rtol=1e-4)
@@ -100,7 +104,7 @@ def test_guidance_1_is_none_and_the_scales_are_those_of_every_other_family() -> 
     ((_, _, prompted),) = hooked_call("z_image", pipe, [], guidance=1.0)[:1]
     assert len(prompted[0]) == 2  # no second half for the empty prompt
     assert FAMILIES["z_image"].call_options(5.0, "blurry", 2) == {"guidance_scale": 4.0, "negative_prompt": ["blurry"] * 2}
-    for name in ("qwen_image", "qwen_image_edit"):
+    for name in NAMES[:3]:
         assert FAMILIES[name].call_options(1.0, "blurry", 2) == {"true_cfg_scale": 1.0}
         assert FAMILIES[name].call_options(4.0, None, 2) == {"true_cfg_scale": 4.0, "negative_prompt": [" ", " "]}
 

@@ -11,7 +11,7 @@ from mmalign.errors import UserError
 from mmalign.families.family import Family, weight_dtype
 from mmalign.families.flux import FLUX
 from mmalign.families.pixart import PIXART_ALPHA, PIXART_SIGMA
-from mmalign.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
+from mmalign.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
 from mmalign.families.sana import SANA
 from mmalign.families.sd3 import SD3
 from mmalign.families.unet import SD2, SD15, SDXL
@@ -59,6 +59,6 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(SD15, SD2, SDXL, SD3, FLUX),
         *(PIXART_ALPHA, PIXART_SIGMA, SANA),
-        *(QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE, WAN),
+        *(QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS, Z_IMAGE, WAN),
     )
 }

@@ -1,5 +1,6 @@
-"""Qwen-Image and Qwen-Image-Edit: a double-stream transformer on rectified flow, prompts read by Qwen2.5-VL."""
+"""Qwen-Image, Qwen-Image-Edit and Edit-Plus (2509, 2511): a double-stream flow transformer, prompts read by Qwen2.5-VL."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ SCHEDULE = {
     "shift_terminal": 0.02,
 }
 LATENT_CHANNELS = 4
+MEGAPIXEL = 1024 * 1024
 
 
 @torch.no_grad()
@@ -36,31 +38,32 @@ def _encode_prompt(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _encode_edit(pipe: Any, prompts: Sequence[str], sources: Float[Tensor, "n 3 h w"]) -> dict[str, Tensor]:
+def _encode_edit(pipe: Any, prompts: Sequence[str], sources: Float[Tensor, "n 3 h w"], *, shown_area: int) -> dict[str, Tensor]:
     """What the encoder says about instruction and source image, and the latents of the source: the mode of the posterior.
 
-    As the stock pipeline does, the source is first scaled to a megapixel, whatever the size of the edited image.
+    As in the stock pipelines, the encoder is shown the source at `shown_area` pixels, and the VAE at a megapixel, whatever the
+    size of the edited image.
     """
     rows = []
     for prompt, source in zip(prompts, sources, strict=True):
-        image, pixels = _megapixel(pipe, source)
-        caption = pipe.encode_prompt([prompt], image=[image], device=pipe.text_encoder.device)[0][0]
+        shown, whole = _scaled(pipe, source, shown_area), _scaled(pipe, source, MEGAPIXEL)
+        pixels = pipe.image_processor.preprocess(whole, whole.height, whole.width)
+        caption = pipe.encode_prompt([prompt], image=[shown], device=pipe.text_encoder.device)[0][0]
         embeds, mask = padded([caption], MAX_TOKENS_WITH_IMAGE)
         latents = pipe._encode_vae_image(pixels.unsqueeze(2).to(pipe.vae.device, pipe.vae.dtype), generator=None)
         rows.append({"prompt_embeds": embeds, "prompt_embeds_mask": mask, "image_latents": latents.float().squeeze(2)})
     return stacked(rows)
 
 
-def _megapixel(pipe: Any, source: Float[Tensor, "3 h w"]) -> tuple[Any, Float[Tensor, "1 3 height width"]]:
-    """The source at the size the stock pipeline gives it, as an image and as pixels in [-1, 1]."""
+def _scaled(pipe: Any, source: Float[Tensor, "3 h w"], area: int) -> Any:
+    """The source as an image of so many pixels and sides that are multiples of 32, by the stock pipeline's own hand."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
     from PIL import Image
 
     eight_bit = ((source.float() + 1) * 127.5).round().clamp(0, 255).byte()
     image = Image.fromarray(eight_bit.permute(1, 2, 0).cpu().numpy())
-    width, height, _ = calculate_dimensions(1024 * 1024, image.width / image.height)
-    scaled = pipe.image_processor.resize(image, height, width)
-    return scaled, pipe.image_processor.preprocess(scaled, height, width)
+    width, height, _ = calculate_dimensions(area, image.width / image.height)
+    return pipe.image_processor.resize(image, height, width)
 
 
 def _forward(
@@ -112,9 +115,9 @@ def _build(changes: Changes) -> Any:
     return QwenImagePipeline(tokenizer=tiny_qwen_tokenizer(), **_parts(changes, num_halvings=2))
 
 
-def _build_edit(changes: Changes) -> Any:
+def _build_edit(pipeline: str, changes: Changes) -> Any:
     """A megapixel becomes 64 x 64 latents, 1024 tokens of a source, and for the encoder 16 image tokens."""
-    from diffusers import QwenImageEditPipeline
+    import diffusers
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     size = {"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
@@ -125,9 +128,8 @@ def _build_edit(changes: Changes) -> Any:
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**patches),
     )
-    return QwenImageEditPipeline(
-        tokenizer=tokenizer, processor=processor, **_parts(changes, num_halvings=4, base_dim=2, num_res_blocks=0)
-    )
+    parts = _parts(changes, num_halvings=4, base_dim=2, num_res_blocks=0)
+    return getattr(diffusers, pipeline)(tokenizer=tokenizer, processor=processor, **parts)
 
 
 def _parts(changes: Changes, num_halvings: int, base_dim: int = 4, num_res_blocks: int = 1) -> dict[str, Any]:
@@ -189,8 +191,9 @@ def _tiny_text_encoder(**changes: Any) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def _qwen(name: str, pipeline: str, encode: Callable[..., dict[str, Tensor]], build: Callable[[Changes], Any]) -> Family:
-    edits = encode is _encode_edit
+def _qwen(
+    name: str, pipeline: str, encode: Callable[..., dict[str, Tensor]], build: Callable[[Changes], Any], *, edits: bool
+) -> Family:
     return Family(
         name=name,
         pipeline=pipeline,
@@ -207,5 +210,11 @@ def _qwen(name: str, pipeline: str, encode: Callable[..., dict[str, Tensor]], bu
     )
 
 
-QWEN_IMAGE = _qwen("qwen_image", "QwenImagePipeline", _encode_prompt, _build)
-QWEN_IMAGE_EDIT = _qwen("qwen_image_edit", "QwenImageEditPipeline", _encode_edit, _build_edit)
+def _qwen_edit(name: str, pipeline: str, shown_area: int) -> Family:
+    encode = functools.partial(_encode_edit, shown_area=shown_area)
+    return _qwen(name, pipeline, encode, functools.partial(_build_edit, pipeline), edits=True)
+
+
+QWEN_IMAGE = _qwen("qwen_image", "QwenImagePipeline", _encode_prompt, _build, edits=False)
+QWEN_IMAGE_EDIT = _qwen_edit("qwen_image_edit", "QwenImageEditPipeline", MEGAPIXEL)
+QWEN_IMAGE_EDIT_PLUS = _qwen_edit("qwen_image_edit_plus", "QwenImageEditPlusPipeline", 384 * 384)
