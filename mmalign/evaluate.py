@@ -335,6 +335,10 @@ def _by_prompt_and_seed(comparisons: Iterable[Comparison]) -> dict[tuple[str, An
                 )
             if not candidate.images or not row.prompt.text:
                 raise UserError(f"{place}: got no image or no prompt text, want both. Evaluate compares images of prompts.")
+            if len(candidate.images) > 1:
+                raise UserError(
+                    f"{place}: got {len(candidate.images)} frames, want one image. Compare videos by `mmalign score`."
+                )
             key = (row.prompt.text, origin["seed"])
             if key in found:
                 raise UserError(f"{place}: got prompt {key[0]!r} with seed {key[1]} again, want it once. Remove the copy.")
