@@ -26,7 +26,8 @@ def prompts(*, path: str, distinct: bool = True) -> Imported:
     if place.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: want a .txt or .jsonl file of prompts. Convert it, or name the importer of your data.")
     try:
-        lines = place.read_text(encoding="utf-8-sig").splitlines()
+        with place.open(encoding="utf-8-sig") as file:  # lines as an editor counts them: a prompt may have U+2028 inside
+            lines = [line.removesuffix("\n") for line in file]
     except (OSError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: cannot be read ({fault}). Give a text file in UTF-8.") from fault
     seen: set[str] = set()
@@ -41,7 +42,7 @@ def prompts(*, path: str, distinct: bool = True) -> Imported:
         prompt = {"text": text, "images": []}
         rows.append({"id": f"{number}", "prompt": prompt, "candidates": [], "scores": [], "where": f"{path}:{number}"})
     if not rows:
-        raise UserError(f"{path}: got no prompts, want at least one.")
+        raise UserError(f"{path}: got no prompts, want at least one. Check the file.")
     empty = dict.fromkeys(features())
     return Imported(Dataset.from_list([{**empty, **row} for row in rows], features=features()), ())
 
@@ -51,7 +52,8 @@ def _text(line: str, where: str) -> str:
         value = json.loads(line)
     except ValueError as fault:
         raise UserError(f'{where}: got no valid JSON ({fault}), want {{"prompt": "text"}}. Correct the line.') from fault
-    text = value if isinstance(value, str) else next((value[k] for k in ("prompt", "caption") if k in value), None)
+    named = value if isinstance(value, dict) else {"prompt": value}
+    text = next((named[key] for key in ("prompt", "caption") if key in named), None)
     if not isinstance(text, str):
         raise UserError(f'{where}: got no prompt, want "text" or {{"prompt": "text"}}. Correct the line.')
     return text

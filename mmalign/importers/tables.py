@@ -190,7 +190,7 @@ def _pairs(checked: "datasets.Dataset") -> list[tuple[str, str]]:
 
 def _broken_media(row: Mapping[str, Any], conversion: Conversion | None) -> dict[str, str]:
     """Decode the images of a row; say what is wrong with the first that does not."""
-    value = comparison(row if conversion is None else conversion.convert(row, media=True))
+    value = comparison(row if conversion is None else conversion.convert(row, media=True), least=0)
     problem = ""
     for content in (value.prompt, *value.candidates):
         for media in content.images:

@@ -1,6 +1,8 @@
 """Views: a comparison becomes the examples one kind of loss sees, samples best first. Ties are never won by position."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
@@ -156,6 +158,52 @@ def best(row: Comparison, *, by: str = "auto", ties: Literal["drop", "all"] = "d
     return tuple(_example(row, (i,), {}, f"#{i}" if len(winners) > 1 else "") for i in winners)
 
 
+def reward_weighted(
+    row: Comparison, *, by: str = "auto", temperature: float = 1.0, baseline: float | None = None
+) -> tuple[Example, ...] | Dropped:
+    """Each candidate alone, with side data `weight` that grows with its score: reward-weighted fine-tuning with loss `sft`.
+
+    weight = exp((score - baseline) / temperature);  without a baseline the weights of a prompt's k candidates have mean 1:
+    k exp(score / temperature) / sum of exp(score / temperature)
+
+    Source: Peters & Schaal 2007 (reward-weighted regression). The mean of 1 within a prompt is ours.
+
+    Args:
+        by: the judge whose scores count; `auto`: the only one.
+        temperature: in the judge's units; the smaller, the more the best images count alone.
+        baseline: the score of weight 1, in the judge's units. None: see above; single images need one.
+
+    Raises:
+        UserError: a temperature that is not positive; `auto` with several judges; single images without a baseline; a weight
+            too large for a number.
+    """
+    if not temperature > 0:
+        raise UserError(f"view: got temperature {temperature}, want a positive number, in the judge's units.")
+    judged = _values(replace(row, ranks=None, prob=None), by, 0.0) if row.candidates else Dropped("0 candidates")
+    if isinstance(judged, Dropped):
+        return judged
+    values, _ = judged
+    if baseline is None and len(values) == 1:
+        raise UserError(
+            f"{row.where or row.id}: got a single image and no baseline, so that its weight would be 1 whatever its score. Set "
+            "the view's baseline to a typical score."
+        )
+    level = max(values) if baseline is None else baseline
+    try:
+        weights = [math.exp((value - level) / temperature) for value in values]
+    except OverflowError as fault:
+        raise UserError(
+            f"{row.where or row.id}: the score {max(values):g} has a weight too large for a number. Raise the view's "
+            f"temperature ({temperature:g}) or baseline ({level:g})."
+        ) from fault
+    factor = (len(values) / sum(weights) if baseline is None else 1.0) * (1.0 if row.weight is None else row.weight)
+    plain = replace(row, weight=None)
+    several = len(values) > 1
+    return tuple(
+        _example(plain, (i,), {"weight": factor * weight}, f"#{i}" if several else "") for i, weight in enumerate(weights)
+    )
+
+
 def prompts(row: Comparison) -> tuple[Example, ...]:
     """The prompt alone, for sources that make their own samples; candidates are not looked at."""
     sample = Sample(prompt=row.prompt, completion=Content())
@@ -223,5 +271,6 @@ VIEWS: dict[str, Callable[..., tuple[Example, ...] | Dropped]] = {
     "ranked": ranked,
     "unpaired": unpaired,
     "best": best,
+    "reward_weighted": reward_weighted,
     "prompts": prompts,
 }
