@@ -26,6 +26,7 @@ dropout differs between policy and reference    test_rival_bugs.py::test_without
 validation shows weights without the average    test_loop.py::test_the_moving_average_is_what_is_saved_and_validated_with_the_last_weights_beside
 the SDXL VAE overflows in half precision        test_models_diffusion.py::test_a_vae_that_overflows_in_half_precision_is_kept_in_float32
 beta means something else in every tool         test_noise.py::test_every_convention_of_beta_gives_the_same_logit
+shared noise is uniform instead of Gaussian     test_families_qwen_z.py::test_the_shared_noise_of_a_flow_model_is_gaussian
 """  # noqa: E501 (names of tests are not broken)
 
 import math

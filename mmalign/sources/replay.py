@@ -52,6 +52,7 @@ class Replay:
         check_samples(adapter, "replay")
         adapter.check_examples(examples.kinds)
         adapter.check_sources(examples.sources)
+        adapter.check_sources(examples.sources)
         count = len(examples[0].samples)
         if count != 1:
             raise UserError(f"data.view: gives {count} candidates, want one expert image an example. Use data.view: best.")

@@ -84,6 +84,7 @@ class Rollouts:
     def check(self, examples: Any, adapter: Any) -> None:
         """Refuse an adapter whose model cannot be sampled step by step."""
         check_samples(adapter, "rollouts")
+        adapter.check_sources(examples.sources)
         defaults = {one.name: one.default for one in fields(adapter)}
         for name in WITHOUT_MEANING:
             if getattr(adapter, name) != defaults[name]:
