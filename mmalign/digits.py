@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,21 @@ def fingerprint(pretraining: Pretraining, seed: int) -> str:
 def pretrained(pretraining: Pretraining, *, seed: int, cache: Path) -> Base:
     """The pretrained pipeline of this recipe and seed, from the cache or trained now.
 
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    return kept(cache / f"digits-{fingerprint(pretraining, seed)}", lambda: pretrain(pretraining), seed=seed)
+
+
+def kept(folder: Path, build: Callable[[], Any], *, seed: int) -> Base:
+    """The pipeline in this folder of a cache, or the one that `build` makes now, under this seed.
+
     It is written beside and renamed: a folder that stands is complete, whatever was killed.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    folder = cache / f"digits-{fingerprint(pretraining, seed)}"
+    cache = folder.parent
     if (folder / "model_index.json").is_file():
         return Base(folder=folder, reused=True)
     try:
@@ -93,7 +102,7 @@ def pretrained(pretraining: Pretraining, *, seed: int, cache: Path) -> Base:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pretrain(pretraining).save_pretrained(scratch)
+            build().save_pretrained(scratch)
         scratch.chmod(0o755)
         try:
             scratch.rename(folder)
@@ -186,12 +195,12 @@ def _trained_vae(pixels: Float[Tensor, "n 3 side side"], steps: int) -> Any:
         vae.quant_conv.bias[4:] = -5.0
     optimiser = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.98), fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / 30, 1.0) * (1 - step / steps) ** 0.8)
-    for _ in _progress(steps, "autoencoder"):
+    for _ in progress(steps, "autoencoder"):
         batch = pixels[torch.randint(len(pixels), (8,))]
         posterior = vae.encode(batch).latent_dist
         rebuilt = vae.decode(posterior.sample()).sample
         loss = nn.functional.l1_loss(rebuilt, batch) + nn.functional.mse_loss(rebuilt, batch) + 1e-6 * posterior.kl().mean()
-        _descend(loss, optimiser, rate, list(vae.parameters()))
+        descend(loss, optimiser, rate, list(vae.parameters()))
     return vae
 
 
@@ -217,14 +226,14 @@ def _trained_unet(latents: Float[Tensor, "n c h w"], digits: Int[Tensor, " n"], 
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / 50, 1.0, 2 * (1 - step / steps)))
     texts = [*CAPTIONS, ""]
     tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-    for _ in _progress(steps, "UNet and text encoder"):
+    for _ in progress(steps, "UNet and text encoder"):
         picked = torch.randint(len(latents), (32,))
         caption = torch.where(torch.rand(32) < 0.1, len(CAPTIONS), digits[picked])
         noise, timestep = torch.randn_like(latents[picked]), torch.randint(NUM_TIMESTEPS, (32,))
         noisy = schedule.add_noise(latents[picked], noise, timestep)
         states = text_encoder(tokens).last_hidden_state[caption]
         loss = nn.functional.mse_loss(unet(noisy, timestep, states).sample, noise)
-        _descend(loss, optimiser, rate, parameters)
+        descend(loss, optimiser, rate, parameters)
         average.step(parameters)
     average.copy_to(parameters)
     return unet, text_encoder
@@ -267,7 +276,8 @@ def _unet() -> Any:
     )
 
 
-def _descend(loss: Tensor, optimiser: Any, rate: Any, parameters: list[nn.Parameter]) -> None:
+def descend(loss: Tensor, optimiser: Any, rate: Any, parameters: list[nn.Parameter]) -> None:
+    """One step against the gradient of the loss, clipped at norm 1."""
     optimiser.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -275,7 +285,8 @@ def _descend(loss: Tensor, optimiser: Any, rate: Any, parameters: list[nn.Parame
     rate.step()
 
 
-def _progress(steps: int, what: str) -> Any:
+def progress(steps: int, what: str) -> Any:
+    """The numbers of so many steps, shown as a bar."""
     from tqdm import tqdm
 
     return tqdm(range(steps), desc=what)

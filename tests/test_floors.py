@@ -42,6 +42,7 @@ ROOMS = (
         "sources",
         "training",
         "digits",
+        "digits_flow",
         "loop",
         "moving_reference",
     },
@@ -66,6 +67,7 @@ ROOMS = (
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 SIDEWAYS = {
     "devices": {"errors"},
+    "digits_flow": {"digits"},
     "models": {"checkpoints", "families"},
     "loop": {"checkpoints", "moving_reference", "objective", "optimisers", "sources", "training"},
     "sources": {"cache", "models"},
