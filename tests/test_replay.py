@@ -289,6 +289,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "view": ({"data": {"view": "pair"}}, r"data\.view: gives 2 candidates, want one expert image.*best"),
     "prompts": ({"data": {"view": "prompts"}}, r"data\.parquet:1: got candidates with 0 images, want 1 each"),
     "guard": ({"adapter": {"winner_guard": {"mu": 0.9}}}, r"adapter\.winner_guard: guards the better of two images"),
+    "buckets": ({"adapter": {"buckets": {"sizes": [[32, 32], [32, 64]]}}}, r"adapter\.buckets: replay samples and trains at one size"),
     "num_steps": ({"source": replay(num_steps=0)}, r"num_steps: got 0, want 1 or more"),
     "too_many_steps": ({"source": replay(num_steps=2000)}, r"source\.num_steps: got 2000, want at most 1000"),
     "loss": ({"loss": {"name": "kto"}}, r"loss\.kto: needs the data labels"),

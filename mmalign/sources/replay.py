@@ -52,10 +52,11 @@ class Replay:
         check_samples(adapter, "replay")
         adapter.check_examples(examples.kinds)
         adapter.check_sources(examples.sources)
-        adapter.check_sources(examples.sources)
         count = len(examples[0].samples)
         if count != 1:
             raise UserError(f"data.view: gives {count} candidates, want one expert image an example. Use data.view: best.")
+        if adapter.buckets is not None:
+            raise UserError("adapter.buckets: replay samples and trains at one size. Set it to null.")
         if adapter.winner_guard is not None:
             raise UserError("adapter.winner_guard: guards the better of two images, and replay has one. Set it to null.")
 

@@ -23,7 +23,7 @@ from mmalign.sources.trajectories import Grid, Guided, Pair, Segments, Settings,
 logger = logging.getLogger(__name__)
 FRUITLESS_ROUNDS = 10  # in a row without one valid pair
 # Settings of the diffusion adapter that are about given images.
-WITHOUT_MEANING = ("cache", "winner_guard", "weights", "frames", "draws", "crop", "flip", "prompt_dropout")
+WITHOUT_MEANING = ("cache", "winner_guard", "weights", "frames", "buckets", "draws", "crop", "flip", "prompt_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
