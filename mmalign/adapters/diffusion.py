@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 
 from mmalign.adapters.buckets import Buckets
 from mmalign.adapters.diffusion_cache import Cache, opened_cache
+from mmalign.adapters.draws import drawn
 from mmalign.adapters.options import Lora, Validation, WinnerGuard, check_frames, check_numbers_of_frames, told_family
-from mmalign.adapters.prompts import Prompt, check_sources, encoded_prompts, prompt_of, source_image, texts_of
+from mmalign.adapters.prompts import Prompt, check_sources, encoded_prompts, prompt_of, texts_of
 from mmalign.adapters.reading import Reader
-from mmalign.cache import content_key
+from mmalign.adapters.samples import encoders_of, save_samples
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
-from mmalign.families import weight_dtype
 from mmalign.likelihoods import DenoisingInputs, winner_guard
 from mmalign.models.casting import cast
 from mmalign.models.diffusion import (
@@ -46,10 +45,9 @@ from mmalign.models.diffusion import (
 )
 from mmalign.models.lora import loading_code
 from mmalign.models.pipeline_folder import opening_code
-from mmalign.models.sampling import sample_images
 from mmalign.models.tiny import TINY
 from mmalign.noise import TIMESTEP_WEIGHTS, TIMESTEPS
-from mmalign.records import Example, animation
+from mmalign.records import Example
 from mmalign.sources import Prepared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -295,14 +293,22 @@ class DiffusionPolicy:
         """Encode what is not cached, make every random draw, and build the inputs of one step."""
         schedule = self.schedules[batch["size"]]
         mean, std = self._latents(batch)
-        drop, u, noise, posterior = self._draws(batch, tuple(mean.shape[2:]))
-        clean = mean if self.settings.latents == "mean" else mean + std * posterior
-        rows = zip(drop, batch["prompt"], batch["source"], strict=True)
+        settings = self.settings
+        draws = drawn(
+            batch,
+            tuple(mean.shape[2:]),
+            seed=self.seed,
+            prompt_dropout=settings.prompt_dropout,
+            timestep=settings.timestep,
+            noise=settings.noise,
+        )
+        clean = mean if settings.latents == "mean" else mean + std * draws.posterior.to(self.device)
+        rows = zip(draws.drop, batch["prompt"], batch["source"], strict=True)
         prompts = [prompt_of("" if dropped else text, source) for dropped, text, source in rows]
-        timestep = self.settings.timesteps.build(u, schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
-        noise = noise.expand(mean.shape)
+        timestep = settings.timesteps.build(draws.u, schedule.num_timesteps).to(self.device).expand(mean.shape[:2])
+        noise = draws.noise.to(self.device).expand(mean.shape)
         side = {name: value.to(self.device) for name, value in batch["side"].items()}
-        weights = self.settings.weights
+        weights = settings.weights
         inputs = DenoisingInputs(
             noisy=schedule.add_noise(clean, noise, timestep),
             timestep=schedule.network_timestep(timestep),
@@ -328,30 +334,16 @@ class DiffusionPolicy:
 
     def validate(self, folder: Path) -> None:
         """One image, or animation, a validation prompt."""
-        if self.settings.validation is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        wanted = self.settings.validation
-        training = self.denoiser.training
-        self.denoiser.eval()
-        try:
-            with self._encoders_as_network():
-                images = sample_images(
-                    self.family,
-                    self.pipe,
-                    wanted.prompts,
-                    [wanted.seed + number for number in range(len(wanted.prompts))],
-                    steps=wanted.steps,
-                    guidance_scale=wanted.guidance_scale,
-                    size=self.settings.size,
-                    frames=self.settings.frames,
-                    sources=[source_image(media, self.settings.size) for media in wanted.media()],
-                )
-                for number, image in enumerate(images):
-                    frames = [image] if self.settings.frames is None else image
-                    (folder / f"{number:03d}.png").write_bytes(animation(frames))
-        finally:
-            self.denoiser.train(training)
+        if self.settings.validation is not None:
+            save_samples(
+                self.denoiser,
+                self.pipe,
+                self.settings.validation,
+                folder,
+                device=self.device,
+                size=self.settings.size,
+                frames=self.settings.frames,
+            )
 
     # --- what the command line tells ------------------------------------------------------------------------------
 
@@ -407,24 +399,6 @@ class DiffusionPolicy:
         settings = self.settings
         return open_pipeline(self.family, settings.model, dtype=dtype, revision=settings.revision, variant=settings.variant)
 
-    @contextmanager
-    def _encoders_as_network(self) -> Iterator[None]:
-        """The encoders on the device and in the dtype of the network: a pipeline of mixed dtypes cannot sample.
-
-        Samples with a copy of the VAE, because casting it down and up again would round the one that encodes.
-        """
-        vae = self.pipe.vae
-        self.pipe.vae = copy.deepcopy(vae)
-        before: list[tuple[nn.Module, Any, Any]] = [(part, part.device, part.dtype) for part in self._encoders()]
-        try:
-            for part, _, _ in before:
-                cast(part, self.device, weight_dtype(self.denoiser.core))
-            yield
-        finally:
-            for part, device, dtype in before:
-                cast(part, device, dtype)
-            self.pipe.vae = vae
-
     def _make_trainable(self, weights: Path | None) -> None:
         lora = self.settings.lora
         if lora is None:
@@ -438,7 +412,7 @@ class DiffusionPolicy:
             load_lora(self.denoiser, weights)
 
     def _encoders(self) -> list[nn.Module]:
-        return [part for part in (getattr(self.pipe, name, None) for name in self.family.encoders) if part is not None]
+        return encoders_of(self.family, self.pipe)
 
     def _check_timesteps(self) -> None:
         try:
@@ -476,26 +450,3 @@ class DiffusionPolicy:
             return None
         tie = side["prob"] == 0.5 if "prob" in side else None
         return partial(winner_guard, tie=tie, mu=guard.mu, per=guard.per)
-
-    def _draws(
-        self, batch: Mapping[str, Any], shape: tuple[int, ...]
-    ) -> tuple[list[bool], Float[Tensor, "batch m"], Float[Tensor, "batch n *dims"], Float[Tensor, "batch k *dims"]]:
-        """Every random number of a step, from (seed, content of the example, draw): the same however batches are split."""
-        drop, u, noise, posterior = [], [], [], []
-        for key, draw, images in zip(batch["unordered"], batch["draw"], batch["images"], strict=True):
-            place = torch.tensor(sorted(range(len(images)), key=images.__getitem__)).argsort()
-            own_u, own_noise = (
-                place if way == "independent" else place[:1] * 0 for way in (self.settings.timestep, self.settings.noise)
-            )
-            generator = torch.Generator().manual_seed(int(content_key(self.seed, key, draw)[:15], 16))
-            first = torch.rand(1 + len(own_u), generator=generator, dtype=torch.float64)
-            drop.append(bool(first[0] < self.settings.prompt_dropout))
-            u.append(first[1:][own_u])
-            noise.append(torch.randn((len(own_noise), *shape), generator=generator)[own_noise])
-            posterior.append(torch.randn((len(images), *shape), generator=generator)[place])
-        return (
-            drop,
-            torch.stack(u),
-            torch.stack(noise).to(self.device),
-            torch.stack(posterior).to(self.device),
-        )
