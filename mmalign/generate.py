@@ -5,15 +5,14 @@ import hashlib
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmalign.config import check_folder, command_line, differences, resolved, write_resolved
-from mmalign.config.writing import environment
 from mmalign.errors import UserError
+from mmalign.makers import Dtype, Maker, files_of, opened, provenance_of
 from mmalign.processes import Processes, launched_processes
 from mmalign.prompts import read_prompts, read_sources
 from mmalign.records.stamps import replace_file, save_stamped, stamp_of
@@ -27,7 +26,6 @@ IMAGES_FOLDER = "media"
 STATE_FILE = "generation.json"
 # What may differ between a run and its restart: it changes no image beyond rounding.
 FREE_KEYS = ("batch_size", "device", "limit", "output")
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,40 +97,6 @@ class GenerateConfig:
             first = sum(maker.num_candidates for maker in found)
             found.append(Maker(**{"name": str(self.model), "first": first, **above, **own}))
         return tuple(found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Maker:
-    """One model and how it is sampled; its candidates of a prompt are numbered from `first`."""
-
-    name: str
-    first: int
-    family: str | None
-    model: str | None
-    revision: str | None
-    lora: str | None
-    lora_scale: float
-    num_candidates: int
-    steps: int
-    guidance_scale: float
-    negative_prompt: str | None
-    size: tuple[int, int] | None
-    frames: int | None
-    scheduler: str | None
-    batch_size: int
-    dtype: Dtype
-
-    def check(self, where: str) -> None:
-        """Refuse what the types do not tell. Raises ValueError, its message beginning with `where`."""
-        for name in ("family", "model"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{where}{name}: got none, want one. Set it, or give it to each of generators.")
-        for name in ("num_candidates", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                least = "2 or more" if name == "num_candidates" and not where else "1 or more"
-                raise ValueError(f"{where}{name}: got {getattr(self, name)}, want {least}.")
-        if self.size is not None and any(side <= 0 or side % 8 for side in self.size):
-            raise ValueError(f"{where}size: got {list(self.size)}, want multiples of 8, [height, width].")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +215,8 @@ def _sample_all(run: _Run, work: Sequence[Sequence[list[Job]]], settings: dict[s
     device = processes.device(run.config.device)
     due = [number for number, batches in enumerate(work) if batches]
     for number in due[1:]:
-        _open(makers[number])  # a fault of any model is told before the first image
-    pipe = _open(makers[due[0]]).to(device)
+        opened(makers[number])  # a fault of any model is told before the first image
+    pipe = opened(makers[due[0]]).to(device)
     if processes.is_main:
         _claim_folder(run.config, settings)
         for index in run.wanted[: len(run.sources)]:
@@ -262,8 +226,8 @@ def _sample_all(run: _Run, work: Sequence[Sequence[list[Job]]], settings: dict[s
         mine = processes.share(work[number])
         if not mine:
             continue
-        pipe = pipe or _open(makers[number]).to(device)
-        stamp = _provenance(makers[number], pipe, settings)
+        pipe = pipe or opened(makers[number]).to(device)
+        stamp = provenance_of(makers[number], pipe, settings)
         for batch in tqdm(mine, desc=makers[number].name, unit="batch", disable=not processes.is_main):
             images = _sampled(run, makers[number], pipe, batch)
             for job, image in zip(batch, images, strict=True):
@@ -300,24 +264,12 @@ def _settings(config: GenerateConfig, prompts: Sequence[str], sources: Sequence[
     if sources:
         contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
         settings["sources"] = f"{len(sources)} images, sha256 {_sha256(json.dumps(contents))}"
-    files = {maker.name: _files(maker) for maker in config.makers}
+    files = {maker.name: files_of(maker) for maker in config.makers}
     if not config.generators:
         return {**settings, **files[config.makers[0].name]}
     entries = {entry["name"]: entry for entry in resolved(config)["generators"]}
     own = {name: {key: value for key, value in entry.items() if key not in FREE_KEYS} for name, entry in entries.items()}
     return {**settings, "generators": {name: {**entry, **files[name]} for name, entry in own.items()}}
-
-
-def _files(maker: Maker) -> dict[str, str | None]:
-    """Fingerprints of the files behind the names."""
-    from mmalign.models.sampling import lora_file
-    from mmalign.snapshots import is_checkpoint, weights_file
-
-    found = {"files of model": _fingerprint(Path(str(maker.model)).expanduser())}
-    if maker.lora is not None:
-        place = Path(maker.lora).expanduser()
-        found["files of lora"] = _fingerprint(weights_file(place) if is_checkpoint(place) else lora_file(maker.lora))
-    return found
 
 
 def _check_state(output: Path, settings: dict[str, Any]) -> None:
@@ -348,25 +300,6 @@ def _claim_folder(config: GenerateConfig, settings: dict[str, Any]) -> None:
     partial.replace(state)
     (config.output / IMAGES_FOLDER).mkdir(exist_ok=True)
     write_resolved(config, config.output)
-
-
-def _fingerprint(place: Path, *, pieces: int = 16, length: int = 4096) -> str | None:
-    """A hash of names, sizes and evenly spaced pieces of the files: a retrained model at the same path differs.
-
-    None for a hub id, which its revision names.
-    """
-    if not place.exists():
-        return None
-    digest = hashlib.sha256()
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(place)}:{size}:".encode())
-        with open(path, "rb") as file:
-            for piece in range(pieces):
-                file.seek(piece * max(0, size - length) // (pieces - 1))
-                digest.update(file.read(length))
-    return digest.hexdigest()[:16]
 
 
 def _sha256(text: str) -> str:
@@ -409,40 +342,6 @@ def _write_rows(run: _Run, standing: dict[str, bytes]) -> None:
         replace_file(run.file, whole)
 
 
-def _open(maker: Maker) -> Any:
-    """The stock pipeline with its LoRA, on the CPU."""
-    import torch
-
-    from mmalign.models.diffusion import find_family, open_pipeline
-    from mmalign.models.sampling import set_scheduler, use_lora
-    from mmalign.snapshots import stock_places
-
-    dtype, family = getattr(torch, maker.dtype), find_family(str(maker.family))
-    _check_measures(maker, family)
-    with tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
-        model, lora = stock_places(str(maker.model), maker.lora, Path(scratch))
-        pipe = open_pipeline(family, model, dtype=dtype, revision=maker.revision)
-        torch.nn.Module.to(pipe.vae, dtype)
-        if maker.scheduler is not None:
-            set_scheduler(pipe, maker.scheduler)
-        if lora is not None:
-            use_lora(family, pipe, lora, scale=maker.lora_scale)
-        return pipe
-
-
-def _check_measures(maker: Maker, family: Any) -> None:
-    from mmalign.adapters.options import check_frames
-
-    multiple = family.size_multiple
-    if maker.size is not None and any(side % multiple for side in maker.size):
-        raise UserError(f"size: got {list(maker.size)}, want multiples of {multiple} for {family.name}.")
-    if maker.frames is not None:
-        try:
-            check_frames(family, maker.frames)
-        except ValueError as fault:
-            raise UserError(str(fault)) from fault
-
-
 def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[Any]:
     from mmalign.adapters.prompts import source_image
     from mmalign.families import find_family
@@ -464,39 +363,6 @@ def _sampled(run: _Run, maker: Maker, pipe: Any, batch: Sequence[Job]) -> list[A
         batch_size=len(batch),
     )
     return list(images)
-
-
-def _provenance(maker: Maker, pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """What made the images, as recorded with each of them."""
-    own = {key: value for key, value in resolved(maker).items() if value is not None}
-    made = {
-        key: value
-        for key, value in own.items()
-        if key not in ("name", "first", "num_candidates", "batch_size", "size", "frames")
-    }
-    if maker.lora is None:
-        del made["lora_scale"]
-    known = environment()
-    packages = {name: known["packages"][name] for name in ("torch", "diffusers", "transformers", "peft")}
-    return {
-        "generator": maker.name,
-        **made,
-        **_revision(maker),
-        "scheduler": type(pipe.scheduler).__name__,
-        "files": {key.removeprefix("files of "): value for key, value in _files(maker).items() if value is not None},
-        "versions": {"mmalign": known["mmalign"], **packages},
-    }
-
-
-def _revision(maker: Maker) -> dict[str, str]:
-    """The commit of a model of the hub, which its folder in the hub's cache bears."""
-    from mmalign.models.diffusion import find_family, model_folder
-    from mmalign.snapshots import is_checkpoint
-
-    if maker.model is None or Path(maker.model).expanduser().exists() or is_checkpoint(maker.model):
-        return {}
-    folder = model_folder(find_family(str(maker.family)), maker.model, revision=maker.revision, local_files_only=True)
-    return {"revision": folder.name} if folder.parent.name == "snapshots" else {}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ ROOMS = (
         "experiment",
         "held_out",
         "snapshots",
+        "makers",
     },
     {"cli", "__main__", "apps"},
 )
@@ -74,7 +75,8 @@ SIDEWAYS = {
     "training": {"moving_reference", "optimisers"},
     "train": {"experiment"},
     "snapshots": {"experiment"},
-    "generate": {"snapshots"},
+    "makers": {"snapshots"},
+    "generate": {"makers"},
     "prepare": {"experiment"},
     "evaluate": {"score", "experiment", "held_out"},
     "held_out": {"experiment"},
