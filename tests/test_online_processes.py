@@ -1,12 +1,16 @@
-"""Rollouts and replay in two processes of `accelerate launch`: the weights of one process, also after a checkpoint of both."""
+"""Rollouts, replay in two processes of `accelerate launch`, which train the weights of one through checkpoints and kills."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runs import final_weights, largest_difference, merged, metrics_of, train, tree, write_config
+from test_resume import KILLED_RUNS, contents, numbers
 from test_ring import SEVERAL, launch
 
 SOURCES: dict[str, dict[str, Any]] = {
@@ -82,3 +86,18 @@ def test_the_checkpoint_keeps_what_both_processes_had_not_used_yet(outputs: Path
     assert len(first) == len(second) == 1 and not torch.equal(first[0]["noisy"], second[0]["noisy"])
     (rollouts,) = [state for state in states("rollouts") if "pool" in state]
     assert rollouts["pool"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_killed_run_that_goes_on_ends_bit_for_bit_as_if_uninterrupted(tmp_path: Path, name: str) -> None:
+    here = Path(__file__).parent
+    changes = merged(SOURCES[name], {"training": {"steps": 3, "checkpoint_every": 1, "batch_size": 2}})
+    command = [sys.executable, "-c", KILLED_RUNS, str(tmp_path), json.dumps(changes), "2"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(here)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(killed) == 2
+    for name, moments, codes in killed:
+        assert codes[0] == -9 and codes[2] == 0, f"killed before operations {moments}: {codes}\n{done.stderr[-3000:]}"
+        assert contents(tmp_path / name) == contents(tmp_path / "whole"), moments
+        assert numbers(tmp_path / name) == numbers(tmp_path / "whole"), moments

@@ -229,6 +229,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("sd15", {"adapter": {"lora": None}, "training": {"optimiser": {"learning_rate": 1e-4}}}),
     "sdxl": ("sdxl", {"adapter": {"flip": True, "prompt_dropout": 0.2}}),
     "flow": ("sd3", {}),
+    "bf16": ("sd15", {"training": {"mixed_precision": "bf16"}, "adapter": {"dtype": "float32"}}),
 }
 
 
@@ -289,7 +290,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "view": ({"data": {"view": "pair"}}, r"data\.view: gives 2 candidates, want one expert image.*best"),
     "prompts": ({"data": {"view": "prompts"}}, r"data\.parquet:1: got candidates with 0 images, want 1 each"),
     "guard": ({"adapter": {"winner_guard": {"mu": 0.9}}}, r"adapter\.winner_guard: guards the better of two images"),
-    "buckets": ({"adapter": {"buckets": {"sizes": [[32, 32], [32, 64]]}}}, r"adapter\.buckets: replay samples and trains at one size"),
+    "buckets": (
+        {"adapter": {"buckets": {"sizes": [[32, 32], [32, 64]]}}},
+        r"adapter\.buckets: replay samples and trains at one size",
+    ),
     "num_steps": ({"source": replay(num_steps=0)}, r"num_steps: got 0, want 1 or more"),
     "too_many_steps": ({"source": replay(num_steps=2000)}, r"source\.num_steps: got 2000, want at most 1000"),
     "loss": ({"loss": {"name": "kto"}}, r"loss\.kto: needs the data labels"),

@@ -215,6 +215,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "flow": ("sd3", {"source": rollouts(window=(0, 999), continue_from="worst")}),
     "unguided": ("sd2", {"source": rollouts(guidance_scale=1.0), "training": {"candidate_microbatch": 1}}),
     "full": ("sd15", {"adapter": {"lora": None}}),
+    "bf16": ("sd15", {"training": {"mixed_precision": "bf16"}}),
 }
 
 
@@ -303,7 +304,7 @@ def test_the_policy_comes_to_make_what_the_judge_likes(tmp_path: Path) -> None:
                 **SPO,
                 source=rollouts(**settings, scorer={"name": "image", "scorer": name}),
                 adapter={"lora": {"rank": 4}},
-                training={"steps": 16, "batch_size": 8, "optimiser": {"learning_rate": 5e-3}, "checkpoint_every": None},
+                training={"steps": 10, "batch_size": 8, "optimiser": {"learning_rate": 1e-2}, "checkpoint_every": None},
             )
         opened = Opened(tmp_path, weights=weights, **settings)
         opened.round()  # the first, on the same noise for all
