@@ -278,6 +278,14 @@ def test_what_rollouts_cannot_use_is_refused_before_a_file_is_written(tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_family_that_edits_is_refused(tmp_path: Path) -> None:
+    edits = Path(__file__).parents[1] / "configs" / "smoke_data" / "edits.jsonl"
+    data = {"importer": {"name": "comparisons", "path": str(edits)}, "view": "prompts"}
+    with pytest.raises(UserError, match=r"got qwen_image_edit, which edits source images.*source: offline"):
+        train(tmp_path / "out", "qwen_image_edit", **{**SPO, "data": data}, source=rollouts())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_score_that_is_nan_stops_the_run(tmp_path: Path) -> None:
     source = rollouts(scorer={"name": "image", "scorer": "test_rollouts:spoilt"})
     with pytest.raises(UserError, match=r"source\.scorer: gave NaN or an infinite score"):

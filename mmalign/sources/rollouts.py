@@ -99,7 +99,7 @@ class Rollouts:
         """Read the prompts of the examples and build the scorer.
 
         Raises:
-            UserError: the window holds no step, or the scorer cannot be opened.
+            UserError: the window holds no step, the scorer cannot be opened, or the family edits source images.
         """
         return RolloutStream(self, examples, policy, accelerator, seed)
 
@@ -115,6 +115,7 @@ class RolloutStream:
         self.segments = Segments.of(self.grid, low, high, settings.inner_steps)
         self.scorer = settings.scorer.build(policy)
         self.conditions = Kept(compute=policy.conditions)
+        self._conditions([""])  # a family that cannot be told a text alone is refused before anything is written
         self.round = 0
         self.fruitless = 0
         self.pool: list[Pair] = []
