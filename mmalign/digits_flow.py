@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmalign.digits import CAPTIONS, IMAGE_SIDE, MAX_TOKENS, NUM_TIMESTEPS, Base, descend, kept, progress, scans
 
-SAMPLER_STEPS = 12
+SAMPLER_STEPS = 8
 NUM_ZEROS = 256  # tokens that the stock pipeline puts in the place of a T5 that it lacks
 TEXT_WIDTH = 32  # of each of the two text encoders
 
@@ -34,7 +34,7 @@ class FlowPretraining:
         steps: of 32 scans, with both text encoders.
     """
 
-    steps: int = 700
+    steps: int = 500
 
     def __post_init__(self) -> None:
         """Refuse a number without meaning."""
