@@ -45,7 +45,7 @@ GOALS: dict[tuple[str, str], float] = {
     ("lora", REFERENCE): 1.9,
 }
 # Reads the numbers of a generator that lives on the host whatever the device: nothing is waited for.
-ON_THE_HOST = frozenset({"diffusion.py:_draws"})
+ON_THE_HOST = frozenset({"draws.py:drawn"})
 DISCLOSED = (
     "the peer is our own writing of the public script's step from its description, not the script itself",
     f"the peer runs the reference on the chosen and on the rejected image apart; `{JOINT}` runs it once on both, as the "

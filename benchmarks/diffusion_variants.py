@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mmalign.adapters.diffusion import DiffusionAdapter, DiffusionPolicy
+from mmalign.adapters.draws import Draws, drawn
 from mmalign.adapters.options import Lora
 from mmalign.config import Choice
 from mmalign.loop import Run  # the micro step and the optimiser step of `fit`, without its log and checkpoints
@@ -85,7 +86,7 @@ class PublicStep:
         self.unet.train()
         self.joint_reference = joint_reference
         self.beta = BETA
-        self.batches = _cycle(batches)
+        self.batches = cycle(batches)
         self.parameters = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(list(self.parameters.values()), lr=LEARNING_RATE, weight_decay=0.01)
         self.logged: tuple[float, ...] = ()
@@ -112,7 +113,7 @@ class PublicStep:
     def answer(self) -> Answer:
         """Loss and gradients of the next batch; the weights stay."""
         loss = self.micro_step(next(self.batches))
-        return _answer(loss, self.parameters)
+        return answer_of(loss, self.parameters)
 
     def micro_step_of_next(self) -> None:
         """Gradients of the next batch, which stay."""
@@ -131,7 +132,7 @@ class PublicStep:
 
     def tensors(self) -> list[Tensor]:
         """All that is held between steps."""
-        return _held([self.vae, self.text_encoder, self.unet, self.reference], self.optimiser)
+        return held_tensors([self.vae, self.text_encoder, self.unet, self.reference], self.optimiser)
 
     def _reference_errors(self, noisy: Tensor, timestep: Tensor, text: Tensor, noise: Tensor) -> Tensor:
         network = self.reference
@@ -176,7 +177,7 @@ class OurStep:
             mixed_precision="no",
         )
         self.policy = policy
-        self.items = _cycle(items)
+        self.items = cycle(items)
         self.run = Run(
             accelerator=start(training, work),
             policy=policy,
@@ -195,7 +196,7 @@ class OurStep:
         self.run.micro_step(self.policy.prepare(next(self.items)), sync=True)
         total, count = self.run.sums["loss"]
         parameters = {name: p for name, p in self.policy.denoiser.core.named_parameters() if p.requires_grad}
-        return _answer(float(total / count), parameters)
+        return answer_of(float(total / count), parameters)
 
     def micro_step_of_next(self) -> None:
         """Gradients of the next batch, which stay."""
@@ -212,7 +213,7 @@ class OurStep:
     def tensors(self) -> list[Tensor]:
         """All that is held between steps."""
         parts = [part for part in self.policy.pipe.components.values() if isinstance(part, torch.nn.Module)]
-        return _held([*parts, self.policy.denoiser, self.policy._copy], self.run.optimiser)
+        return held_tensors([*parts, self.policy.denoiser, self.policy._copy], self.run.optimiser)
 
 
 def open_ours(
@@ -230,14 +231,19 @@ def open_ours(
     return adapter.open(seed=SEED, caching=caching)
 
 
-def move_away(policy: DiffusionPolicy) -> None:
-    """Move the policy a little from its reference, always by the same: at equality every loss is log 2, and proves little."""
+def move_away(policy: DiffusionPolicy, distance: float = DISTANCE) -> None:
+    """Move the policy a little from its reference, always by the same: at equality every loss is log 2, and proves little.
+
+    Args:
+        policy: just opened.
+        distance: in standard deviations of each trained tensor; of a LoRA in its own units.
+    """
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in policy.parameters():
             lora = policy.settings.lora is not None
             scale = 1.0 if lora else float(parameter.std(correction=0))
-            parameter += DISTANCE * scale * torch.randn(parameter.shape, generator=generator)
+            parameter += distance * scale * torch.randn(parameter.shape, generator=generator)
 
 
 def our_batches(policy: DiffusionPolicy, examples: Sequence[Example], size: Size) -> list[Any]:
@@ -252,34 +258,44 @@ def public_batches(policy: DiffusionPolicy, collated: Sequence[Any]) -> list[Pub
     for batch in collated:
         pixels = dict(zip(batch["names"], batch["pixels"], strict=True))
         columns = zip(*batch["images"], strict=True)  # chosen names, rejected names
-        _, u, noise, posterior = policy._draws(batch, policy.latent_shape)
+        draws = draws_of(policy, batch)
         out.append(
             PublicBatch(
                 pixels=torch.stack([pixels[name] for column in columns for name in column]).float() / 127.5 - 1,
                 tokens=policy.pipe.tokenizer(
                     batch["prompt"], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
                 ).input_ids,
-                timestep=policy.settings.timesteps.build(u, policy.schedule.num_timesteps)[:, 0],
-                noise=noise[:, 0],
-                posterior=posterior.transpose(0, 1).flatten(0, 1),
+                timestep=policy.settings.timesteps.build(draws.u, policy.schedule.num_timesteps)[:, 0],
+                noise=draws.noise[:, 0],
+                posterior=draws.posterior.transpose(0, 1).flatten(0, 1),
             )
         )
     return out
 
 
-def _cycle(items: Sequence[Any]) -> Iterator[Any]:
+def draws_of(policy: DiffusionPolicy, batch: Any) -> Draws:
+    """The very numbers that `policy` draws for a batch."""
+    settings = policy.settings
+    ways = {"prompt_dropout": settings.prompt_dropout, "timestep": settings.timestep, "noise": settings.noise}
+    return drawn(batch, policy.latent_shape, seed=policy.seed, **ways)
+
+
+def cycle(items: Sequence[Any]) -> Iterator[Any]:
+    """The same items over and over."""
     while True:
         yield from items
 
 
-def _answer(loss: float, parameters: dict[str, Any]) -> Answer:
+def answer_of(loss: float, parameters: dict[str, Any]) -> Answer:
+    """The loss and the gradients, which are taken away from the parameters."""
     gradient = {name: p.grad for name, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
     return Answer(loss, {name: torch.zeros(()) if value is None else value for name, value in gradient.items()})
 
 
-def _held(networks: Sequence[Any], optimiser: Any) -> list[Tensor]:
+def held_tensors(networks: Sequence[Any], optimiser: Any) -> list[Tensor]:
+    """Weights, buffers and optimiser state."""
     held = [t for network in networks if network is not None for t in (*network.parameters(), *network.buffers())]
     held += [value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor)]
     return held

@@ -15,18 +15,23 @@ HEADS = {
 }
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], disclosed: Sequence[str], show: Callable[[str], None]) -> None:
+def print_rows(
+    rows: Sequence[Mapping[str, Any]],
+    disclosed: Sequence[str],
+    show: Callable[[str], None],
+    heads: Mapping[str, str] = HEADS,
+) -> None:
     """Every row, grouped, with its goal and whether it is met; then what has to be known to read them."""
-    for suite, title in HEADS.items():
+    for suite, title in heads.items():
         for mode in dict.fromkeys(row.get("mode", "") for row in rows if row["suite"] == suite):
             here = [row for row in rows if row["suite"] == suite and row.get("mode", "") == mode]
             show(f"\n{title}{f', {mode}' if mode else ''}   (ratio: CPU time of the {here[0]['peer']} / of the row)")
-            lines = [_head(suite), *(_line(row) for row in here)]
+            lines = [_head(here[0]), *(_line(row) for row in here)]
             width = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
             for line in lines:
                 cells = [line[0].ljust(width[0]), *(cell.rjust(width[n]) for n, cell in enumerate(line[1:], 1))]
                 show("  " + "  ".join(cells).rstrip())
-            if suite == "step":
+            if "gate" in here[0]:
                 worst = {name: max(row["gate"][name] for row in here) for name in ("loss_gap", "gradient_gap")}
                 show(
                     f"  gate: losses within {worst['loss_gap']:.0e}, gradients within {worst['gradient_gap']:.0e} (relative L2)"
@@ -36,8 +41,12 @@ def print_rows(rows: Sequence[Mapping[str, Any]], disclosed: Sequence[str], show
         show(f"  - {line}")
 
 
-def _head(suite: str) -> list[str]:
-    more = ["to joint", "FLOP limit", "of it", "held MB", "step + MB", "syncs", "collectives"] if suite == "step" else []
+def _head(row: Mapping[str, Any]) -> list[str]:
+    more = ["to joint"] if "ratio_to_joint" in row else []
+    if "flop_limit" in row:
+        more += ["FLOP limit", "of it"]
+    if "step_peak_bytes" in row:
+        more += ["held MB", "step + MB", "syncs", "collectives"]
     return ["", "ratio", "lowest to highest", "goal", "", *more]
 
 
@@ -45,12 +54,11 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     reliable, goal = row["reliable"], row["goal"]
     line = [row["variant"], f"{row['ratio']:.2f}" if reliable else "unreliable", f"{row['low']:.2f} to {row['high']:.2f}"]
     line += ["", ""] if goal is None else [f"{goal:.2f}", "met" if reliable and row["ratio"] >= goal else "missed"]
-    if row["suite"] == "step":
-        line += [
-            f"{row['ratio_to_joint']:.2f}",
-            f"{row['flop_limit']:.2f}",
-            f"{100 * row['attained_of_limit']:.0f} %" if reliable else "",
-        ]
+    if "ratio_to_joint" in row:
+        line += [f"{row['ratio_to_joint']:.2f}"]
+    if "flop_limit" in row:
+        line += [f"{row['flop_limit']:.2f}", f"{100 * row['attained_of_limit']:.0f} %" if reliable else ""]
+    if "step_peak_bytes" in row:
         line += [f"{row['held_bytes'] / MB:.1f}", f"{row['step_peak_bytes'] / MB:.1f}"]
         line += [str(row["host_syncs"]), str(row["collectives"])]
     return line
@@ -63,7 +71,7 @@ def save_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row["suite"] == "step" and row["reliable"]]
+    shown = [row for row in rows if "flop_limit" in row and row["reliable"]]
     figure = Figure(figsize=(9, 0.42 * len(shown) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
