@@ -145,6 +145,7 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
     adapter = config.adapter.build()
     source = config.source.build()
     source.check(examples, adapter)
+    _check_reference(config, objective, source)
     if config.adapter.settings.get("buckets") is not None and not isinstance(source, Offline):
         raise UserError(f"adapter.buckets: got them with source: {config.source.name}, want source: offline. Set it to null.")
     return adapter.open(
@@ -155,6 +156,21 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
         needs_reference=objective.needs_reference and config.training.moving_reference is None,
         **more,
     )
+
+
+def _check_reference(config: TrainConfig, objective: Objective, source: Any) -> None:
+    """Refuse a setting of the reference that nothing would ask for."""
+    if config.training.moving_reference is not None and not objective.needs_reference:
+        names = ", ".join(term.name for term in objective.terms)
+        raise UserError(f"training.moving_reference: {names} asks for no reference. Set it to null, or choose another loss.")
+    cached = config.adapter.settings.get("cache") is not None and config.adapter.settings.get("draws") is not None
+    unread = config.training.moving_reference is not None or not isinstance(source, Offline)
+    if cached and unread and objective.needs_reference:
+        what = "a moving reference" if config.training.moving_reference is not None else f"source: {config.source.name}"
+        raise UserError(
+            f"adapter.draws: got {config.adapter.settings['draws']}, a bank of reference logps, with {what}, which cannot use "
+            "it. Set draws to null."
+        )
 
 
 def check_output(config: TrainConfig) -> None:

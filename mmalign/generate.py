@@ -331,7 +331,8 @@ def _id_of(line: bytes, where: str) -> str:
 def _write_rows(run: _Run, standing: dict[str, bytes]) -> None:
     """Write the rows of all prompts whose images are there, in the order of the prompts; rows that stand stay as they are."""
     ids = [run.row_id(index) for index in range(len(run.prompts))]
-    lines = [line for name, line in standing.items() if name not in ids]
+    known = set(ids)
+    lines = [line for name, line in standing.items() if name not in known]
     for index, name in enumerate(ids):
         if name in standing:
             lines.append(standing[name])

@@ -117,9 +117,15 @@ class DenoisingInputs:
             measures["drift"] = (output - self.reference_output).square().flatten(2).mean(2)
         return measures, scale
 
+    def _weighed(self, residual: Tensor) -> Tensor:
+        """Gradients of the weighed errors with respect to the output, up to a common factor."""
+        if self.error_weight is None:
+            return residual
+        return residual * self.error_weight.reshape(self.error_weight.shape + (1,) * (residual.ndim - 2))
+
     def _logps_and_scale(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         residual = output - _exact(self.target)
-        scale = self.gradient_scale if self.safeguard is None else self.safeguard(residual.detach())
+        scale = self.gradient_scale if self.safeguard is None else self.safeguard(self._weighed(residual.detach()))
         logps = -0.5 * residual.square().flatten(2).mean(2)
         if self.error_weight is not None:
             logps = logps * self.error_weight

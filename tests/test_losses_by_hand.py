@@ -92,7 +92,7 @@ def test_dro_is_hinge_with_other_defaults() -> None:
 @pytest.mark.parametrize("rank_by", ["label", "model"])
 def test_rank_dpo_of_two_candidates_is_a_constant_times_dpo(log: str, constant: float, rank_by: str) -> None:
     values = data("dpo", batch=10)
-    ranked = rank_dpo(**values, scores=tensor([1.0, 0.0]).expand(10, 2), beta=5000.0, log=log, rank_by=rank_by)
+    ranked = rank_dpo(**values, scores=tensor([1.0, 0.0]).expand(10, 2), beta=5000.0, discount=log, rank_by=rank_by)
     paired = dpo(**values, beta=5000.0)
     torch.testing.assert_close(ranked.losses, constant * paired.losses, rtol=1e-12, atol=0)
     assert torch.equal(ranked.rewards, paired.rewards)

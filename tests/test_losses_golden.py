@@ -334,7 +334,7 @@ def rank_logps(noise: str, prediction: Tensor) -> tuple[Tensor, Tensor]:
 def test_rank_dpo_repeats_the_derived_numbers(noise: str, rank_by: str, log: str) -> None:
     arrays, case = golden(f"rankdpo_{noise}"), f"{noise}_{rank_by}_{log}_"
     policy, reference = rank_logps(noise, arrays[f"{noise}_model_pred"])
-    settings = {"beta": 5000.0, "rank_by": RANK_BY[rank_by], "log": LOGARITHM[log], "ties": "stable"}
+    settings = {"beta": 5000.0, "rank_by": RANK_BY[rank_by], "discount": LOGARITHM[log], "ties": "stable"}
     result = rank_dpo(policy, reference, arrays["phi"], **settings)
     assert_equal(result.losses, arrays[case + "loss_per_prompt"])
     assert_equal(result.losses.mean(), arrays[case + "loss"])
@@ -350,7 +350,7 @@ def test_rank_dpo_weighs_every_ordered_pair_by_the_golden_weight(noise: str, ran
     rewards = -2500 * arrays[f"{noise}_s_theta"]
     reference = torch.zeros_like(rewards)
     policy = leaf(rewards / 5000)
-    settings = {"beta": 5000.0, "rank_by": RANK_BY[rank_by], "log": LOGARITHM[log], "ties": "stable"}
+    settings = {"beta": 5000.0, "rank_by": RANK_BY[rank_by], "discount": LOGARITHM[log], "ties": "stable"}
     rank_dpo(policy, reference, arrays["phi"], **settings).losses.sum().backward()
     preferred = arrays["phi"][:, :, None] > arrays["phi"][:, None, :]
     logits = rewards[:, :, None] - rewards[:, None, :]
@@ -366,6 +366,21 @@ def test_rank_dpo_repeats_the_derived_gradient(noise: str, rank_by: str) -> None
     policy, reference = rank_logps(noise, prediction)
     rank_dpo(policy, reference, arrays["phi"], rank_by=RANK_BY[rank_by], ties="stable").losses.mean().backward()
     assert_equal(prediction.grad, arrays[f"{noise}_{rank_by}_ln_grad_model_pred"])
+
+
+@pytest.mark.parametrize(
+    ("noise", "unweighted", "gain_only"),
+    [
+        ("indep", 3.407280214498098, 0.6660752050464428),
+        ("shared", 5.347883927834684, 0.9113374030349334),
+    ],
+)
+def test_rank_dpo_repeats_the_papers_ablations(noise: str, unweighted: float, gain_only: float) -> None:
+    arrays = golden(f"rankdpo_{noise}")
+    rewards = -2500 * arrays[f"{noise}_s_theta"] / 5000
+    values = {"policy": rewards, "reference": torch.zeros_like(rewards), "scores": arrays["phi"]}
+    assert rank_dpo(**values, gain="none", discount="none").losses.mean().item() == pytest.approx(unweighted, rel=1e-9)
+    assert rank_dpo(**values, discount="none").losses.mean().item() == pytest.approx(gain_only, rel=1e-9)
 
 
 def test_rank_dpo_of_two_images_is_the_golden_constant_times_dpo() -> None:

@@ -8,6 +8,7 @@ import torch
 from runs import final_weights, metrics_of, train
 from torch import nn
 
+from mmalign.errors import UserError
 from mmalign.likelihoods import DenoisingInputs
 from mmalign.moving_reference import Following, MovingReference
 
@@ -105,3 +106,16 @@ def test_the_joint_gradient_of_logps_and_drift_is_that_of_one_candidate_at_a_tim
         weights.append(final_weights(tmp_path / str(at_once)))
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sft", "mapo"])
+def test_a_moving_reference_that_no_loss_asks_for_is_refused(tmp_path: Path, loss: str) -> None:
+    view = {"view": "best"} if loss == "sft" else {}
+    with pytest.raises(UserError, match=f"training.moving_reference: {loss} asks for no reference"):
+        train(tmp_path / "out", loss={"name": loss}, data=view, training={"steps": 1, "moving_reference": {"decay": 0.5}})
+
+
+def test_a_moving_reference_with_a_bank_of_reference_logps_is_refused(tmp_path: Path) -> None:
+    settings = {"cache": str(tmp_path / "cache"), "draws": 2}
+    with pytest.raises(UserError, match=r"adapter\.draws: got 2, a bank of reference logps, with a moving reference"):
+        train(tmp_path / "out", adapter=settings, training={"steps": 1, "moving_reference": {"decay": 0.5}})

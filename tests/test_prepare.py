@@ -231,3 +231,14 @@ def test_preference_data_is_what_these_tests_count_on() -> None:
     rows = [comparison(row) for row in read(preference_data())]
     assert len({media.key() for row in rows for one in row.candidates for media in one.images}) == 16
     assert len({row.prompt.text for row in rows}) == 3
+
+
+def test_reference_logps_of_another_noise_schedule_are_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder("sd15"), model)
+    settings = {"adapter": {"model": str(model), "cache": str(tmp_path / "cache"), "draws": 2}}
+    fill(tmp_path / "made", **settings)
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "beta_end": 0.02}))
+    with pytest.raises(UserError, match=r"schedule.*got"):
+        train(tmp_path / "out", **settings)

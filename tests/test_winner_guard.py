@@ -120,3 +120,28 @@ def test_a_small_step_with_the_guard_lowers_the_winners_error_and_without_it_rai
         moved = residual[:, 0] - 1e-6 * gradient.sum(1)
         changes[guard is None] = (moved.square() - residual[:, 0].square()).flatten(1).mean(1)
     assert (changes[True] > 0).all() and (changes[False] < 0).all()
+
+
+def test_the_guard_holds_for_errors_that_are_weighed_differently() -> None:
+    """A step along the guarded gradient does not raise the winner's error, whatever the timestep weights."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(1, 2, 4, 4, 4, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([[0.01, 1.0]], dtype=torch.float64)
+    shift = torch.zeros(4, 4, 4, dtype=torch.float64, requires_grad=True)
+    inputs = DenoisingInputs(
+        noisy=torch.zeros_like(target),
+        timestep=torch.zeros(1, 2),
+        target=target + 1.0,  # the two residuals point the same way
+        error_weight=weights,
+        safeguard=partial(winner_guard, mu=0.5),
+    )
+
+    def error() -> float:
+        return float((shift.detach() - inputs.target[0, 0]).square().mean())
+
+    logps = inputs.logps(lambda noisy, timestep: noisy + shift)
+    (logps[0, 1] - logps[0, 0]).backward()
+    before = error()
+    with torch.no_grad():
+        shift -= 1e-3 * shift.grad
+    assert error() <= before

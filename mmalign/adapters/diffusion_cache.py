@@ -19,6 +19,7 @@ from mmalign.adapters.images import Framed
 from mmalign.adapters.prompts import Prompt, framed_source, prompt_of
 from mmalign.cache import TensorStore, content_key, weights_fingerprint
 from mmalign.config import resolved
+from mmalign.noise import Schedule
 from mmalign.records import Content, Example, Media
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
             "precision": f"{frozen} {mixed_precision}",
             "draws": settings.draws,
             "seed": policy.seed,
-            "prediction": policy.schedule.prediction,
+            "schedule": [_schedule_fingerprint(one) for one in policy.schedules.values()],
             "timesteps": resolved(settings.timesteps),
             "weights": resolved(settings.weights) if settings.weights is not None else None,
             **{
@@ -223,6 +224,13 @@ def opened_cache(policy: DiffusionPolicy, frozen: torch.dtype, mixed_precision: 
             },
         }
     return Cache(policy, Path(settings.cache or ""), fingerprints, -1 if part is None else part)
+
+
+def _schedule_fingerprint(schedule: Schedule) -> str:
+    """What is predicted, and the first of the sha256 of the noise levels."""
+    levels = (schedule.alpha, schedule.sigma, schedule.network_timesteps)
+    key = content_key(*(level.double().cpu().numpy().tobytes().hex() for level in levels))
+    return f"{schedule.prediction} {key[:16]}"
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
