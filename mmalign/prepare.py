@@ -25,19 +25,36 @@ PrepareConfig = TrainConfig
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What is in the cache now."""
+    """What is in the cache now, and what its reference logps save.
+
+    Args:
+        passes_made: reference passes of single samples that the bank holds.
+        passes_saved: those that each run of this config does without, whatever its beta, learning rate and loss.
+    """
 
     folder: Path
     num_images: int
     num_prompts: int
     num_references: int
     num_bytes: int
+    passes_made: int = 0
+    passes_saved: int = 0
 
     def __str__(self) -> str:
         size = f"{self.num_bytes / 2**20:.1f} MB"
         return (
             f"cache      {self.folder}: {self.num_images} images, {self.num_prompts} prompts, "
-            f"reference logps of {self.num_references} examples, {size}"
+            f"reference logps of {self.num_references} examples, {size}{self._saving()}"
+        )
+
+    def _saving(self) -> str:
+        if not self.passes_made:
+            return ""
+        times = self.passes_saved / self.passes_made
+        return (
+            f"\nsaving     {self.passes_made} reference passes in the bank; a run of this config does without "
+            f"{self.passes_saved} ({times:.1f} times as many), and so does every other run on the same data, whatever its "
+            "beta, learning rate and loss"
         )
 
 
@@ -72,12 +89,16 @@ def main(config: TrainConfig) -> PreparedData:
             references = len(examples)
     finally:
         policy.cache.close()
+    training, k = config.training, len(examples[0].samples)
+    per_step = training.batch_size * training.accumulation * accelerator.num_processes
     return PreparedData(
         folder=policy.cache.folder,
         num_images=len(policy.cache.images),
         num_prompts=len(policy.cache.prompts),
         num_references=references,
         num_bytes=policy.cache.num_bytes,
+        passes_made=references * k * (config.adapter.settings.get("draws") or 0),
+        passes_saved=k * per_step * training.num_steps(len(examples), per_step) if references else 0,
     )
 
 

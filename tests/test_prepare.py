@@ -242,3 +242,13 @@ def test_reference_logps_of_another_noise_schedule_are_refused(tmp_path: Path) -
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "beta_end": 0.02}))
     with pytest.raises(UserError, match=r"schedule.*got"):
         train(tmp_path / "out", **settings)
+
+
+def test_prepare_tells_how_many_reference_passes_its_bank_saves(tmp_path: Path) -> None:
+    settings = {"cache": str(tmp_path / "cache"), "draws": 3}
+    made = fill(tmp_path / "out", adapter=settings, training={"steps": 24, "batch_size": 2, "accumulation": 3})
+    # 8 pairs x 3 draws in the bank; 24 steps x 2 x 3 pairs in a run
+    assert (made.passes_made, made.passes_saved) == (2 * 8 * 3, 2 * 24 * 6)
+    assert "48 reference passes in the bank; a run of this config does without 288 (6.0 times as many)" in str(made)
+    without = fill(tmp_path / "out", adapter={"cache": str(tmp_path / "other")})
+    assert "saving" not in str(without)
