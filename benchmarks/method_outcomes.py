@@ -281,7 +281,7 @@ METHODS = {
         ),
         online=True,
     ),
-    "dro": Method(settings=_recipe("best", {"name": "dro"}, rate=3e-4, steps=80, source=REPLAY, **{"adapter.lora": None})),
+    "dro": Method(settings=_recipe("best", {"name": "dro"}, rate=1e-3, steps=50, source=REPLAY)),
     "kto": Method(
         settings=_recipe("unpaired", {"name": "kto", "beta": 1000.0}, rate=3e-4, steps=28, **{"training.batch_size": 32})
     ),
