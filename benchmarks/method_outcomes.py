@@ -273,7 +273,7 @@ METHODS = {
     # At the published scale of 1000 most sigmoids of raw errors are saturated: 60 steps gained .03, at 50 .2.
     "mapo": Method(settings=_recipe("pair", {"name": "mapo", "beta": 1.0, "scale": 50.0}, rate=3e-4, steps=36)),
     "rank_dpo": Method(
-        settings=_recipe("ranked", {"name": "rank_dpo", "beta": 1000.0}, rate=3e-4, steps=50, **{"training.batch_size": 8})
+        settings=_recipe("ranked", {"name": "rank_dpo", "beta": 1000.0}, rate=3e-4, steps=60, **{"training.batch_size": 8})
     ),
     "spo": Method(
         settings=_recipe(
