@@ -76,7 +76,7 @@ class DiffusionAdapter:
             for RankDPO the noise is each image's own.
         latents: a sample of the VAE's posterior, or its mean.
         guidance_embedding: the guidance scale that FLUX.1 dev is told in training, policy and reference alike; None: 1.
-        lora: None trains all weights against a frozen copy.
+        lora: None trains all weights that are used, against a frozen copy.
         dtype: of frozen weights: text encoders and, under a LoRA, the network; auto: that of the mixed precision. Always
             float32: trained weights, the reference of a full fine-tune, and a VAE whose config says force_upcast.
         cache: folder that `mmalign prepare` fills and training reads; None encodes at every step.
@@ -402,7 +402,7 @@ class DiffusionPolicy:
     def _make_trainable(self, weights: Path | None) -> None:
         lora = self.settings.lora
         if lora is None:
-            self.denoiser.requires_grad_(True)
+            self.denoiser.train_fully()
             if weights is not None:
                 tuned = open_pipeline(self.family, weights / FULL, dtype=torch.float32)
                 self.denoiser.core.load_state_dict(self.family.core(tuned).state_dict())

@@ -42,6 +42,8 @@ class Family:
         encoders: its frozen components that turn images and prompts into latents and conditions.
         tokenizers: its tokenizers and processors.
         lora_targets: layers that get LoRA by default, those of the diffusers training scripts.
+        unused: layers of the network whose output is never used, as paths of modules; -1 is the last block. They never get a
+            gradient, so that neither a full fine-tune nor a LoRA trains them.
         encode_prompt: (pipe, prompts) -> the condition of each prompt, by the keywords of `forward`, (n, ...) each. A family
             that edits takes (pipe, prompts, sources), sources being float pixels (n, 3, h, w) in [-1, 1].
         size_condition: (original (h, w), crop (top, left), target (h, w)) of one image -> further condition, unbatched.
@@ -68,6 +70,7 @@ class Family:
     encoders: tuple[str, ...] = ("vae", "text_encoder")
     tokenizers: tuple[str, ...] = ("tokenizer",)
     lora_targets: tuple[str, ...]
+    unused: tuple[str, ...] = ()
     encode_prompt: Callable[..., dict[str, Tensor]]
     size_condition: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], dict[str, Tensor]] = no_size_condition
     forward: Callable[..., Tensor]

@@ -13,6 +13,8 @@ from mmalign.families.family import Changes, Family, of_pipeline, stacked, weigh
 from mmalign.families.parts import tiny_qwen_tokenizer
 
 ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
+# The last block's text stream ends in these, and nothing reads it.
+UNUSED_LAYERS = ("transformer_blocks.-1.attn.to_add_out", "transformer_blocks.-1.txt_mlp")
 # The stock pipeline cuts prompts there; with an image of a megapixel come up to 1,400 tokens of it, and nothing is cut.
 MAX_TOKENS = 1024
 MAX_TOKENS_WITH_IMAGE = 2560
@@ -200,6 +202,7 @@ def _qwen(
         network="transformer",
         tokenizers=("tokenizer", "processor") if edits else ("tokenizer",),
         lora_targets=ATTENTION_LAYERS,
+        unused=UNUSED_LAYERS,
         encode_prompt=encode,
         forward=_forward,
         recognise=of_pipeline(pipeline),

@@ -31,6 +31,23 @@ class Denoiser(nn.Module):
         output: Tensor = self.family.forward(self.core, noisy, timestep, **condition)
         return output
 
+    def unused_layers(self) -> frozenset[str]:
+        """Names, within the core, of the modules whose output is never used: see `Family.unused`."""
+        names = {module: name for name, module in self.core.named_modules()}
+        found: set[str] = set()
+        for path in self.family.unused:
+            layer = self.core
+            for word in path.split("."):
+                layer = layer[int(word)] if word.lstrip("-").isdigit() else getattr(layer, word)
+            found.update(names[module] for module in layer.modules())
+        return frozenset(found)
+
+    def train_fully(self) -> None:
+        """Make all weights trainable that ever get a gradient: DDP waits for that of each trained weight."""
+        unused = self.unused_layers()
+        for name, parameter in self.core.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[0] not in unused)
+
     def save_memory(
         self,
         *,

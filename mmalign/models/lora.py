@@ -47,11 +47,12 @@ def add_lora(
     Args:
         rank: published 4 to 64; diffusers' Diffusion-DPO scripts 4 (default) and 8 (README).
         alpha: None: the rank, which makes the factor 1.
-        targets: names of layers, matched at the end of the module path. None: those of the family.
+        targets: names of layers, matched at the end of the module path; those of them whose output the network never uses
+            (`Family.unused`) are left out. None: those of the family.
         dropout: on the input of A. Policy and reference then differ at the start: keep 0 for preference training.
         seed: of A; the global generator is left as it was.
     Raises:
-        UserError: a rank below 1, or a target that no layer bears.
+        UserError: a rank below 1, a target that no layer bears, or targets that are never used alone.
         ValueError: the denoiser has LoRA already.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -61,12 +62,16 @@ def add_lora(
     if rank < 1:
         raise UserError(f"lora.rank: got {rank}, want 1 or more.")
     names = tuple(denoiser.family.lora_targets if targets is None else targets)
-    _check_targets(denoiser.core, names)
+    layers = _target_layers(denoiser.core, names)
+    used = sorted(set(layers) - denoiser.unused_layers())
+    if not used:
+        raise UserError(f"lora.targets: got {', '.join(layers)}, whose output is never used. Name other layers.")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         init_lora_weights="gaussian",
-        target_modules=list(names),
+        # By full name where some are left out: diffusers warns of layers that the targets end and the file lacks.
+        target_modules=list(names) if len(used) == len(layers) else used,
         lora_dropout=dropout,
     )
     denoiser.core.requires_grad_(False)
@@ -200,7 +205,8 @@ def training_plan(denoiser: Denoiser) -> str:
     if not denoiser.lora_layers:
         return f"{denoiser.family.name}, full fine-tuning: {share}"
     config = denoiser.core.peft_config[ADAPTER_NAME]
-    targets = ", ".join(sorted(config.target_modules))
+    paths = {name for name, _ in denoiser.core.named_modules()}
+    targets = ", ".join(sorted({_leaf(target) if target in paths else target for target in config.target_modules}))
     layers = f"{len(denoiser.lora_layers)} layers ({targets})"
     return f"{denoiser.family.name}, LoRA rank {config.r} alpha {config.lora_alpha:g} on {layers}: {share}"
 
@@ -241,14 +247,16 @@ def _take_up(denoiser: Denoiser) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     denoiser.lora_layers = [module for module in denoiser.core.modules() if isinstance(module, BaseTunerLayer)]
+    unused = denoiser.unused_layers()
     for name, parameter in denoiser.core.named_parameters():
         low_rank = ".lora_" in name
-        parameter.requires_grad_(low_rank)
+        parameter.requires_grad_(low_rank and name.rpartition(".")[0] not in unused)
         if low_rank:
             parameter.data = parameter.data.float()
 
 
-def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+def _target_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the layers that the targets end."""
     kinds = (nn.Linear, nn.Conv2d)
     layers = [name for name, module in network.named_modules() if isinstance(module, kinds)]
     for target in targets:
@@ -259,6 +267,7 @@ def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
             raise UserError(f"lora.targets: got {target!r}, which ends no layer's name. {remedy}")
     if not targets:
         raise UserError("lora.targets: got an empty list, want at least one layer name.")
+    return [name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def _leaf(name: str) -> str:
