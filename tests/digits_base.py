@@ -5,26 +5,15 @@ A test module takes them with `pytest_plugins = ("digits_base",)`; `outcomes` ho
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-from outcomes import SEED
+from outcomes import SEED, one_process_at_a_time
 
 from mmalign import quickstart
 from mmalign.digits import Base, Pretraining, fingerprint, pretrained
 from mmalign.digits_flow import FlowPretraining, flow_fingerprint, pretrained_flow
 from mmalign.quickstart import QuickstartConfig
-
-
-@contextmanager
-def one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Workers of pytest-xdist wait for the one that makes what all use."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
 """What outcome tests do with a finished quickstart: change its labels, train again from its base, judge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from mmalign import evaluate, generate, train
 from mmalign.config import read_config
@@ -12,6 +15,14 @@ from mmalign.report import Evaluation
 from mmalign.train import TrainConfig
 
 SEED = 0
+
+
+@contextmanager
+def one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Workers of pytest-xdist wait for the one that makes what all use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield
 
 
 def tuned(run: Path, base: Base, folder: Path, *overrides: str) -> Evaluation:

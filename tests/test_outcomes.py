@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from digits_base import one_process_at_a_time
-from outcomes import SEED
+from outcomes import SEED, one_process_at_a_time
 
 from mmalign.digits import Base
 from mmalign.quickstart import on_cpu
