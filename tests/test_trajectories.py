@@ -56,7 +56,7 @@ def test_candidates_of_a_step_are_those_of_the_published_code() -> None:
 
 
 def test_more_steps_than_timesteps_are_refused() -> None:
-    with pytest.raises(UserError, match=r"source\.num_steps: got 1001, want at most 1000"):
+    with pytest.raises(UserError, match=r"source\.num_steps: got 1001, want at most 500"):
         Grid.of(stable_diffusion(), 1001)
 
 

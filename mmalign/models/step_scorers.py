@@ -84,7 +84,7 @@ class Kept:
         if missing := [prompt for prompt in distinct if prompt not in self.rows]:
             computed = self.compute(missing)
             for place, prompt in enumerate(missing):
-                self.rows[prompt] = {name: values[place] for name, values in computed.items()}
+                self.rows[prompt] = {name: values[place].clone() for name, values in computed.items()}
         for prompt in distinct:
             self.rows.move_to_end(prompt)
         found = {name: torch.stack([self.rows[p][name] for p in prompts]) for name in self.rows[distinct[0]]}

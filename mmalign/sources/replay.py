@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -87,11 +88,13 @@ class ReplayStream:
     def batches(self, order: Order, first_step: int, last_step: int) -> Iterator[Prepared]:
         """Expert and own state of every example; sampled anew at every multiple of `refresh_every`."""
         block = self.settings.refresh_every
+        # The last block is sampled whole, so that a longer run would see the same.
+        stream = self.expert.collated(order, first_step, -(-last_step // block) * block)
         step = first_step
         while step < last_step:
-            end = min((step // block + 1) * block, last_step)
-            stop = (step // block + 1) * block  # the block is sampled whole, so that a longer run would see the same
-            experts = [self.policy.prepare(batch) for batch in self.expert.collated(order, step, stop)]
+            stop = (step // block + 1) * block
+            end = min(stop, last_step)
+            experts = [self.policy.prepare(batch) for batch in islice(stream, (stop - step) * order.accumulation)]
             if step % block == 0 or not self.buffer:
                 self.buffer = self._sampled(experts, order, step)
             for expert in experts[: (end - step) * order.accumulation]:

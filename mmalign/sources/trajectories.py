@@ -67,11 +67,11 @@ class Grid:
 
         Source: the DDIM grid of SPO's published code (20 steps: 951, 901 ... 1; eta 1).
         Raises:
-            UserError: more steps than timesteps.
+            UserError: more steps than half the timesteps.
         """
         stride, flow = schedule.num_timesteps // num_steps, schedule.prediction == "flow"
-        if stride < 1:
-            raise UserError(f"source.num_steps: got {num_steps}, want at most {schedule.num_timesteps}.")
+        if stride < 2:
+            raise UserError(f"source.num_steps: got {num_steps}, want at most {schedule.num_timesteps // 2}.")
         leading = torch.arange(num_steps - 1, -1, -1) * stride
         timesteps = leading + (stride - 1 if flow else 1)
         timesteps = timesteps.clamp(max=schedule.num_timesteps - 1)
