@@ -95,6 +95,7 @@ class PublicStep:
         self.network: Any = policy.family.core(self.pipe)
         lora = policy.settings.lora
         self.copy: Any = None
+        self.sampling_copy: Any = None  # of Diffusion-DRO's sampler
         if reference == "copy" or (reference == "own" and lora is None):
             self.copy = copy.deepcopy(self.network).requires_grad_(False)
         if lora is not None:
@@ -139,7 +140,7 @@ class PublicStep:
     def tensors(self) -> list[Tensor]:
         """All that is held between steps."""
         parts = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
-        return held_tensors([*parts, self.network, self.copy], self.optimiser)
+        return held_tensors([*parts, self.network, self.copy, self.sampling_copy], self.optimiser)
 
     # --- what the losses ask for ----------------------------------------------------------------------------------
 
@@ -315,7 +316,7 @@ class DroSampler:
         from diffusers import DPMSolverMultistepScheduler
 
         if self.network is None:
-            self.network = copy.deepcopy(side.network).requires_grad_(False)
+            side.sampling_copy = self.network = copy.deepcopy(side.network).requires_grad_(False)
         self.network.load_state_dict(side.network.state_dict())
         self.network.eval()
         solvers, config = [], side.noise.scheduler.config

@@ -38,9 +38,6 @@ def test_mmalign_computes_what_the_public_structure_computes(
         assert gaps["loss_gap"] <= 2e-5 and gaps["gradient_gap"] <= 5e-5
     if method == "spo":
         assert abs(checked[steps.PEER]["loss"] - 0.6931) > 1e-3, "at policy = reference the comparison would prove little"
-        counted = {name: steps.counts(side.variants[name]) for name in (steps.PEER, steps.OURS)}
-        assert counted[steps.PEER]["flops"] == 2 * counted[steps.OURS]["flops"], "each branch was forwarded on its own"
-        assert counted[steps.OURS]["host_syncs"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +66,26 @@ def test_own_states_that_are_off_are_refused(steps: Any, dro: tuple[Any, Any]) -
 
 def test_the_quick_mode_shows_and_writes_every_row_with_gate_ratio_limit_and_memory(steps: Any, tmp_path: Path) -> None:
     shown: list[str] = []
-    command = ["--quick", "--methods", "rank_dpo", "--families", "sd15", "--out", str(tmp_path / "results" / "fine.json")]
+    command = ["--quick", "--methods", "spo", "--families", "sd15", "--out", str(tmp_path / "results" / "fine.json")]
     assert steps.main(command, show=shown.append) == 0
     written = json.loads((tmp_path / "results" / "fine.json").read_text())
     assert {"benchmark", "size", "rounds", "clock", "versions", "machine", "disclosed", "rows"} <= written.keys()
-    timed = {row["variant"]: row for row in written["rows"] if row["suite"] == "rank_dpo"}
-    assert timed.keys() == {steps.PEER, "public structure, the same twice", steps.OURS, steps.PARTS}
+    timed = {row["variant"]: row for row in written["rows"]}
+    assert timed.keys() == {steps.PEER, "public structure, the same twice", steps.OURS}
     for row in timed.values():
         assert {"goal", "ratio", "low", "high", "spread", "reliable", "cpu_seconds", "flop_limit", "gate"} <= row.keys()
         assert row["variant"] in "\n".join(shown)
-    held = {(row["variant"], row["num_candidates"]): _activations(row) for row in written["rows"] if "num_candidates" in row}
-    assert held[steps.PARTS, 8] < 1.3 * held[steps.PARTS, 2], "one candidate at a time: flat in k"
+    assert timed[steps.PEER]["flops"] == 2 * timed[steps.OURS]["flops"], "each branch was forwarded on its own"
+    assert timed[steps.OURS]["host_syncs"] == 0
+
+
+def test_one_candidate_at_a_time_is_flat_in_the_number_of_candidates(steps: Any, tmp_path: Path) -> None:
+    rows = steps.memory_rows(steps.TOYS["tiny"], tmp_path)
+    shown: list[str] = []
+    steps.print_memory(rows, shown.append)
+    assert steps.PARTS in "\n".join(shown)
+    held = {(row["variant"], row["num_candidates"]): row["step_peak_bytes"] - row["gradient_bytes"] for row in rows}
+    assert held[steps.PARTS, 8] < 1.3 * held[steps.PARTS, 2]
     assert held[steps.OURS, 8] > 3 * held[steps.PARTS, 8]
 
 
@@ -90,7 +96,3 @@ def test_a_loss_of_the_peer_that_is_wrong_by_a_thousandth_is_refused_and_nothing
         assert steps.main([*command, "--plant-fault"], show=shown.append) == 1
         assert len(shown) == 1 and "the gate refuses" in shown[0] and "Nothing is timed" in shown[0]
         assert not (tmp_path / "refused.json").exists()
-
-
-def _activations(row: dict[str, Any]) -> int:
-    return int(row["step_peak_bytes"] - row["gradient_bytes"])
