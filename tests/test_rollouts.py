@@ -62,8 +62,7 @@ def guided(policy: Any, pair: Pair, timestep: Tensor, scale: float) -> Tensor:
     outputs = []
     for noisy in pair.noisy:
         said = []
-        for prompt in ("", pair.prompt):
-            condition = policy.conditions([prompt])
+        for condition in (policy.unconditional(1), policy.conditions([pair.prompt])):
             said.append(policy.denoiser(noisy[None], timestep[None], **condition)[0])
         outputs.append(said[0] + scale * (said[1] - said[0]))
     return torch.stack(outputs)
@@ -262,6 +261,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "cache": ({"source": rollouts(), "adapter": {"cache": "cache"}}, r"adapter\.cache: has no meaning for sampler steps"),
     "guard": ({"source": rollouts(), "adapter": {"winner_guard": {"mu": 0.9}}}, r"adapter\.winner_guard: has no meaning"),
     "flip": ({"source": rollouts(), "adapter": {"flip": True}}, r"adapter\.flip: has no meaning.*Set it to False"),
+    "timesteps": (
+        {"source": rollouts(), "adapter": {"timesteps": "logit_normal"}},
+        r"adapter\.timesteps: has no.*Set it to uniform",
+    ),
     "drift": (
         {"source": rollouts(), "loss": [{"name": "spo"}, {"name": "output_anchor"}]},
         r"loss: asks for drift, which is not defined for sampler steps",

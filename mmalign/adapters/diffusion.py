@@ -22,6 +22,7 @@ from mmalign.adapters.reading import Reader
 from mmalign.adapters.samples import encoders_of, save_samples
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
+from mmalign.families import unconditional
 from mmalign.likelihoods import DenoisingInputs, winner_guard
 from mmalign.models.casting import cast
 from mmalign.models.diffusion import (
@@ -383,9 +384,14 @@ class DiffusionPolicy:
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """All that the network is told of images that it makes itself, (n, ...) each, on the device."""
-        sizes = self.family.size_condition(self.settings.size, (0, 0), self.settings.size)
-        repeated = {name: value.to(self.device).expand(len(prompts), *value.shape) for name, value in sizes.items()}
-        return {**self._prompts(texts_of(self.family, prompts), {}), **repeated}
+        return {**self._prompts(texts_of(self.family, prompts), {}), **self._sizes(len(prompts))}
+
+    def unconditional(self, count: int) -> dict[str, Tensor]:
+        """The same without a prompt, as the stock sampler's guidance has it."""
+        texts_of(self.family, [""])
+        empty = unconditional(self.family, self.pipe, 1)
+        rows = {name: value.to(self.device).expand(count, *value.shape[1:]) for name, value in empty.items()}
+        return {**rows, **self._sizes(count)}
 
     def decode(self, latents: Float[Tensor, "n c *latent"]) -> Float[Tensor, "n 3 *dims"]:
         """Pixels in [0, 1] of scaled latents, one at a time so that no batch changes the numbers."""
@@ -394,6 +400,10 @@ class DiffusionPolicy:
     def encode_prompts(self, prompts: Sequence[Prompt], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The condition of each prompt, one at a time for the same reason; `sources` are 8-bit pixels by key."""
         return encoded_prompts(self.family, self.pipe, prompts, sources)
+
+    def _sizes(self, count: int) -> dict[str, Tensor]:
+        sizes = self.family.size_condition(self.settings.size, (0, 0), self.settings.size)
+        return {name: value.to(self.device).expand(count, *value.shape) for name, value in sizes.items()}
 
     def _open(self, dtype: torch.dtype) -> Any:
         settings = self.settings

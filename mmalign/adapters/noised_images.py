@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
 from mmalign.errors import UserError
-from mmalign.families import encode_prompt, find_family
+from mmalign.families import encode_prompt, find_family, unconditional
 from mmalign.families.family import no_size_condition
 from mmalign.models.diffusion import (
     Denoiser,
@@ -152,7 +152,7 @@ class NoisedImages:
             alone: Tensor = self.denoiser(noisy, network_timestep, **condition)
             return alone.float()
         if self._empty is None:
-            self._empty = self.conditions([""])
+            self._empty = {**self.conditions([""]), **unconditional(self.family, self.pipe, 1)}
         both = {name: torch.cat([self._empty[name].expand_as(value), value]) for name, value in condition.items()}
         output: Tensor = self.denoiser(torch.cat([noisy, noisy]), torch.cat([network_timestep, network_timestep]), **both)
         without, with_prompt = output.float().chunk(2)

@@ -18,7 +18,7 @@ from mmalign.families.unet import SD2, SD15, SDXL
 from mmalign.families.wan import WAN
 from mmalign.families.z_image import Z_IMAGE
 
-__all__ = ["FAMILIES", "Family", "encode_prompt", "find_family", "weight_dtype"]
+__all__ = ["FAMILIES", "Family", "encode_prompt", "find_family", "unconditional", "weight_dtype"]
 
 
 def find_family(family: str | Family) -> Family:
@@ -52,6 +52,20 @@ def encode_prompt(family: str | Family, pipe: Any, prompts: Sequence[str], *sour
     Diffusion-DPO code. A family that edits also takes the source images of the prompts.
     """
     return find_family(family).encode_prompt(pipe, prompts, *sources)
+
+
+def unconditional(family: str | Family, pipe: Any, count: int, *sources: Tensor) -> dict[str, Tensor]:
+    """What classifier-free guidance pushes away from in the stock pipeline's call, as `encode_prompt` gives conditions.
+
+    That is not always the empty prompt: SDXL's are zeros, Qwen-Image's is a space.
+    Args:
+        count: rows.
+        sources: of a family that edits: the source images.
+    """
+    found = find_family(family)
+    if found.unconditional is None:
+        return found.encode_prompt(pipe, [""] * count, *sources)
+    return found.unconditional(pipe, count, *sources)
 
 
 FAMILIES: dict[str, Family] = {

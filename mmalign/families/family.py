@@ -46,6 +46,8 @@ class Family:
             gradient, so that neither a full fine-tune nor a LoRA trains them.
         encode_prompt: (pipe, prompts) -> the condition of each prompt, by the keywords of `forward`, (n, ...) each. A family
             that edits takes (pipe, prompts, sources), sources being float pixels (n, 3, h, w) in [-1, 1].
+        unconditional: (pipe, count, encode_prompt's sources) -> the conditions that classifier-free guidance pushes away from
+            in a call of the stock pipeline without a negative prompt. None: those of the empty prompt.
         size_condition: (original (h, w), crop (top, left), target (h, w)) of one image -> further condition, unbatched.
         forward: (network, noisy (n, c, h, w), timestep, **condition) -> prediction of the same shape; for video
             (n, c, f, h, w). `timestep` is `Schedule.network_timestep`: 0 ... 999, for rectified flow 1000 sigma. Packing into
@@ -72,6 +74,7 @@ class Family:
     lora_targets: tuple[str, ...]
     unused: tuple[str, ...] = ()
     encode_prompt: Callable[..., dict[str, Tensor]]
+    unconditional: Callable[..., dict[str, Tensor]] | None = None
     size_condition: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], dict[str, Tensor]] = no_size_condition
     forward: Callable[..., Tensor]
     recognise: Callable[[Config, Config, Config], bool]

@@ -28,6 +28,7 @@ SCHEDULE = {
 }
 LATENT_CHANNELS = 4
 MEGAPIXEL = 1024 * 1024
+NEGATIVE = " "  # of Qwen's own examples; the stock pipelines guide only where one is given
 
 
 @torch.no_grad()
@@ -55,6 +56,11 @@ def _encode_edit(pipe: Any, prompts: Sequence[str], sources: Float[Tensor, "n 3 
         latents = pipe._encode_vae_image(pixels.unsqueeze(2).to(pipe.vae.device, pipe.vae.dtype), generator=None)
         rows.append({"prompt_embeds": embeds, "prompt_embeds_mask": mask, "image_latents": latents.float().squeeze(2)})
     return stacked(rows)
+
+
+def _of_a_space(encode: Callable[..., dict[str, Tensor]], pipe: Any, count: int, *sources: Tensor) -> dict[str, Tensor]:
+    """Qwen's own negative prompt."""
+    return encode(pipe, [NEGATIVE] * count, *sources)
 
 
 def _scaled(pipe: Any, source: Float[Tensor, "3 h w"], area: int) -> Any:
@@ -108,7 +114,7 @@ def _call_options(guidance_scale: float, negative_prompt: str | None, count: int
     """Guidance is `true_cfg_scale` and needs a negative prompt; Qwen's own is a space."""
     if guidance_scale <= 1:
         return {"true_cfg_scale": 1.0}
-    return {"true_cfg_scale": guidance_scale, "negative_prompt": [negative_prompt or " "] * count}
+    return {"true_cfg_scale": guidance_scale, "negative_prompt": [negative_prompt or NEGATIVE] * count}
 
 
 def _build(changes: Changes) -> Any:
@@ -204,6 +210,7 @@ def _qwen(
         lora_targets=ATTENTION_LAYERS,
         unused=UNUSED_LAYERS,
         encode_prompt=encode,
+        unconditional=functools.partial(_of_a_space, encode),
         forward=_forward,
         recognise=of_pipeline(pipeline),
         tiny=build,

@@ -28,6 +28,14 @@ def _sdxl_encode_prompt(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
 
+def _sdxl_unconditional(pipe: Any, count: int) -> dict[str, Tensor]:
+    """Zeros where the pipeline's config says so, as the published one and SPO's published code have it."""
+    empty = _sdxl_encode_prompt(pipe, [""] * count)
+    if not pipe.config.force_zeros_for_empty_prompt:
+        return empty
+    return {name: torch.zeros_like(value) for name, value in empty.items()}
+
+
 def _sdxl_size_condition(
     original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
 ) -> dict[str, Float[Tensor, " six"]]:
@@ -154,6 +162,7 @@ SDXL = Family(
     tokenizers=("tokenizer", "tokenizer_2"),
     lora_targets=ATTENTION_LAYERS,
     encode_prompt=_sdxl_encode_prompt,
+    unconditional=_sdxl_unconditional,
     size_condition=_sdxl_size_condition,
     forward=_sdxl_forward,
     recognise=of_pipeline("StableDiffusionXLPipeline"),

@@ -23,7 +23,10 @@ from mmalign.sources.trajectories import Grid, Guided, Pair, Segments, Settings,
 logger = logging.getLogger(__name__)
 FRUITLESS_ROUNDS = 10  # in a row without one valid pair
 # Settings of the diffusion adapter that are about given images.
-WITHOUT_MEANING = ("cache", "winner_guard", "weights", "frames", "buckets", "draws", "crop", "flip", "prompt_dropout")
+WITHOUT_MEANING = (
+    *("cache", "cache_dtype", "winner_guard", "weights", "buckets", "draws", "crop", "flip", "prompt_dropout"),
+    *("timesteps", "noise", "timestep", "latents"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class Rollouts:
         num_candidates: successors of a step. Published: 4 (SD 1.5), 2 (SDXL).
         inner_steps: further steps of each branch before it is judged; each becomes a pair with its own two x_t. Published: 0
             (SD 1.5), 3 (SDXL).
-        window: (lowest, highest) timestep at which pairs are made. Published: 0 to 750, in code up to the grid's step 751.
+        window: (lowest, highest) timestep at which pairs are made. Published: 0 to 750, in code up to the grid's step
+            751; nothing is published for rectified flow.
         threshold: least difference of the softmax; two numbers: at the steps of least and of most noise, linear in the noise
             that a step adds. Published: 0.3 (SD 1.5), 0.4 (SDXL); LPO 0.35 to 0.5.
         continue_from: which candidate goes on. Published: random.
@@ -85,10 +89,15 @@ class Rollouts:
         """Refuse an adapter whose model cannot be sampled step by step."""
         check_samples(adapter, "rollouts")
         adapter.check_sources(examples.sources)
+        if adapter.frames is not None:
+            raise UserError(
+                f"source: got rollouts with family: {adapter.family}, want a family of images: videos are not judged."
+            )
         defaults = {one.name: one.default for one in fields(adapter)}
         for name in WITHOUT_MEANING:
             if getattr(adapter, name) != defaults[name]:
-                told = "null" if defaults[name] is None else defaults[name]
+                default = defaults[name]
+                told = "null" if default is None else getattr(default, "name", default)
                 raise UserError(f"adapter.{name}: has no meaning for sampler steps (source: rollouts). Set it to {told}.")
 
     def shape(self, examples: Any) -> Shape:
@@ -115,7 +124,8 @@ class RolloutStream:
         self.segments = Segments.of(self.grid, low, high, settings.inner_steps)
         self.scorer = settings.scorer.build(policy)
         self.conditions = Kept(compute=policy.conditions)
-        self._conditions([""])  # a family that cannot be told a text alone is refused before anything is written
+        self.conditions([""])  # a family that cannot be told a text alone is refused before anything is written
+        self.without = None if settings.guidance_scale == 1.0 else policy.unconditional(1)
         self.round = 0
         self.fruitless = 0
         self.pool: list[Pair] = []
@@ -227,9 +237,11 @@ class RolloutStream:
             )
 
     def _conditions(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        guided = self.settings.guidance_scale != 1.0
         with torch.no_grad():
-            return self.conditions(prompts), self.conditions([""] * len(prompts)) if guided else None
+            found = self.conditions(prompts)
+        if self.without is None:
+            return found, None
+        return found, {name: value.expand(len(prompts), *value.shape[1:]) for name, value in self.without.items()}
 
     def _prepared(self, pairs: Sequence[Pair]) -> Prepared:
         """Pairs -> the inputs of one step; where both branches share x_t the network is asked once."""
