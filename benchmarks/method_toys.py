@@ -46,9 +46,9 @@ def _vae(*channels: int) -> dict[str, Any]:
     return {"block_out_channels": channels, "layers_per_block": 2, "norm_num_groups": 8, "scaling_factor": 1.0}
 
 
-# By FLOPs encoding an image costs 1.39 UNet passes in SD 1.5's toy (SD 1.5: 1.39), 0.7 in SDXL's (0.72), 0.5 in SD3's (0.55).
-# SDXL's blocks have its depth, 0, 2 and 10 transformers, at a tenth of its width. SD3's blocks have the width of two
-# heads of 64, an eighth of its depth, and read a prompt as long as the image: 272 tokens (SD3: 333 beside 4096).
+# By FLOPs encoding an image costs 1.39 UNet passes in SD 1.5's toy (SD 1.5: 1.39), about 1 in SDXL's (0.72), about 0.5 in SD3's
+# (0.55). SDXL's levels have none, 2 and 5 transformers a block (SDXL: none, 2, 10) at a tenth of its width; SD3's has two heads
+# of 64, a sixth of its blocks, and reads a prompt as long as the image: 272 tokens (SD3: 333 beside 4096).
 _SDXL = {
     "unet": {
         "block_out_channels": (32, 64, 128),
