@@ -40,14 +40,16 @@ def condition_of(name: str, pipe: Any, prompts: tuple[str, ...], pictures: list[
     return encode_prompt(name, pipe, prompts, *([pixels_of(pictures)] if FAMILIES[name].edits else []))
 
 
-def hooked_call(name: str, pipe: Any, pictures: list[Image.Image], guidance: float) -> list[tuple[tuple[Any, ...], Any, Any]]:
+def hooked_call(
+    name: str, pipe: Any, pictures: list[Image.Image], guidance: float, prompts: tuple[str, ...] = PROMPTS
+) -> list[tuple[tuple[Any, ...], Any, Any]]:
     """Arguments and outputs of the network in a stock call of two steps."""
     calls: list[tuple[tuple[Any, ...], Any, Any]] = []
-    count = 1 if name == "qwen_image_edit_plus" else 2  # its pipeline takes one prompt at a time
+    count = 1 if name == "qwen_image_edit_plus" else len(prompts)  # its pipeline takes one prompt at a time
     pictures = pictures[:count]
     handle = pipe.transformer.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     pipe(
-        prompt=list(PROMPTS[:count]),
+        prompt=list(prompts[:count]),
         height=SIZE[0],
         width=SIZE[1],
         num_inference_steps=2,
@@ -194,3 +196,12 @@ def test_a_batch_of_one_trains_from_its_reference(name: str, tmp_path: Path) -> 
     losses = [row["loss"] for row in metrics_of(output)]
     assert losses[0] == pytest.approx(0.6931472, rel=1e-6)
     assert len(losses) == 2 and np.isfinite(losses[1]) and losses[1] != losses[0]
+
+
+def test_qwen_image_reads_as_many_tokens_of_a_prompt_as_the_stock_call() -> None:
+    pipe, prompt = open_pipeline("qwen_image", tiny_folder("qwen_image")), "a" * 700
+    (_, given, _), *_ = hooked_call("qwen_image", pipe, [], guidance=1.0, prompts=(prompt,))
+    assert given["encoder_hidden_states"].shape[1] == 512
+    condition = condition_of("qwen_image", pipe, (prompt,), [])
+    assert condition["prompt_embeds_mask"].sum() == 512
+    torch.testing.assert_close(condition["prompt_embeds"], given["encoder_hidden_states"], atol=1e-5, rtol=1e-4)

@@ -15,8 +15,8 @@ from mmalign.families.parts import tiny_qwen_tokenizer
 ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
 # The last block's text stream ends in these, and nothing reads it.
 UNUSED_LAYERS = ("transformer_blocks.-1.attn.to_add_out", "transformer_blocks.-1.txt_mlp")
-# The stock pipeline cuts prompts there; with an image of a megapixel come up to 1,400 tokens of it, and nothing is cut.
-MAX_TOKENS = 1024
+# The stock pipeline's call cuts prompts there; with an image of a megapixel come up to 1,400 tokens of it, and nothing is cut.
+MAX_TOKENS = 512
 MAX_TOKENS_WITH_IMAGE = 2560
 SCHEDULE = {
     "use_dynamic_shifting": True,
@@ -35,7 +35,7 @@ NEGATIVE = " "  # of Qwen's own examples; the stock pipelines guide only where o
 def _encode_prompt(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Alone, so that no prompt is padded: features of the stock template without its first 34 tokens."""
     device = pipe.text_encoder.device
-    rows = [pipe.encode_prompt([prompt], device=device)[0][0] for prompt in prompts]
+    rows = [pipe.encode_prompt([prompt], device=device, max_sequence_length=MAX_TOKENS)[0][0] for prompt in prompts]
     embeds, mask = padded(rows, MAX_TOKENS)
     return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
