@@ -208,7 +208,7 @@ class OurStep:
 
     def step(self) -> None:
         """One optimiser step."""
-        self.run.take_step([next(self.items)])
+        self.run.take_step([self.policy.prepare(next(self.items))])
 
     def tensors(self) -> list[Tensor]:
         """All that is held between steps."""
