@@ -289,6 +289,16 @@ def test_a_family_that_edits_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_flux_is_told_its_guidance_and_not_guided_against_the_empty_prompt(tmp_path: Path) -> None:
+    message = r"source\.guidance_scale: got 5\.0, but flux.*guidance_scale: 1 and adapter\.guidance_embedding: 3\.5"
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "out", "flux", **SPO, source=rollouts())
+    assert not (tmp_path / "out").exists()
+    told = {"adapter": {"guidance_embedding": 3.5}, "source": rollouts(guidance_scale=1.0, window=(0, 999))}
+    rows = metrics_of(train(tmp_path / "out", "flux", **SPO, **told))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_a_score_that_is_nan_stops_the_run(tmp_path: Path) -> None:
     source = rollouts(scorer={"name": "image", "scorer": "test_rollouts:spoilt"})
     with pytest.raises(UserError, match=r"source\.scorer: gave NaN or an infinite score"):

@@ -15,6 +15,7 @@ from mmalign.cache import content_key
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.likelihoods import TransitionInputs
+from mmalign.models.diffusion import find_family
 from mmalign.models.step_scorers import STEP_SCORERS, Kept
 from mmalign.sources.order import Order
 from mmalign.sources.prepared import Prepared, Shape, check_samples
@@ -41,7 +42,8 @@ class Rollouts:
         scorer: a step scorer: `step_aware`, `latent`, or `image` for a plain scorer of predicted clean images.
         num_steps: sampler steps. Published: 20.
         eta: of DDIM; noise level of rectified flow (published there: 0.7). None: 1 and 0.7.
-        guidance_scale: in sampling and in training, of policy and reference. Published: 5. 1: none.
+        guidance_scale: in sampling and in training, of policy and reference. Published: 5. 1: none, which FLUX.1 needs: it is
+            told its guidance (adapter.guidance_embedding).
         num_candidates: successors of a step. Published: 4 (SD 1.5), 2 (SDXL).
         inner_steps: further steps of each branch before it is judged; each becomes a pair with its own two x_t. Published: 0
             (SD 1.5), 3 (SDXL).
@@ -92,6 +94,11 @@ class Rollouts:
         if adapter.frames is not None:
             raise UserError(
                 f"source: got rollouts with family: {adapter.family}, want a family of images: videos are not judged."
+            )
+        if self.guidance_scale != 1.0 and find_family(adapter.family).embeds_guidance:
+            raise UserError(
+                f"source.guidance_scale: got {self.guidance_scale}, but {adapter.family} is told its guidance and not guided "
+                "against the empty prompt. Set guidance_scale: 1 and adapter.guidance_embedding: 3.5 (FLUX.1 dev)."
             )
         defaults = {one.name: one.default for one in fields(adapter)}
         for name in WITHOUT_MEANING:
