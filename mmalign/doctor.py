@@ -18,7 +18,13 @@ from mmalign.config import command_line
 from mmalign.memory import GB, SIZES, family_estimate
 
 OPTIONAL = {"bitsandbytes": "adamw_8bit", "wandb": "the wandb tracker", "tensorboard": "the tensorboard tracker"}
-MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn", "open-clip-torch": "open_clip"}
+MODULES = {
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+    "protobuf": "google.protobuf",
+    "scikit-learn": "sklearn",
+    "open-clip-torch": "open_clip",
+}
 WORKSPACE = 1.0  # GB that CUDA, cuDNN and fragmentation take beside the estimate
 
 
