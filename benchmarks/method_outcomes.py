@@ -282,8 +282,15 @@ METHODS = {
         online=True,
     ),
     "dro": Method(settings=_recipe("best", {"name": "dro"}, rate=1e-3, steps=50, source=REPLAY)),
+    # One wanted image in four: its weight of 3 makes wanted and unwanted count alike, as KTO's authors advise.
     "kto": Method(
-        settings=_recipe("unpaired", {"name": "kto", "beta": 1000.0}, rate=3e-4, steps=28, **{"training.batch_size": 32})
+        settings=_recipe(
+            "unpaired",
+            {"name": "kto", "beta": 1000.0, "desirable_weight": 3.0},
+            rate=3e-4,
+            steps=40,
+            **{"training.batch_size": 32},
+        )
     ),
     "flow_dpo": Method(
         kind="flow",
@@ -291,7 +298,7 @@ METHODS = {
             "pair",
             {"name": "dpo", "beta": 500.0},
             rate=1e-4,
-            steps=60,
+            steps=80,
             **{"adapter.timesteps": {"name": "logit_normal"}, "training.batch_size": 8},
         ),
     ),
