@@ -281,7 +281,8 @@ METHODS = {
         ),
         online=True,
     ),
-    "dro": Method(settings=_recipe("best", {"name": "dro"}, rate=1e-3, steps=50, source=REPLAY)),
+    # At the published margin of .001 the hinge is soon satisfied on this model: 50 steps gained .02.
+    "dro": Method(settings=_recipe("best", {"name": "dro", "margin": 0.05}, rate=1e-3, steps=60, source=REPLAY)),
     # One wanted image in four: its weight of 3 makes wanted and unwanted count alike, as KTO's authors advise.
     "kto": Method(
         settings=_recipe(

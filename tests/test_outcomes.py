@@ -92,12 +92,15 @@ def test_it_ends_above_fine_tuning_on_the_winners(method: str, outcome: Outcomes
     assert outcome(method, "true").correct_after > outcome("sft", "true").correct_after
 
 
-def test_experts_of_the_models_own_making_are_preferred_and_cost_nothing(outcome: Outcomes) -> None:
-    """Diffusion-DRO misses the gain of the others (measured: +.02), as fine-tuning on the same winners does (-.015)."""
+def test_experts_of_the_models_own_making_teach_and_bad_ones_unteach(outcome: Outcomes) -> None:
+    """Diffusion-DRO stays a little below the gain asked of the others (measured: +.075)."""
     found = outcome("dro", "true")
     assert found.win_rate > 0.6
-    assert found.correct_after >= found.correct_before
+    assert found.gain >= 0.05
     assert abs(found.diversity_change) <= MOST_DIVERSITY_CHANGE
+    assert outcome("dro", "flipped").gain < 0
+    assert found.correct_after > outcome("dro", "random").correct_after
+    assert found.correct_after > outcome("sft", "true").correct_after
 
 
 def test_every_recipe_is_tested(recipes: Any) -> None:
