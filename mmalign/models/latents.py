@@ -1,6 +1,5 @@
 """Between pixels and scaled latents, for the autoencoders of all families: of images, and of videos by their frames."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,11 +82,6 @@ def spatial_factor(pipe: Any) -> int:
     return int(pipe.vae_scale_factor)
 
 
-def num_elements(shape: tuple[int, ...]) -> int:
-    """Latent elements of one sample."""
-    return math.prod(shape)
-
-
 def _knows_frames(vae: Any) -> bool:
     return "latents_mean" in vae.config and "z_dim" in vae.config
 
@@ -97,5 +91,6 @@ def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | f
     config = vae.config
     if _knows_frames(vae):
         shape = (1, -1) + (1,) * (like.ndim - 2)
-        return tuple(torch.tensor(config[name]).to(like).view(shape) for name in ("latents_mean", "latents_std"))  # type: ignore[return-value]
+        mean, std = (torch.tensor(config[name]).to(like).view(shape) for name in ("latents_mean", "latents_std"))
+        return mean, std
     return config.get("shift_factor") or 0.0, 1 / config.scaling_factor
