@@ -1,11 +1,12 @@
 """Comparisons and judgements: typed rows on top of `datasets`, their media, their formats on disk, and the views."""
 
 from mmalign.records.examples import Examples
+from mmalign.records.faults import faults_of
 from mmalign.records.frames import animation
 from mmalign.records.judgements import append_judgements, read_judgements, with_judgements
 from mmalign.records.media import Media, to_rgb
 from mmalign.records.reading import IMAGE_SUFFIXES, MEDIA_SUFFIXES, collect, fault_of, raise_faults, read
-from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Sample, faults_of
+from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Message, Sample
 from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
 from mmalign.records.views import PHI, SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, thinned, unpaired
 from mmalign.records.writing import FORMATS, check_target, write
@@ -27,6 +28,7 @@ __all__ = [
     "Fault",
     "Judgement",
     "Media",
+    "Message",
     "Sample",
     "animation",
     "append_judgements",

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmalign.errors import UserError
-from mmalign.records.rows import Comparison, Judgement, faults_of
+from mmalign.records.faults import faults_of
+from mmalign.records.rows import Comparison, Judgement
 
 
 def with_judgements(value: Comparison, judgements: Sequence[Judgement]) -> Comparison:

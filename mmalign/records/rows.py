@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-import math
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,19 +13,72 @@ from mmalign.errors import UserError
 from mmalign.records.media import Media
 
 
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation, in the words of chat templates.
+
+    Args:
+        role: system, user, assistant, tool, or another one that the template knows.
+        text: what is said; an empty text beside tool calls or images is none.
+        images: pictures in it, in order.
+        places: for each image, before which character of the text it stands; empty: all before the text.
+        name: who speaks, or the tool that answers.
+        tool_calls: JSON objects, as chat templates want them: `{"type": "function", "function": {"name", "arguments"}}`.
+        extra: any other key of the message that a template may read (tool_call_id, thinking, reasoning_content), as JSON.
+    """
+
+    role: str
+    text: str = ""
+    images: tuple[Media, ...] = ()
+    name: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    places: tuple[int, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def is_empty(self) -> bool:
+        """Return whether it has neither words, nor images, nor tool calls."""
+        return not self.text.strip() and not self.images and not self.tool_calls
+
+
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What is shown or said: a text, images, or both.
+    """What is shown or said: a text, images, or both; or a conversation, whose messages then hold all of it.
 
     A video is either one file of several frames (GIF, WebP, APNG, MP4, WebM), or several images: its frames in order.
+
+    Args:
+        messages: of a prompt: all before the answer. Of a candidate: the answer, most often one message of the assistant.
+        tools: JSON schemas of the functions that may be called; they belong to the prompt.
     """
 
     text: str | None = None
     images: tuple[Media, ...] = ()
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def is_empty(self) -> bool:
+        """Return whether there is nothing in it: no image, no words, no tool call."""
+        return not (self.text or "").strip() and not self.images and all(m.is_empty() for m in self.messages)
+
+    def media(self) -> tuple[Media, ...]:
+        """Return every image in it, those of messages too, in order."""
+        return (*self.images, *(image for message in self.messages for image in message.images))
+
+    def words(self) -> str:
+        """Return all that is said, without roles: the text, or the texts of the messages with a line between them."""
+        said = [m.text for m in self.messages if m.text]
+        return "\n".join(said if self.text is None else [self.text, *said])
 
     def key(self) -> str:
-        """Return a hash of the encoded images: that of the file itself where there is one."""
+        """Return a hash of the content: of the encoded images alone where there are some, that of the file where there is one.
+
+        A caption beside images does not count; conversations count as a whole.
+        """
         keys = [media.key() for media in self.images]
+        if self.messages or self.tools or (self.text is not None and not keys):
+            said = [(m.role, m.text, m.places, m.name, m.tool_calls, m.extra) for m in self.messages]
+            whole = [self.text, said, self.tools, [media.key() for media in self.media()]]
+            return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
     def num_frames(self) -> int:
@@ -63,6 +116,9 @@ class Comparison:
         weight: weight of the row in the loss. None is 1.
         margin: by how much the better one is better, in reward units. None is 0.
         provenance: one dict a candidate (model, seed, guidance_scale ...), or empty.
+        prompts: one prompt a candidate where each answers its own (joint pairs); None: all answer `prompt`.
+        prefix: text that every candidate goes on from, as verified steps of a solution; given, never scored.
+        extras: further completions of the prompt that are not compared, by name (rationale, exploration, gold).
         where: file and row it came from, for messages. Not part of equality.
     """
 
@@ -75,7 +131,14 @@ class Comparison:
     weight: float | None = None
     margin: float | None = None
     provenance: tuple[dict[str, Any], ...] = ()
+    prompts: tuple[Content, ...] | None = None
+    prefix: str | None = None
+    extras: dict[str, Content] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+
+    def prompt_of(self, candidate: int) -> Content:
+        """Return the prompt that a candidate answers."""
+        return self.prompt if self.prompts is None else self.prompts[candidate]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +162,32 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One complete thing a model can be asked the likelihood of."""
+    """One complete thing a model can be asked the likelihood of.
+
+    Args:
+        prompt, completion: a text or messages each; images for models of images.
+        prefix: text between the two that is given and not scored: it follows the prompt's generation prompt.
+        ends_turn: whether the completion is all that is said, so that the end of a turn counts; a step of a solution is not.
+    """
 
     prompt: Content
     completion: Content
+    prefix: str | None = None
+    ends_turn: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """What one loss term sees: k samples, best first, and side data under the names of the losses' data parameters."""
+    """What one loss term sees: k samples, best first, and side data under the names of the losses' data parameters.
+
+    Args:
+        extras: further completions that are not compared, by name (rationale, exploration, gold).
+    """
 
     id: str
     samples: tuple[Sample, ...]
     side: dict[str, float | tuple[float, ...]] = field(default_factory=dict)
+    extras: dict[str, Sample] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,59 +207,6 @@ class Fault:
     def __str__(self) -> str:
         """Return `where: problem`."""
         return f"{self.where}: {self.problem}"
-
-
-def faults_of(value: Comparison, least: int = 2) -> list[str]:
-    """Return what is wrong with a comparison, one sentence a fault; an empty list when nothing is.
-
-    Args:
-        least: candidates it must have; below 2 for single images and prompts alone, in which nothing is compared.
-    """
-    k = len(value.candidates)
-    problems = []
-    if not (value.prompt.text or "").strip() and not value.prompt.images:
-        problems.append("got an empty prompt, want a text. Write one or remove the row.")
-    if k < least:
-        problems.append(
-            f"got {k} candidate{'s' if k != 1 else ''}, want at least {least}. Add the missing one or remove the row."
-        )
-    for n, candidate in enumerate(value.candidates, 1):
-        if candidate.text is None and not candidate.images:
-            problems.append(f"candidate {n} has neither text nor image. Add one or remove the row.")
-    numbers = {f"scores of {judge}": values for judge, values in value.scores.items()}
-    if value.ranks is not None:
-        numbers["ranks"] = value.ranks
-    for name, values in numbers.items():
-        if len(values) != k:
-            problems.append(f"got {len(values)} {name} for {k} candidates, want one each.")
-        elif not all(v is not None and math.isfinite(v) for v in values):
-            problems.append(f"got {name} {tuple(values)}, want finite numbers. Judge the row again or remove it.")
-    if value.provenance and len(value.provenance) != k:
-        problems.append(f"got {len(value.provenance)} provenance entries for {k} candidates, want one each.")
-    return problems + _fault_of_order(value, k) + _faults_of_side(value)
-
-
-def _fault_of_order(value: Comparison, k: int) -> list[str]:
-    if value.prob is None:
-        return []
-    if k != 2:
-        return [f"got prob for {k} candidates; prob is P(candidate 1 beats candidate 2). Give ranks instead."]
-    if not 0 <= value.prob <= 1:
-        return [f"got prob {value.prob}, want a probability from 0 to 1 (0.5 for a tie). Correct the label."]
-    if value.ranks is not None and len(value.ranks) == 2:
-        by_ranks = (value.ranks[0] < value.ranks[1]) - (value.ranks[0] > value.ranks[1])
-        by_prob = (value.prob > 0.5) - (value.prob < 0.5)
-        if by_ranks != by_prob:
-            return [f"prob {value.prob} and ranks {value.ranks} disagree. Keep the one that is right."]
-    return []
-
-
-def _faults_of_side(value: Comparison) -> list[str]:
-    return [
-        f"got {name} {number}, want a finite number that is not negative."
-        for name, number in (("weight", value.weight), ("margin", value.margin))
-        if number is not None and not (math.isfinite(number) and number >= 0)
-    ]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,8 +7,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign.errors import UserError
+from mmalign.records.faults import faults_of
 from mmalign.records.media import Media
-from mmalign.records.rows import Comparison, Content, faults_of
+from mmalign.records.rows import Comparison, Content
 
 if TYPE_CHECKING:
     import datasets
