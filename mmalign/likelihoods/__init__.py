@@ -1,0 +1,12 @@
+"""The tensors of one step, and how likely a network finds the candidates in them: `.logps(network) -> (batch, k)`.
+
+All randomness (noise, timestep) is already in the fields: policy and reference, chosen and rejected see the same draw, and a
+step can be replayed. One `.logps` is one call of the network, the candidates folded into the batch.
+"""
+
+from mmalign.likelihoods.denoising import DenoisingInputs, winner_guard
+from mmalign.likelihoods.networks import Measures
+from mmalign.likelihoods.tokens import Layout, Segment, TokenInputs, Tokens
+from mmalign.likelihoods.transitions import TransitionInputs
+
+__all__ = ["DenoisingInputs", "Layout", "Measures", "Segment", "TokenInputs", "Tokens", "TransitionInputs", "winner_guard"]

@@ -1,0 +1,324 @@
+"""How likely a language model finds continuations of contexts: the likelihood of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmalign.likelihoods.networks import Measures
+
+# network(layout, wanted) -> {name: (num_slots,)}: sums over the scored tokens of every slot, float32 or better.
+# "logps" is always there; "agreement" = sum of lp - log sum_v p_v^2 and "entropy", both detached, where wanted.
+TokenNetwork = Callable[["Layout", frozenset[str]], Mapping[str, Float[Tensor, " slots"]]]
+PER_TOKEN = frozenset({"agreement", "entropy"})  # measures that are means over the scored tokens
+ROW, CONTEXT = "row", "context"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Tokens of a packed row that follow each other: a context, or a continuation of one.
+
+    Args:
+        start, stop: where it stands in the row.
+        after: index of the context that its tokens also attend to; None for a context.
+    """
+
+    start: int
+    stop: int
+    after: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Token sequences as a network runs them, and which of its predictions are scored.
+
+    Args:
+        ids: tokens. Padded: a row for each continuation, right-padded. Packed: one row.
+        positions: of each token in its own sequence, from 0: a continuation goes on where its context ends.
+        mask: which tokens are there (padded), or None (packed: all).
+        segments: of the packed row, contexts before their continuations; empty when padded. Attention is causal within a
+            segment, and a continuation sees its whole context and no other segment.
+        at: flat index into `ids` of the hidden state that predicts a scored token.
+        target: the scored tokens.
+        slot: the sum that each scored token belongs to.
+        weight: factor of each scored token's log-probability; None: 1.
+        num_slots: number of sums.
+    """
+
+    ids: Int[Tensor, "rows length"]
+    positions: Int[Tensor, "rows length"]
+    mask: Bool[Tensor, "rows length"] | None
+    segments: tuple[Segment, ...]
+    at: Int[Tensor, " scored"]
+    target: Int[Tensor, " scored"]
+    slot: Int[Tensor, " scored"]
+    weight: Float[Tensor, " scored"] | None
+    num_slots: int
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same on a device; the only copies of a step, and none back."""
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name in ("ids", "positions", "mask", "at", "target", "slot", "weight")
+            for value in (getattr(self, name),)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Continuations of contexts, as token ids on the CPU.
+
+    Args:
+        contexts: distinct prompts, at least one token each.
+        continuations: what is scored, at least one token each (EOS included where the text ends with one).
+        context_of: of each continuation, the index of its context.
+        weights: of each continuation, the factor of each token's log-probability; None: 1. Weight 0 is not scored.
+        context_weights: the same for the tokens of each context but its first; None: contexts are not scored.
+        heads: of each continuation, how many of its first tokens make its head, which has a sum of its own; None: all.
+    """
+
+    contexts: tuple[Int[Tensor, " n"], ...]
+    continuations: tuple[Int[Tensor, " n"], ...]
+    context_of: tuple[int, ...]
+    weights: tuple[Float[Tensor, " n"], ...] | None = None
+    context_weights: tuple[Float[Tensor, " n"], ...] | None = None
+    heads: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse empty sequences."""
+        if any(len(ids) == 0 for ids in (*self.contexts, *self.continuations)):
+            raise ValueError("tokens: got an empty context or continuation, want at least one token each.")
+        if len(self.context_of) != len(self.continuations):
+            raise ValueError(f"tokens: got {len(self.context_of)} context indices for {len(self.continuations)} continuations.")
+
+    def select(self, chosen: Sequence[int]) -> Tokens:
+        """Only some of the continuations, in this order, with the contexts they need."""
+        needed = sorted({self.context_of[i] for i in chosen})
+        place = {context: n for n, context in enumerate(needed)}
+        return Tokens(
+            contexts=tuple(self.contexts[c] for c in needed),
+            continuations=tuple(self.continuations[i] for i in chosen),
+            context_of=tuple(place[self.context_of[i]] for i in chosen),
+            weights=None if self.weights is None else tuple(self.weights[i] for i in chosen),
+            context_weights=None if self.context_weights is None else tuple(self.context_weights[c] for c in needed),
+            heads=None if self.heads is None else tuple(self.heads[i] for i in chosen),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Sums: one a continuation, or its head and its tail; then, where contexts are scored, one a context."""
+        parts = 1 if self.heads is None else 2
+        return parts * len(self.continuations) + (0 if self.context_weights is None else len(self.contexts))
+
+    def scored(self) -> Float[Tensor, " continuations"]:
+        """Number of scored tokens of each continuation."""
+        if self.weights is None:
+            return torch.tensor([float(len(ids)) for ids in self.continuations])
+        return torch.stack([(weights != 0).sum() for weights in self.weights]).float()
+
+    def packed(self) -> Layout:
+        """One row without padding, every context once. The last token of a continuation is a target only, and not run."""
+        ids, positions, segments = [], [], []
+        starts: list[int] = []
+        at: list[Tensor] = []
+        length = 0
+        for context in self.contexts:
+            starts.append(length)
+            segments.append(Segment(start=length, stop=length + len(context)))
+            ids.append(context)
+            positions.append(torch.arange(len(context)))
+            length += len(context)
+        for number, continuation in enumerate(self.continuations):
+            owner = self.context_of[number]
+            before, run = len(self.contexts[owner]), len(continuation) - 1
+            if run:
+                segments.append(Segment(start=length, stop=length + run, after=owner))
+                ids.append(continuation[:-1])
+                positions.append(torch.arange(before, before + run))
+            last = torch.tensor([starts[owner] + before - 1])
+            at.append(torch.cat([last, torch.arange(length, length + run)]))
+            length += run
+        at_context = [torch.arange(start, start + len(c) - 1) for start, c in zip(starts, self.contexts, strict=True)]
+        return self._layout(torch.cat(ids)[None], torch.cat(positions)[None], None, tuple(segments), at, at_context)
+
+    def padded(self, *, multiple: int = 1, pad: int = 0) -> Layout:
+        """A right-padded row for each continuation, its context before it.
+
+        Args:
+            multiple: the length is rounded up to one of this.
+            pad: token that fills up.
+        """
+        rows = [torch.cat([self.contexts[c], ids]) for c, ids in zip(self.context_of, self.continuations, strict=True)]
+        length = -(-max(len(row) for row in rows) // multiple) * multiple
+        ids = torch.full((len(rows), length), pad)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], mask[number, : len(row)] = row, True
+        positions = torch.arange(length).expand(len(rows), -1)
+        at: list[Tensor] = []
+        first: dict[int, int] = {}
+        for number, (owner, continuation) in enumerate(zip(self.context_of, self.continuations, strict=True)):
+            start = number * length + len(self.contexts[owner]) - 1
+            at.append(torch.arange(start, start + len(continuation)))
+            first.setdefault(owner, number)
+        at_context = [
+            torch.arange(first[number] * length, first[number] * length + len(context) - 1)
+            for number, context in enumerate(self.contexts)
+        ]
+        return self._layout(ids, positions, mask, (), at, at_context)
+
+    def _layout(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        segments: tuple[Segment, ...],
+        at: list[Tensor],
+        at_context: list[Tensor],
+    ) -> Layout:
+        """Which predictions are scored, in which slots; tokens of weight 0 are left out."""
+        parts = 1 if self.heads is None else 2
+        targets = list(self.continuations)
+        slots = [
+            torch.full((len(ids),), number)
+            if self.heads is None
+            else 2 * number + (torch.arange(len(ids)) >= self.heads[number]).long()
+            for number, ids in enumerate(self.continuations)
+        ]
+        weights = list(self.weights) if self.weights is not None else [torch.ones(len(ids)) for ids in self.continuations]
+        if self.context_weights is not None:
+            at = at + at_context
+            targets += [context[1:] for context in self.contexts]
+            first = parts * len(self.continuations)
+            slots += [torch.full((len(context) - 1,), first + n) for n, context in enumerate(self.contexts)]
+            weights += list(self.context_weights)
+        weight = torch.cat(weights)
+        keep = weight != 0
+        plain = bool((weight[keep] == 1).all())
+        return Layout(
+            ids=ids,
+            positions=positions,
+            mask=mask,
+            segments=segments,
+            at=torch.cat(at)[keep],
+            target=torch.cat(targets)[keep],
+            slot=torch.cat(slots)[keep],
+            weight=None if plain else weight[keep],
+            num_slots=self.num_slots,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInputs:
+    """k continuations a prompt, whose likelihood is the sum of their tokens' log-probabilities.
+
+    logp = sum_t w_t log p(y_t | x, y_<t),  in float32 or better whatever the autocast
+
+    The sequences are the k candidates of the first row, of the second ..., and then, for each name of `extras`, one further
+    completion of every row.
+
+    Args:
+        tokens: all sequences.
+        num_candidates: k; 0 is allowed in parts that hold no candidate.
+        batch: number of rows.
+        extras: names of further completions, which are measures of their own: `rationale`, `exploration`, `gold`, `mismatched`.
+        wanted: further measures: `shared` (the heads' sums), `joint` (with the context), `agreement`, `entropy`.
+        device: where the network is.
+        pack: one row without padding, every context run once; else padded rows.
+        multiple, pad: see `Tokens.padded`.
+    """
+
+    tokens: Tokens
+    num_candidates: int
+    batch: int
+    extras: tuple[str, ...] = ()
+    wanted: frozenset[str] = frozenset()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pack: bool = False
+    multiple: int = 1
+    pad: int = 0
+
+    def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
+        """Other names under which these logps are logged: none."""
+        return {}
+
+    def logps(self, network: TokenNetwork) -> Float[Tensor, "batch k"]:
+        """Summed log-probability of every candidate, in nats."""
+        return self.measures(network)["policy"]
+
+    def measures(self, network: TokenNetwork) -> Measures:
+        """All that losses may ask of one pass: `policy`, one name an extra completion, and what is `wanted`."""
+        layout = self.tokens.packed() if self.pack else self.tokens.padded(multiple=self.multiple, pad=self.pad)
+        return self.of_slots(network(layout.to(self.device), self.wanted & PER_TOKEN))
+
+    def of_slots(self, sums: Mapping[str, Float[Tensor, " slots"]]) -> Measures:
+        """Measures from the sums of every slot, as a network gives them or a cache kept them."""
+        parts = 1 if self.tokens.heads is None else 2
+        sequences = len(self.tokens.continuations)
+        both = {name: values[: parts * sequences].view(sequences, parts) for name, values in sums.items()}
+        out = self._by_row(both["logps"].sum(1))
+        if "shared" in self.wanted:
+            out["shared"] = self._candidates(both["logps"][:, 0])
+        if "joint" in self.wanted:
+            contexts = sums["logps"][parts * sequences :]
+            owners = torch.tensor(self.tokens.context_of[: self.batch * self.num_candidates]).to(contexts.device)
+            out["joint"] = out["policy"] + contexts[owners].view(self.batch, self.num_candidates)
+        scored = self.tokens.scored().clamp(min=1)
+        for name in sorted(self.wanted & PER_TOKEN):
+            values = both[name].sum(1)
+            out[name] = self._candidates(values / scored.to(values)).detach()
+        return out
+
+    def refer(self, network: TokenNetwork, *, drift: bool = False) -> tuple[Measures, TokenInputs]:
+        """The reference's measures, without a graph, and these inputs.
+
+        Raises:
+            ValueError: `drift` is asked for, which is not defined for text.
+        """
+        if drift:
+            raise ValueError("drift: is not defined for text. Leave the loss that asks for it out.")
+        with torch.no_grad():
+            return replace(self, wanted=self.wanted - PER_TOKEN).measures(network), self
+
+    def settle(self, network: TokenNetwork) -> tuple[Measures, TokenInputs]:
+        """Measures without a graph, and these inputs, whose candidates are independent already."""
+        with torch.no_grad():
+            return self.measures(network), self
+
+    def candidates(self, part: slice) -> TokenInputs:
+        """The same inputs with only some of the k candidates; the extra completions go with the first."""
+        kept = range(self.num_candidates)[part]
+        chosen = [row * self.num_candidates + i for row in range(self.batch) for i in kept]
+        with_extras = bool(self.extras) and kept.start == 0
+        if with_extras:
+            chosen += range(self.batch * self.num_candidates, len(self.tokens.continuations))
+        extras = self.extras if with_extras else ()
+        return replace(self, tokens=self.tokens.select(chosen), num_candidates=len(kept), extras=extras)
+
+    def _by_row(self, values: Float[Tensor, " sequences"]) -> Measures:
+        out = {"policy": self._candidates(values)}
+        for number, name in enumerate(self.extras):
+            start = self.batch * (self.num_candidates + number)
+            out[name] = values[start : start + self.batch, None]
+        return out
+
+    def _candidates(self, values: Float[Tensor, " sequences"]) -> Float[Tensor, "batch k"]:
+        return values[: self.batch * self.num_candidates].view(self.batch, self.num_candidates)
+
+
+def shared_heads(lengths: Sequence[Collection[int]]) -> tuple[int, ...]:
+    """Of each candidate the length of its head: that of its row's shortest candidate (LD-DPO's shared part)."""
+    return tuple(min(row) for row in lengths for _ in row)
+
+
+def first_difference(rows: Sequence[Int[Tensor, " n"]]) -> int:
+    """How many first tokens all candidates of a row have in common: scored "from the first difference", they drop out."""
+    shortest = min(len(ids) for ids in rows)
+    alike = torch.stack([ids[:shortest] == rows[0][:shortest] for ids in rows]).all(0)
+    return shortest if bool(alike.all()) else int((~alike).int().argmax())
