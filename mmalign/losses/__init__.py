@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mmalign.losses.denoising import dro, mapo, spo
 from mmalign.losses.links import PreferenceLoss
 from mmalign.losses.listwise import rank_dpo
-from mmalign.losses.pairwise import bradley_terry, dpo, dro, hinge, ipo, mapo, robust, spo
+from mmalign.losses.pairwise import bradley_terry, dpo, hinge, ipo, robust
 from mmalign.losses.pointwise import batch_mean_ratio, kto, output_anchor, sft
 
 __all__ = ["LOSSES", "MEASURES", "STATISTICS", "PreferenceLoss"]
