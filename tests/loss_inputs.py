@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmalign.losses import LOSSES, PreferenceLoss
 
-NUM_CANDIDATES = {"rank_dpo": 4, "kto": 1}
+NUM_CANDIDATES = {"rank_dpo": 4, "kto": 1, "gpm": 1}
 # The others are penalties on further measures of the network.
 ON_LOGPS = [name for name, loss in LOSSES.items() if "policy" in inspect.signature(loss).parameters]
 # Without an anchor KTO takes the mean over the batch: the rules for single rows are tested with the anchor given.

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from mmalign.losses.denoising import dro, mapo, spo
 from mmalign.losses.links import PreferenceLoss
 from mmalign.losses.listwise import rank_dpo
-from mmalign.losses.pairwise import bradley_terry, dpo, hinge, ipo, robust
-from mmalign.losses.pointwise import batch_mean_ratio, kto, output_anchor, sft
+from mmalign.losses.pairwise import dpo, hinge, ipo, robust
+from mmalign.losses.pointwise import kto, output_anchor, sft
+from mmalign.losses.reward_models import bradley_terry, gpm
+from mmalign.losses.statistics import STATISTICS, Statistic
 
-__all__ = ["LOSSES", "MEASURES", "STATISTICS", "PreferenceLoss"]
+__all__ = ["LOSSES", "MEASURES", "STATISTICS", "PreferenceLoss", "Statistic"]
 
 LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "dpo": dpo,
@@ -25,13 +27,23 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "rank_dpo": rank_dpo,
     "spo": spo,
     "bradley_terry": bradley_terry,
+    "gpm": gpm,
     "kto": kto,
     "sft": sft,
     "output_anchor": output_anchor,
 }
 
-# Data that are means over the batch of all processes: name -> the values of (policy, reference) to average.
-STATISTICS = {"anchor": batch_mean_ratio}
-
-# Data that the likelihood measures in the same pass as the logps.
-MEASURES = frozenset({"drift"})
+# Data that the likelihood measures in the same pass as the logps; the reference's stand under `reference_<name>`.
+MEASURES = frozenset(
+    {
+        "drift",
+        "shared",
+        "joint",
+        "agreement",
+        "rationale",
+        "exploration",
+        "gold",
+        "teacher_divergence",
+        "advantage",
+    }
+)

@@ -6,8 +6,6 @@ For diffusion and flow, logps are -1/2 * mean squared error, so Diffusion-DPO's 
 
 from __future__ import annotations
 
-import math
-
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
@@ -145,31 +143,3 @@ def hinge(
     logit = beta * pair_delta(policy, reference)
     losses = two_sided(relu(margin - logit), relu(margin + logit), prob)
     return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
-
-
-def bradley_terry(
-    policy: Float[Tensor, "batch 2"],
-    prob: Float[Tensor, " batch"] | None = None,
-    weight: Float[Tensor, " batch"] | None = None,
-    *,
-    ties_at_zero: bool = True,
-) -> PreferenceLoss:
-    """Bradley-Terry: trains a scorer itself, of which the logps are the scores.
-
-    -q log sigma(s_best - s_worst) - (1 - q) log sigma(s_worst - s_best) [- ln 2 where q = 1/2],  q = prob
-
-    Source: Bradley & Terry 1952; Liang et al. 2024 (SPO), published spm_criterion.py without in-batch negatives, which is
-        PickScore's (Kirstain et al. 2023, eq. 2). There each example weighs 1 / (its prompt's number of examples), divided by
-        the sum of these weights over the micro-batch of all processes. Here the caller's mean is over examples: give weights
-        whose mean is 1. With the mean over the micro-batch this is the published number; with the mean over the data set
-        (ours) a loss does not depend on how a batch is split.
-    Args:
-        policy: scores of the two candidates, the better one first.
-        prob: probability that the first candidate is better; 0.5 is a tie. None: 1.
-        weight: factor of each pair's loss; see above.
-        ties_at_zero: take ln 2 off a tie, so that the least possible loss is 0. No gradient changes. Published: True.
-    """
-    losses = logistic(policy[:, 0] - policy[:, 1], prob)
-    if ties_at_zero and prob is not None:
-        losses = losses - math.log(2) * (prob == 0.5).to(losses)
-    return PreferenceLoss(weighted(losses, weight), policy.detach())
