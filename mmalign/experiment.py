@@ -95,7 +95,7 @@ def read_examples(data: Data) -> tuple[Examples, str]:
             "filter the rows."
         )
     faults = f"; {len(imported.faults)} faulty rows left out, first: {imported.faults[0]}" if imported.faults else ""
-    return examples, examples.summary() + faults
+    return examples, examples.summary() + faults + imported.rules()
 
 
 def check_images(examples: Examples, count: int) -> None:

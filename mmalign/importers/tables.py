@@ -4,7 +4,7 @@ import glob
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,10 +21,16 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 @dataclass(frozen=True)
 class Imported:
-    """A table of our schema, and the rows that were left out of it with the reason."""
+    """A table of our schema, and the rows that were left out of it with the reason.
+
+    Args:
+        faults: rows that are wrong.
+        left_out: rows that a setting or the format's own rule leaves out: reason -> their places.
+    """
 
     dataset: "datasets.Dataset"
     faults: tuple[Fault, ...] = ()
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Say in one line how many rows were imported, and which were left out."""
@@ -32,11 +38,19 @@ class Imported:
         if self.faults:
             first = "; ".join(str(f) for f in self.faults[:3])
             text += f", {len(self.faults)} left out ({first}{'; ...' if len(self.faults) > 3 else ''})"
-        return text
+        return text + self.rules()
+
+    def rules(self) -> str:
+        """Say how many rows each rule left out, with the first of them; nothing where there are none."""
+        told = [f"{len(places)} {reason} (first: {places[0]})" for reason, places in self.left_out.items()]
+        return f"; left out by rule: {', '.join(told)}" if told else ""
 
 
-def open_table(path: str, split: str) -> "datasets.Dataset":
+def open_table(path: str, split: str, folder: str | None = None) -> "datasets.Dataset":
     """Open a local file (Parquet, JSON, JSONL, CSV), a local folder of them or of `save_to_disk`, or a hub data set.
+
+    Args:
+        folder: the folder in a hub data set that holds the rows, for those of several parts.
 
     Raises:
         UserError: there is none, it cannot be read, or it has no such split.
@@ -57,7 +71,7 @@ def open_table(path: str, split: str) -> "datasets.Dataset":
         if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
             table = load_from_disk(path)
         else:
-            table = load_dataset(path, split=split)
+            table = load_dataset(path, data_dir=folder, split=split)
     except UserError:
         raise
     except (OSError, ValueError, DatasetsError) as fault:
