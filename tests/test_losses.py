@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_inputs import ON_LOGPS, call, data, rows, settings_of, tensor
 
-from mmalign.losses import LOSSES, MEASURES, mapo, rank_dpo
+from mmalign.losses import LOSSES, MEASURES, STATISTICS, mapo, rank_dpo
 
 PAIRWISE = ["dpo", "robust", "ipo", "hinge", "dro", "mapo", "spo", "bradley_terry"]
 
@@ -21,7 +21,9 @@ SOFT_WITHOUT_COLUMNS = {"gpm"}  # one score a pair: there are no columns to swap
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_data_stands_before_the_star_and_every_setting_has_its_published_default(name: str) -> None:
-    known = {"policy", "drift", "reference", "scores", "labels", "anchor", "prob", "weight", "margin"}
+    references = {"reference", *(f"reference_{measure}" for measure in MEASURES)}
+    side = {"scores", "labels", "prob", "weight", "margin", "lengths", "draw", "beta_scale"}
+    known = {"policy", *MEASURES, *references, *STATISTICS, *side}
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     positional = {one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert positional <= known and {"policy", *MEASURES} & positional

@@ -35,10 +35,26 @@ def check_beta(name: str, beta: float) -> None:
         raise ValueError(f"{name}.beta: got {beta}, want a positive number.")
 
 
+def check_not_negative(name: str, setting: str, value: float) -> None:
+    """Refuse a strength that would pull the other way."""
+    if not value >= 0:
+        raise ValueError(f"{name}.{setting}: got {value}, want zero or more.")
+
+
 def pair_delta(policy: Float[Tensor, "batch 2"], reference: Float[Tensor, "batch 2"]) -> Float[Tensor, " batch"]:
     """How much more than the reference the policy prefers the best candidate, in nats."""
     ratios = policy - reference
     return ratios[:, 0] - ratios[:, 1]
+
+
+def less_margin(logit: Float[Tensor, " batch"], margin: Float[Tensor, " batch"] | None) -> Float[Tensor, " batch"]:
+    """Take the margin that each pair must exceed off its logit; no margin means zero."""
+    return logit if margin is None else logit - margin.to(logit)
+
+
+def per_token(logps: Float[Tensor, "batch k"], lengths: Float[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
+    """Mean over the scored tokens of each candidate; zero where there is none."""
+    return logps / lengths.to(logps).clamp(min=1)
 
 
 def two_sided(

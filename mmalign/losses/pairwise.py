@@ -1,21 +1,26 @@
 """Losses on one pair a prompt: logps `(batch, 2)`, the preferred candidate first.
 
 Every one honours a per-pair `weight` and a soft `prob`, the probability that the first candidate is better (a tie is 0.5).
+The losses of DPO's family compare log-ratios t = policy - reference, or h(t) of another divergence (`transform`).
 For diffusion and flow, logps are -1/2 * mean squared error, so Diffusion-DPO's "beta 5000 with the half" is `beta=5000`.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from mmalign.losses.divergences import Divergence, check_divergence, transform
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
     check_label_smoothing,
+    less_margin,
     logistic,
-    pair_delta,
+    per_token,
     two_sided,
     weighted,
 )
@@ -27,33 +32,41 @@ def dpo(
     prob: Float[Tensor, " batch"] | None = None,
     weight: Float[Tensor, " batch"] | None = None,
     margin: Float[Tensor, " batch"] | None = None,
+    beta_scale: Float[Tensor, " batch"] | None = None,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
 ) -> PreferenceLoss:
     """DPO and Diffusion-DPO: logistic loss on the implicit-reward margin of the pair.
 
-    -log sigma(r_chosen - r_rejected - margin),  r = beta * (policy - reference)
+    -log sigma(r_chosen - r_rejected - margin),  r = beta * h(policy - reference)
 
     Source: Rafailov et al. 2023, eq. 7; Wallace et al. 2023 (Diffusion-DPO), eq. 14, in the published code's form: mean
-        squared error with the factor 1/2. `label_smoothing`: Mitchell 2023 (conservative DPO); `margin`: Amini et al. 2024.
+        squared error with the factor 1/2. `label_smoothing`: Mitchell 2023 (conservative DPO); `margin`: Amini et al. 2024;
+        `divergence`: Wang et al. 2023 (f-DPO), eq. 11.
     Args:
         policy, reference: logps, best first; mean-per-dimension nats for diffusion, summed nats for text.
         prob: probability that the first candidate is better; 0.5 is a tie. None: 1.
         weight: factor of each pair's loss.
         margin: reward units that the margin must exceed, per pair.
+        beta_scale: factor of beta, per pair. None: 1.
         beta: reward per nat. Published: 0.1 for text; 2000 (SD 1.5) and 5000 (SDXL) for diffusion.
         label_smoothing: probability that a label is wrong, at least 0 and below 0.5.
+        divergence, divergence_alpha: h, and the a of `alpha`; see `transform`. Published: reverse_kl, 0.5.
     Raises:
-        ValueError: beta not positive, or label_smoothing outside [0, 0.5).
+        ValueError: beta not positive, label_smoothing outside [0, 0.5), or an unknown divergence.
     """
     check_beta("dpo", beta)
     check_label_smoothing("dpo", label_smoothing)
-    logit = beta * pair_delta(policy, reference)
-    if margin is not None:
-        logit = logit - margin.to(logit)
+    check_divergence("dpo", divergence, divergence_alpha)
+    scores = transform(policy - reference, divergence, divergence_alpha)
+    if beta_scale is not None:
+        scores = beta_scale.to(scores)[:, None] * scores
+    logit = less_margin(beta * (scores[:, 0] - scores[:, 1]), margin)
     losses = logistic(logit, prob, label_smoothing)
-    return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
+    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
 
 
 def robust(
@@ -65,6 +78,8 @@ def robust(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.1,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
 ) -> PreferenceLoss:
     """Robust DPO: unbiased under labels that are flipped with a known probability.
 
@@ -72,21 +87,21 @@ def robust(
 
     Source: Chowdhury et al. 2024 (rDPO), eq. 12. Unbounded below for e > 0, as published.
     Args:
-        policy, reference, prob, weight, margin, beta: as in `dpo`.
+        policy, reference, prob, weight, margin, beta, divergence, divergence_alpha: as in `dpo`.
         label_smoothing: known flip probability, at least 0 and below 0.5. Published: 0.1 in the noisy-label experiments.
     Raises:
         ValueError: label_smoothing outside [0, 0.5).
     """
     check_beta("robust", beta)
     check_label_smoothing("robust", label_smoothing)
-    logit = beta * pair_delta(policy, reference)
-    if margin is not None:
-        logit = logit - margin.to(logit)
+    check_divergence("robust", divergence, divergence_alpha)
+    scores = transform(policy - reference, divergence, divergence_alpha)
+    logit = less_margin(beta * (scores[:, 0] - scores[:, 1]), margin)
     kept, flipped = -logsigmoid(logit), -logsigmoid(-logit)
     scale = 1 - 2 * label_smoothing
     won = ((1 - label_smoothing) * kept - label_smoothing * flipped) / scale  # eq. 12
     lost = ((1 - label_smoothing) * flipped - label_smoothing * kept) / scale
-    return PreferenceLoss(weighted(two_sided(won, lost, prob), weight), (beta * (policy - reference)).detach())
+    return PreferenceLoss(weighted(two_sided(won, lost, prob), weight), (beta * scores).detach())
 
 
 def ipo(
@@ -95,30 +110,45 @@ def ipo(
     prob: Float[Tensor, " batch"] | None = None,
     weight: Float[Tensor, " batch"] | None = None,
     margin: Float[Tensor, " batch"] | None = None,
+    lengths: Float[Tensor, "batch 2"] | None = None,
     *,
     beta: float = 0.1,
     scale_free: bool = False,
+    normalise: Literal["none", "length"] = "none",
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
 ) -> PreferenceLoss:
     """IPO: squared distance of the log-ratio margin from a fixed target.
 
-    (delta - margin / beta - 1 / (2 beta))^2,  delta = (policy - reference)_chosen - (policy - reference)_rejected
+    (delta - margin / beta - 1 / (2 beta))^2,  delta = s_chosen - s_rejected,  s = h(policy - reference) [/ length]
 
     `scale_free` multiplies by beta^2, (beta * delta - margin - 1/2)^2, which keeps the loss and its gradient of one size for
     any beta: use it for diffusion, where delta is about 1e-3.
 
-    Source: Azar et al. 2023, eq. 17 (beta is the paper's tau).
+    Source: Azar et al. 2023, eq. 17 (beta is the paper's tau), which is on summed log-probs. On text the authors recommend
+        means over tokens, and TRL's `ipo` is `normalise: length`; the code of the DPO authors, OpenRLHF and NeMo sum.
     Args:
-        policy, reference, prob, weight, margin: as in `dpo`.
+        policy, reference, prob, weight, margin, divergence, divergence_alpha: as in `dpo`.
+        lengths: number of scored tokens of each candidate; needed by `normalise: length` only.
         beta: reward per nat. Published: 0.1 for text.
         scale_free: the form with target 1/2 in reward units. Published: False.
+        normalise: none as in the paper, or the mean over each candidate's tokens.
+    Raises:
+        ValueError: `normalise: length` without lengths, beta not positive, or an unknown divergence.
     """
     check_beta("ipo", beta)
-    logit = beta * pair_delta(policy, reference)
+    check_divergence("ipo", divergence, divergence_alpha)
+    scores = transform(policy - reference, divergence, divergence_alpha)
+    if normalise == "length":
+        if lengths is None:
+            raise ValueError("ipo.normalise: got length on data without lengths, want none, or text.")
+        scores = per_token(scores, lengths)
+    logit = beta * (scores[:, 0] - scores[:, 1])
     offset = 0.5 if margin is None else margin.to(logit) + 0.5
     losses = two_sided((logit - offset) ** 2, (-logit - offset) ** 2, prob)
     if not scale_free:
         losses = losses / beta**2  # eq. 17
-    return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
+    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
 
 
 def hinge(
@@ -129,17 +159,21 @@ def hinge(
     *,
     beta: float = 0.1,
     margin: float | Float[Tensor, " batch"] = 1.0,
+    divergence: Divergence = "reverse_kl",
+    divergence_alpha: float = 0.5,
 ) -> PreferenceLoss:
     """Hinge on the implicit-reward margin (SLiC's calibration loss on DPO's score, RSO).
 
-    max(0, margin - (r_chosen - r_rejected)),  r = beta * (policy - reference)
+    max(0, margin - (r_chosen - r_rejected)),  r = beta * h(policy - reference)
 
     Source: Liu et al. 2023 (RSO), eq. 9; Zhao et al. 2023 (SLiC-HF), eq. 3.
     Args:
-        policy, reference, prob, weight, beta: as in `dpo`.
+        policy, reference, prob, weight, beta, divergence, divergence_alpha: as in `dpo`.
         margin: reward units, one number or one per pair. Published: 1.
     """
     check_beta("hinge", beta)
-    logit = beta * pair_delta(policy, reference)
+    check_divergence("hinge", divergence, divergence_alpha)
+    scores = transform(policy - reference, divergence, divergence_alpha)
+    logit = beta * (scores[:, 0] - scores[:, 1])
     losses = two_sided(relu(margin - logit), relu(margin + logit), prob)
-    return PreferenceLoss(weighted(losses, weight), (beta * (policy - reference)).detach())
+    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
