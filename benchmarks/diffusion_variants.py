@@ -13,7 +13,8 @@ from measuring import Answer
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.adapters.diffusion import DiffusionAdapter, DiffusionPolicy
+from mmalign.adapters.diffusion import DiffusionAdapter
+from mmalign.adapters.diffusion_policy import DiffusionPolicy
 from mmalign.adapters.draws import Draws, drawn
 from mmalign.adapters.options import Lora
 from mmalign.config import Choice

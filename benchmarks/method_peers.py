@@ -15,7 +15,7 @@ from measuring import Answer
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad, relu
 
-from mmalign.adapters.diffusion import DiffusionPolicy
+from mmalign.adapters.diffusion_policy import DiffusionPolicy
 
 Condition = dict[str, Tensor]
 

@@ -24,7 +24,8 @@ from method_peers import (
 from method_toys import Toy, lists
 from torch import Tensor
 
-from mmalign.adapters.diffusion import DiffusionAdapter, DiffusionPolicy
+from mmalign.adapters.diffusion import DiffusionAdapter
+from mmalign.adapters.diffusion_policy import DiffusionPolicy
 from mmalign.adapters.options import Lora
 from mmalign.config import Choice
 from mmalign.loop import Run

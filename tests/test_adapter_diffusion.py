@@ -151,7 +151,7 @@ def test_latents_are_a_sample_of_the_posterior_or_its_mean(tmp_path: Path) -> No
     sample_policy, _ = opened(tmp_path, latents="sample", timesteps={"name": "fixed", "values": [0]})
     mean, sample = (prepared(policy, (examples[1], 0)).inputs for policy in (mean_policy, sample_policy))
     pixels = mean_policy.item(examples[1], 0)["framed"]
-    encoded_mean = mean_policy.encode(torch.stack([one.pixels for one in pixels]))
+    encoded_mean = mean_policy.encoding.encode(torch.stack([one.pixels for one in pixels]))
     alpha, sigma = mean_policy.schedule.alpha[0], mean_policy.schedule.sigma[0]
     assert torch.allclose(mean.noisy[0], alpha * encoded_mean["mean"] + sigma * mean.target[0], atol=1e-6)
     spread = (sample.noisy - mean.noisy)[0] / alpha / encoded_mean["std"]
@@ -230,11 +230,11 @@ def test_in_bfloat16_the_vae_keeps_every_bit_whatever_is_sampled(tmp_path: Path,
     half, whole = (config.adapter.build().open(mixed_precision=precision) for precision in ("bf16", "no"))
     assert (half.pipe.text_encoder.dtype, half.network.core.dtype) == (torch.bfloat16, torch.bfloat16)
     pixels = torch.stack([one.pixels for one in half.item(examples[0], 0)["framed"]])
-    wanted = whole.encode(pixels)
-    torch.testing.assert_close(half.encode(pixels), wanted, atol=1e-6, rtol=0)
+    wanted = whole.encoding.encode(pixels)
+    torch.testing.assert_close(half.encoding.encode(pixels), wanted, atol=1e-6, rtol=0)
     half.validate(tmp_path / "images")
     assert (tmp_path / "images" / "000.png").is_file()
-    torch.testing.assert_close(half.encode(pixels), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(half.encoding.encode(pixels), wanted, atol=1e-6, rtol=0)
 
 
 SUITS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import config_of, final_weights, forget_accelerate, largest_difference, metrics_of, train, tree
 
-from mmalign.adapters.diffusion import DiffusionPolicy
+from mmalign.adapters.diffusion_policy import DiffusionPolicy
 from mmalign.checkpoints import latest
 from mmalign.errors import UserError
 from mmalign.train import main

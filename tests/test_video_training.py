@@ -76,7 +76,7 @@ def test_candidates_are_batches_of_frames_under_one_noise_and_timestep(tmp_path:
     assert torch.equal(inputs.timestep[:, 0], inputs.timestep[:, 1])
     frames = examples[0].samples[1].completion.frames()
     pixels = torch.stack([frame(one, target=(32, 32), crop="center", flip=False).pixels for one in frames], dim=1)
-    clean = policy.encode(pixels[None])["mean"][0]
+    clean = policy.encoding.encode(pixels[None])["mean"][0]
     sigma = policy.schedule.sigma[399]
     noise = inputs.target[0, 1] + clean  # the target of flow is noise - clean
     torch.testing.assert_close(inputs.noisy[0, 1], (1 - sigma) * clean + sigma * noise, atol=1e-5, rtol=0)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.adapters.images import Framed
+from mmalign.adapters.opening import DTYPES
 from mmalign.adapters.prompts import Prompt, framed_source, prompt_of
 from mmalign.cache import TensorStore, content_key, weights_fingerprint
 from mmalign.config import resolved
@@ -23,11 +24,10 @@ from mmalign.noise import Schedule
 from mmalign.records import Content, Example, Media
 
 if TYPE_CHECKING:
-    from mmalign.adapters.diffusion import DiffusionPolicy
+    from mmalign.adapters.diffusion_policy import DiffusionPolicy
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 T = TypeVar("T")
 Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -55,10 +55,10 @@ class Cache:
         dtype = DTYPES[settings.cache_dtype]
         latent = (policy.latent_shape, dtype)
         if settings.buckets is not None:  # of any bucket, as rows of the longest
-            shapes = [policy.latent_shape_of(size) for size in settings.buckets.all()]
+            shapes = [policy.encoding.latent_shape(size) for size in settings.buckets.all()]
             latent = ((shapes[0][0], max(math.prod(shape[1:]) for shape in shapes)), dtype)
         blank = {"": torch.zeros(3, *settings.size, dtype=torch.uint8)}
-        example = policy.encode_prompts([prompt_of("", "" if policy.family.edits else None)], blank)
+        example = policy.encoding.encode_prompts([prompt_of("", "" if policy.family.edits else None)], blank)
         prompt_fields: Fields = {name: (tuple(value.shape[1:]), dtype) for name, value in example.items()}
         frame_fields: Fields = {"frame": ((4,), torch.int64)}
         stores: dict[str, tuple[Fields, Any]] = {
@@ -119,7 +119,7 @@ class Cache:
             missing = self._frames.store.missing(list(wanted))
             framed = [policy.reader.cut(one, size, flip=flip) for one, flip, size in map(wanted.__getitem__, missing)]
             if missing:
-                encoded = [policy.encode(one.pixels[None]) for one in framed]
+                encoded = [policy.encoding.encode(one.pixels[None]) for one in framed]
                 self.images.add(missing, {name: torch.cat([self._row(one[name]) for one in encoded]) for name in encoded[0]})
                 frames = torch.tensor([[*one.original, *one.crop] for one in framed])
                 self._frames.store.add(missing, {"frame": frames})
@@ -178,7 +178,7 @@ class Cache:
         if todo:
             wanted = {key for _, *keys in todo.values() for key in keys}
             pixels = {key: framed_source(sources[key], self.settings.size) for key in wanted}
-            encoded = policy.encode_prompts(list(todo.values()), pixels)
+            encoded = policy.encoding.encode_prompts(list(todo.values()), pixels)
             dtype = DTYPES[self.settings.cache_dtype]
             self.prompts.add(list(todo), {name: value.cpu().to(dtype) for name, value in encoded.items()})
 

@@ -10,25 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mmalign.adapters.encoding import Encoding
+from mmalign.adapters.opening import check_timesteps, frozen_dtype, opened_pipeline
 from mmalign.adapters.reading import Reader
 from mmalign.cache import content_key
-from mmalign.errors import UserError
-from mmalign.families import encode_prompt, find_family, unconditional
+from mmalign.families import find_family
 from mmalign.families.family import no_size_condition
-from mmalign.models.diffusion import (
-    Denoiser,
-    decode_latents,
-    encode_images,
-    latent_shape,
-    open_pipeline,
-    schedule_of,
-    vae_dtype,
-)
+from mmalign.models.diffusion import Denoiser, schedule_of, vae_dtype
 
 if TYPE_CHECKING:
     from mmalign.adapters.step_reward import StepRewardAdapter
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +52,16 @@ class NoisedImages:
         """
         self.settings, self.device, self.seed = settings, device, seed
         self.family = find_family(settings.family)
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-        dtype = half if settings.dtype == "auto" else DTYPES[settings.dtype]
-        self.pipe = open_pipeline(
-            self.family, settings.model, dtype=dtype, revision=settings.revision, variant=settings.variant
-        )
+        dtype = frozen_dtype(settings.dtype, mixed_precision)
+        self.pipe = opened_pipeline(self.family, settings, dtype)
         self.pipe.to(device)
         nn.Module.to(self.pipe.vae, vae_dtype(self.pipe.vae.config, dtype))
         self.schedule = schedule_of(self.pipe, settings.size)
+        self.encoding = Encoding(self.family, self.pipe, device=device, size=settings.size)
         self.denoiser = Denoiser(self.family, self.family.core(self.pipe))
         for part in self.parts():
             part.requires_grad_(False).eval()
-        try:
-            settings.timesteps.build(torch.tensor([0.5]), self.schedule.num_timesteps)
-        except ValueError as fault:
-            raise UserError(f"adapter.{fault}") from fault
+        check_timesteps(settings.timesteps, None, self.schedule)
         self.reader = Reader(
             size=settings.size,
             crop=settings.crop,
@@ -88,8 +74,7 @@ class NoisedImages:
 
     def parts(self) -> list[nn.Module]:
         """All networks of the pipeline."""
-        found = (getattr(self.pipe, name, None) for name in self.family.encoders)
-        return [self.denoiser, *(part for part in found if part is not None)]
+        return [self.denoiser, *self.encoding.parts]
 
     @property
     def num_parameters(self) -> int:
@@ -99,12 +84,12 @@ class NoisedImages:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of the latents of one image."""
-        return latent_shape(self.pipe, self.settings.size)
+        return self.encoding.latent_shape(self.settings.size)
 
     @torch.no_grad()
     def noised(self, batch: Mapping[str, Any]) -> Noised:
         """Encode a collated batch and noise it; draws come from (seed, images of the example, epoch), in whatever batch."""
-        mean, std = self._latents(batch)
+        mean, std = self.encoding.latents(batch)
         u, noise, posterior = (value.to(self.device) for value in self._draws(batch, tuple(mean.shape[2:])))
         clean = mean if self.settings.latents == "mean" else mean + std * posterior
         timestep = self.settings.timesteps.build(u, self.schedule.num_timesteps).expand(mean.shape[:2])
@@ -128,21 +113,13 @@ class NoisedImages:
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Pixels in [0, 1], one image at a time: a VAE's activations are far larger than the images."""
-        return torch.cat([decode_latents(self.pipe, one[None]) for one in latents])
+        """Pixels in [0, 1] of scaled latents."""
+        return self.encoding.decode(latents)
 
     @torch.no_grad()
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of each prompt, by the keywords of the denoiser, each encoded once; sizes are of this resolution."""
-        distinct = list(dict.fromkeys(prompts))
-        parts = [encode_prompt(self.family, self.pipe, [prompt]) for prompt in distinct]
-        index = [distinct.index(prompt) for prompt in prompts]
-        size = self.settings.size
-        sizes = self.family.size_condition(size, (0, 0), size)
-        return {
-            **{name: torch.cat([parts[place][name] for place in index]) for name in parts[0]},
-            **{name: value.to(self.device).expand(len(prompts), *value.shape) for name, value in sizes.items()},
-        }
+        """Of each prompt, by the keywords of the denoiser; sizes are of this resolution."""
+        return self.encoding.conditions(prompts)
 
     def _predict(
         self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], guidance_scale: float
@@ -152,20 +129,11 @@ class NoisedImages:
             alone: Tensor = self.denoiser(noisy, network_timestep, **condition)
             return alone.float()
         if self._empty is None:
-            self._empty = {**self.conditions([""]), **unconditional(self.family, self.pipe, 1)}
+            self._empty = self.encoding.unconditional(1)
         both = {name: torch.cat([self._empty[name].expand_as(value), value]) for name, value in condition.items()}
         output: Tensor = self.denoiser(torch.cat([noisy, noisy]), torch.cat([network_timestep, network_timestep]), **both)
         without, with_prompt = output.float().chunk(2)
         return without + guidance_scale * (with_prompt - without)
-
-    def _latents(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        pixels = (one.to(self.device)[None].float() / 127.5 - 1 for one in batch["pixels"])
-        encoded = [encode_images(self.pipe, one, check=False) for one in pixels]  # the loop looks at NaN once a step
-        where = {name: place for place, name in enumerate(batch["names"])}
-        index = [where[name] for row in batch["images"] for name in row]
-        shape = (len(batch["images"]), -1, *self.latent_shape)
-        mean, std = (torch.cat([encoded[place][part] for place in index]).reshape(shape) for part in (0, 1))
-        return mean, std
 
     def _draws(self, batch: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Timestep and noise of each example, posterior noise of each of its images whichever is preferred."""

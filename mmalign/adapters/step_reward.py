@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.adapters.noised_images import Noised, NoisedImages, ScoringInputs
+from mmalign.adapters.opening import check_resolution, check_single_images, size_of
 from mmalign.adapters.prompts import check_sources
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
@@ -196,13 +197,12 @@ class StepRewardAdapter:
         family = find_family(self.family)
         if family.frame_multiple is not None or family.edits:
             raise ValueError(f"family: got {self.family}, want one that makes images from prompts alone.")
-        if any(side <= 0 or side % family.size_multiple for side in self.size):
-            raise ValueError(f"resolution: got {self.resolution}, want multiples of {family.size_multiple}, such as 512.")
+        check_resolution(family, self.resolution)
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+        return size_of(self.resolution)
 
     def check_sources(self, numbers: Mapping[int, str]) -> None:
         """Refuse prompts with a source image; `numbers` as `records.Examples.sources` has them.
@@ -218,9 +218,7 @@ class StepRewardAdapter:
         Raises:
             UserError: names the first such row.
         """
-        for (_, images), where in kinds.items():
-            if images != (1,):
-                raise UserError(f"{where}: got candidates with {images[0]} images, want 1 each. Complete or remove the row.")
+        check_single_images(kinds)
 
     def open(
         self,
