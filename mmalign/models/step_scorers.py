@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -116,12 +116,13 @@ class StepAwareScorer:
     ) -> Float[Tensor, " n"]:
         """exp(logit_scale) cos(image features of the decoded guess at t, text features)."""
         text = self.text(prompts)["features"]
-        scores = []
-        for part in _parts(len(prompts), self.batch_size):
+
+        def score(part: slice) -> Tensor:
             pixels = self.reads.pixels(self.model.decode(clean[part]).float(), resize=self.resize)
             image = self.network.image_features(pixels.to(self.model.device), timestep[part].to(self.model.device))
-            scores.append(self.network.score(image, text[part]))
-        return torch.cat(scores)
+            return self.network.score(image, text[part])
+
+        return _by_parts(score, len(prompts), self.batch_size)
 
 
 def step_aware(
@@ -177,15 +178,14 @@ class ImageScorer:
         timestep: Int[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
         """The scorer's own score of what the guess shows; the timestep is not looked at."""
-        scores = []
-        for part in _parts(len(prompts), self.batch_size):
+
+        def score(part: slice) -> Tensor:
             pixels, some = self.model.decode(clean[part]).float(), list(prompts[part])
             if isinstance(self.scorer, DifferentiableScorer):
-                score = self.scorer.score_pixels(some, pixels)
-            else:
-                score = self.scorer(some, [_image(one) for one in pixels])
-            scores.append(score.to(self.model.device))
-        return torch.cat(scores)
+                return self.scorer.score_pixels(some, pixels).to(self.model.device)
+            return self.scorer(some, [_image(one) for one in pixels]).to(self.model.device)
+
+        return _by_parts(score, len(prompts), self.batch_size)
 
 
 def image(model: StepModel, *, scorer: Annotated[Choice, Table(SCORERS)], batch_size: int = 8) -> ImageScorer:
@@ -225,13 +225,15 @@ class LatentScorer:
         """exp(logit_scale) cos(features of x_t, text); the guess is not looked at."""
         condition = self.condition(prompts)
         given = self.model.schedule.network_timestep(timestep.to(self.model.device))
-        scores = []
+
+        def score(part: slice) -> Tensor:
+            some = {name: values[part] for name, values in condition.items()}
+            found: Tensor = self.network(noisy[part, None], given[part, None], **some)[:, 0]
+            return found
+
         # A UNet that is being trained through a LoRA is read without it: the judge does not move.
         with lora_off(self.model.denoiser) if self.shared else nullcontext():
-            for part in _parts(len(prompts), self.batch_size):
-                some = {name: values[part] for name, values in condition.items()}
-                scores.append(self.network(noisy[part, None], given[part, None], **some)[:, 0])
-        return torch.cat(scores)
+            return _by_parts(score, len(prompts), self.batch_size)
 
 
 def latent(model: StepModel, *, path: str, batch_size: int = 16) -> LatentScorer:
@@ -259,8 +261,9 @@ def latent(model: StepModel, *, path: str, batch_size: int = 16) -> LatentScorer
     )
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+def _by_parts(score: Callable[[slice], Tensor], count: int, size: int) -> Float[Tensor, " n"]:
+    """The scores of all states, `size` of them at a time."""
+    return torch.cat([score(slice(start, start + size)) for start in range(0, count, size)])
 
 
 def _image(pixels: Float[Tensor, "3 h w"]) -> Image.Image:
