@@ -1,5 +1,6 @@
 """Comparisons and judgements: typed rows on top of `datasets`, their media, their formats on disk, and the views."""
 
+from mmalign.records.conversations import entry_of, message_of
 from mmalign.records.examples import Examples
 from mmalign.records.faults import faults_of
 from mmalign.records.frames import animation
@@ -36,9 +37,11 @@ __all__ = [
     "check_target",
     "collect",
     "comparison",
+    "entry_of",
     "fault_of",
     "faults_of",
     "features",
+    "message_of",
     "outline_rows",
     "outlines",
     "pair",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, overload
 
 from mmalign.errors import UserError
-from mmalign.records.rows import Comparison, Dropped, Example
+from mmalign.records.rows import Comparison, Dropped, Example, Message
 from mmalign.records.table import comparison, outlines
 
 if TYPE_CHECKING:
@@ -42,13 +42,14 @@ class Examples(Sequence[Example]):
             digest.update(repr((row.id, row.prompt.text, len(row.candidates), row.ranks, row.prob, row.scores)).encode())
             if row.prompt.images:
                 digest.update(repr(len(row.prompt.images)).encode())
+            digest.update(_said(row))
             if isinstance(outcome, Dropped):
                 self.dropped[outcome.reason] += 1
             else:
                 self.sources.setdefault(len(row.prompt.images), row.where or f"row {index + 1}")
                 self._places += [(index, n) for n in range(len(outcome))]
                 for example in outcome:
-                    images = tuple(sorted({len(sample.completion.images) for sample in example.samples}))
+                    images = tuple(sorted({len(sample.completion.media()) for sample in example.samples}))
                     self.kinds.setdefault((len(example.samples), images), row.where or f"row {index + 1}")
         self.fingerprint = digest.hexdigest()
         if not self._places:
@@ -83,3 +84,15 @@ class Examples(Sequence[Example]):
             reasons = ", ".join(f"{reason}: {number}" for reason, number in self.dropped.most_common())
             text += f"; {self.dropped.total()} rows dropped ({reasons})"
         return text
+
+
+def _said(row: Comparison) -> bytes:
+    """Return the words that the fingerprint needs beyond the prompt's text; nothing for images alone."""
+    contents = [(n, c) for n, c in enumerate(row.contents()) if c.messages or c.tools or (n and c.text is not None)]
+    said = [(n, c.text, c.tools, [_message(m) for m in c.messages]) for n, c in contents]
+    further = [row.prefix, *row.extras] if row.prefix is not None or row.extras else []
+    return repr((said, further)).encode() if said or further else b""
+
+
+def _message(message: Message) -> tuple[object, ...]:
+    return message.role, message.text, message.name, message.tool_calls, message.places, message.extra, len(message.images)

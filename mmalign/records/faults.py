@@ -46,14 +46,16 @@ def _faults_of_conversations(value: Comparison) -> list[str]:
     problems += [
         f"got an empty {name}, want a text. Write one or leave it out." for name, c in value.extras.items() if c.is_empty()
     ]
-    for content in (value.prompt, *prompts, *value.candidates, *value.extras.values()):
+    for content in value.contents():
         if content.messages and content.text is not None:
             problems.append("got a text beside messages, want one of the two. Make the text a message.")
         if any(not message.role for message in content.messages):
             problems.append("got a message without a role, want one (system, user, assistant, tool). Name it.")
         for message in content.messages:
-            if message.places and len(message.places) != len(message.images):
-                problems.append(f"got {len(message.places)} places for {len(message.images)} images, want one each.")
+            if message.places and (
+                len(message.places) != len(message.images) or list(message.places) != sorted(message.places)
+            ):
+                problems.append(f"got the places {message.places} for {len(message.images)} images, want one each, in order.")
     return problems
 
 

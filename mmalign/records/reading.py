@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import UserError
-from mmalign.records.media import tar_path
-from mmalign.records.rows import Fault, nearest
+from mmalign.records.columns import content_row
+from mmalign.records.conversations import message_of
+from mmalign.records.media import Media, tar_path
+from mmalign.records.rows import Content, Fault, nearest
 from mmalign.records.table import COLUMNS, comparison, empty_dataset, features, in_batches
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".apng", ".mp4", ".mov", ".webm", ".mkv", ".avi")
-ENTRY_KEYS = ("id", "prompt", "candidates", "scores", "ranks", "prob", "weight", "margin", "provenance")
+SIDE_KEYS = ("id", "scores", "ranks", "prob", "weight", "margin", "provenance")
+ENTRY_KEYS = (*SIDE_KEYS, "prompt", "candidates", "prompts", "prefix", "extras")
 # The spellings that imagefolder metadata has in the wild; the better image of a pair stands first.
 CAPTIONS = ("prompt", "text", "caption")
 WINNERS = ("file_name", "image", "chosen_file_name")
@@ -98,8 +101,8 @@ def fault_of(row: Mapping[str, Any]) -> Fault | None:
         value = comparison(row, where)
     except UserError as error:
         return Fault(where, str(error).removeprefix(f"{where}: "))
-    for content in (value.prompt, *value.candidates):
-        for media in content.images:
+    for content in value.contents():
+        for media in content.media():
             if media.data is None and media.path and "://" not in media.path and not os.path.isfile(media.path):
                 return Fault(where, f"the image {media.path} is missing. Put it there or remove the row.")
     return None
@@ -164,13 +167,17 @@ def _check_columns(names: list[str], place: Path) -> None:
 
 
 def _complete(table: "datasets.Dataset", where: list[str]) -> "datasets.Dataset":
-    """Bring a table to our schema: absent optional columns are empty, others go, `where` says file and row."""
+    """Bring a table to our schema: absent optional columns are empty, others go, `where` says file and row.
+
+    A table of before there were conversations stays as it is on disk: casting it would copy its images.
+    """
     table = table.remove_columns([name for name in table.column_names if name not in COLUMNS or name == "where"])
     for name in COLUMNS:
         if name not in table.column_names:
             column = where if name == "where" else [None] * len(table)
             table = table.add_column(name, column, feature=features()[name])
-    return table.select_columns(list(COLUMNS)).cast(features()) if table.features != features() else table
+    table = table.select_columns(list(COLUMNS))
+    return table if table.features in (features(), features(conversations=False)) else table.cast(features())
 
 
 def _read_jsonl(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
@@ -205,7 +212,7 @@ def metadata_entry(entry: dict[str, Any], where: str) -> dict[str, Any] | Fault:
 
     `file_names` lists k candidates; `file_name` (or `image`) with `lose_image` is a pair whose first image won.
     """
-    rest = {k: v for k, v in entry.items() if k in ENTRY_KEYS and k not in ("prompt", "candidates")}
+    rest = {k: v for k, v in entry.items() if k in SIDE_KEYS}
     prompt = next((entry[k] for k in CAPTIONS if entry.get(k) is not None), None)
     winner, loser = (next((entry[k] for k in keys if entry.get(k)), None) for keys in (WINNERS, LOSERS))
     names = entry.get("file_names") or [name for name in (winner, loser) if name]
@@ -275,7 +282,10 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
     """Turn a line of our JSONL into a row of our schema.
 
     `{"prompt": "a cat", "candidates": [{"image": "a.png"}, {"image": "b.png"}], "ranks": [1, 2]}`; further keys: id, scores
-    ({judge: [...]}), prob, weight, margin, provenance. A prompt or candidate is a text, or an object with text, image, images.
+    ({judge: [...]}), prob, weight, margin, provenance, prompts (one a candidate), prefix (a text), extras ({name: content}).
+
+    A prompt or candidate is a text, a list of messages, or an object with text, image, images, messages, tools. A message is
+    {role, content}, its content a text or a list of parts, {"type": "text", "text": ...} or {"type": "image", "image": path}.
     A video is an `image` that is one file (GIF, WebP, APNG, MP4, WebM), or `images`: its frames in order.
     """
     unknown = [key for key in entry if key not in ENTRY_KEYS]
@@ -291,6 +301,9 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
             "ranks": None if entry.get("ranks") is None else [float(r) for r in _list(entry, "ranks")],
             **{k: None if entry.get(k) is None else float(entry[k]) for k in ("prob", "weight", "margin")},
             "provenance": [json.dumps(p, sort_keys=True) for p in _list(entry, "provenance")],
+            "prompts": None if entry.get("prompts") is None else [_content(p, resolve) for p in _list(entry, "prompts")],
+            "prefix": _text(entry.get("prefix")),
+            "extras": [{"name": name, "content": _content(c, resolve)} for name, c in (entry.get("extras") or {}).items()],
             "where": where,
         }
     except (TypeError, ValueError, AttributeError) as fault:
@@ -298,14 +311,32 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
 
 
 def _content(value: Any, resolve: Callable[[str], str]) -> dict[str, Any]:
-    if isinstance(value, str):
-        return {"text": value, "images": []}
-    if not isinstance(value, dict) or set(value) - {"text", "image", "images"}:
-        raise TypeError(f"{json.dumps(value)[:60]}, want a text or an object with text, image or images")
+    value = {"text": value} if isinstance(value, str) else {"messages": value} if isinstance(value, list) else value
+    if not isinstance(value, dict) or set(value) - {"text", "image", "images", "messages", "tools"}:
+        raise TypeError(f"{json.dumps(value)[:60]}, want a text or an object with text, image, images, messages, tools")
     paths = [value["image"]] if "image" in value else _list(value, "images")
     if not all(isinstance(path, str) for path in paths):
         raise TypeError(f"{json.dumps(value)[:60]}, want paths of images as texts")
-    return {"text": value.get("text"), "images": [{"bytes": None, "path": resolve(path)} for path in paths]}
+    content = Content(
+        text=_text(value.get("text")),
+        images=tuple(Media(path=resolve(path)) for path in paths),
+        messages=tuple(message_of(m, lambda path: Media(path=resolve(path))) for m in _list(value, "messages")),
+        tools=tuple(_objects(value, "tools")),
+    )
+    return content_row(content)
+
+
+def _objects(entry: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    values = _list(entry, key)
+    if not all(isinstance(value, dict) for value in values):
+        raise TypeError(f"{key} {json.dumps(values)[:60]}, want objects")
+    return values
+
+
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"{json.dumps(value)[:60]}, want a string")
+    return value
 
 
 def _list(entry: dict[str, Any], key: str) -> list[Any]:

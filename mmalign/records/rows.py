@@ -136,6 +136,10 @@ class Comparison:
     extras: dict[str, Content] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
+    def contents(self) -> tuple[Content, ...]:
+        """Return all that is in it: prompt, prompts, candidates, extras."""
+        return (self.prompt, *(self.prompts or ()), *self.candidates, *self.extras.values())
+
     def prompt_of(self, candidate: int) -> Content:
         """Return the prompt that a candidate answers."""
         return self.prompt if self.prompts is None else self.prompts[candidate]

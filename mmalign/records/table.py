@@ -1,15 +1,15 @@
 """Tables: the schema comparisons have in `datasets`, and reading rows of it, with or without their media."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign.errors import UserError
+from mmalign.records.columns import content_features, content_of, content_row, outline_contents, outline_lists
 from mmalign.records.faults import faults_of
-from mmalign.records.media import Media
-from mmalign.records.rows import Comparison, Content
+from mmalign.records.rows import Comparison
 
 if TYPE_CHECKING:
     import datasets
@@ -18,48 +18,53 @@ BATCH_ROWS = 256
 Row = TypeVar("Row")
 
 
-def features() -> "datasets.Features":
-    """Return the table schema of comparisons. Images are stored as `datasets.Image`: bytes or path, not decoded."""
-    from datasets import Features, Image, List, Value
+def features(*, conversations: bool = True) -> "datasets.Features":
+    """Return the table schema of comparisons. Images are stored as `datasets.Image`: bytes or path, not decoded.
 
-    def content() -> dict[str, Any]:
-        return {"text": Value("string"), "images": List(Image(decode=False))}
+    Args:
+        conversations: False gives the prompt and candidates of tables written before there were messages.
+    """
+    from datasets import Features, List, Value
 
+    content = content_features(conversations=conversations)
     return Features(
         {
             "id": Value("string"),
-            "prompt": content(),
-            "candidates": List(content()),
+            "prompt": content,
+            "candidates": List(content),
             "scores": List({"judge": Value("string"), "values": List(Value("float64"))}),
             "ranks": List(Value("float64")),
             "prob": Value("float64"),
             "weight": Value("float64"),
             "margin": Value("float64"),
             "provenance": List(Value("string")),  # one JSON object a candidate
+            "prompts": List(content_features()),
+            "prefix": Value("string"),
+            "extras": List({"name": Value("string"), "content": content_features()}),
             "where": Value("string"),
         }
     )
 
 
-COLUMNS = ("id", "prompt", "candidates", "scores", "ranks", "prob", "weight", "margin", "provenance", "where")
+SIMPLE = ("id", "scores", "ranks", "prob", "weight", "margin", "provenance", "prefix", "where")  # hold no media
+COLUMNS = ("id", "prompt", "candidates", *SIMPLE[1:-1], "prompts", "extras", "where")
 
 
 def to_row(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as one row of the table schema."""
-
-    def content(value: Content) -> dict[str, Any]:
-        return {"text": value.text, "images": [{"bytes": m.data, "path": m.path} for m in value.images]}
-
     return {
         "id": comparison.id,
-        "prompt": content(comparison.prompt),
-        "candidates": [content(c) for c in comparison.candidates],
+        "prompt": content_row(comparison.prompt),
+        "candidates": [content_row(c) for c in comparison.candidates],
         "scores": [{"judge": judge, "values": list(values)} for judge, values in comparison.scores.items()],
         "ranks": None if comparison.ranks is None else list(comparison.ranks),
         "prob": comparison.prob,
         "weight": comparison.weight,
         "margin": comparison.margin,
         "provenance": [json.dumps(p, sort_keys=True) for p in comparison.provenance],
+        "prompts": None if comparison.prompts is None else [content_row(p) for p in comparison.prompts],
+        "prefix": comparison.prefix,
+        "extras": [{"name": name, "content": content_row(c)} for name, c in comparison.extras.items()],
         "where": comparison.where,
     }
 
@@ -79,30 +84,26 @@ def comparison(row: Mapping[str, Any], where: str = "", least: int = 2) -> Compa
     missing = [name for name in ("id", "prompt", "candidates") if row.get(name) is None]
     if missing:
         raise UserError(f"{where}: got no {' and no '.join(missing)}. A comparison needs id, prompt and candidates.")
-    ranks, provenance = row.get("ranks"), row.get("provenance") or ()
+    ranks, prompts = row.get("ranks"), row.get("prompts")
     value = Comparison(
         id=str(row["id"]),
-        prompt=_content(row["prompt"], f"{where}: prompt"),
-        candidates=tuple(_content(c, f"{where}: candidate {n}") for n, c in enumerate(row["candidates"], 1)),
+        prompt=content_of(row["prompt"], f"{where}: prompt"),
+        candidates=tuple(content_of(c, f"{where}: candidate {n}") for n, c in enumerate(row["candidates"], 1)),
         scores={s["judge"]: tuple(s["values"]) for s in row.get("scores") or ()},
         ranks=None if ranks is None else tuple(ranks),
         prob=row.get("prob"),
         weight=row.get("weight"),
         margin=row.get("margin"),
-        provenance=tuple(_provenance(p, where) for p in provenance),
+        provenance=tuple(_provenance(p, where) for p in row.get("provenance") or ()),
+        prompts=None if prompts is None else tuple(content_of(p, f"{where}: prompt {n}") for n, p in enumerate(prompts, 1)),
+        prefix=row.get("prefix"),
+        extras={e["name"]: content_of(e["content"], f"{where}: {e['name']}") for e in row.get("extras") or ()},
         where=where,
     )
     problems = faults_of(value, least)
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
     return value
-
-
-def _content(value: Mapping[str, Any], where: str) -> Content:
-    if not isinstance(value.get("text"), str | None):
-        raise UserError(f"{where}: got the text {value['text']!r}, want a string. Correct the row.")
-    images = (Media(data=m["bytes"], path=m["path"], where=where) for m in value.get("images") or ())
-    return Content(text=value.get("text"), images=tuple(images))
 
 
 def _provenance(text: str, where: str) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class Conversion:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Convert a batch, as `datasets` asks for it."""
         rows = [self.convert(row, media=True) for row in _rows(batch)]
-        return {name: [row[name] for row in rows] for name in COLUMNS}
+        return {name: [row.get(name) for row in rows] for name in COLUMNS}
 
 
 def outlines(dataset: "datasets.Dataset") -> Iterator[Comparison]:
@@ -175,13 +176,23 @@ def outline_rows(dataset: "datasets.Dataset") -> Iterator[dict[str, Any]]:
     arrow = dataset.with_format("arrow")
     for start in range(0, len(arrow), BATCH_ROWS):
         table = arrow[start : start + BATCH_ROWS]
-        batch = {name: table[name].to_pylist() for name in COLUMNS if name not in ("prompt", "candidates")}
-        batch["prompt"] = [content for chunk in table["prompt"].chunks for content in _contents(chunk)]
-        batch["candidates"] = []
-        for chunk in table["candidates"].chunks:  # chunk by chunk: joining them would copy the images
-            flat = iter(_contents(chunk.flatten()))
-            batch["candidates"] += [[next(flat) for _ in range(n or 0)] for n in chunk.value_lengths().to_pylist()]
+        batch = {name: table[name].to_pylist() for name in SIMPLE}
+        read: dict[str, Callable[[Any], Sequence[Any]]] = {
+            "prompt": outline_contents,
+            "candidates": outline_lists,
+            "prompts": outline_lists,
+            "extras": _outline_extras,
+        }
+        for name, reader in read.items():  # chunk by chunk: joining them would copy the images
+            batch[name] = [value for chunk in table[name].chunks for value in reader(chunk)]
         yield from _rows(batch)
+
+
+def _outline_extras(array: Any) -> list[list[dict[str, Any]]]:
+    values = array.flatten()
+    named = zip(values.field("name").to_pylist(), outline_contents(values.field("content")), strict=True)
+    flat = iter([{"name": name, "content": content} for name, content in named])
+    return [list(islice(flat, n or 0)) for n in array.value_lengths().to_pylist()]
 
 
 def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -189,14 +200,6 @@ def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
     rows = iter(rows)
     while batch := list(islice(rows, size)):
         yield batch
-
-
-def _contents(array: Any) -> list[dict[str, Any]]:
-    """Read an Arrow array of contents, touching the texts and the numbers of images but no image."""
-    texts = array.field("text").to_pylist()
-    counts = array.field("images").value_lengths().to_pylist()
-    empty = {"bytes": None, "path": None}
-    return [{"text": t, "images": [empty] * (n or 0)} for t, n in zip(texts, counts, strict=True)]
 
 
 def _rows(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """Writing comparisons to disk in each format that `read` reads; what is written is whole or absent."""
 
 import io
+import itertools
 import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mmalign.errors import UserError
+from mmalign.records.conversations import entry_of
 from mmalign.records.frames import video_suffix
 from mmalign.records.media import DAMAGED, Media
 from mmalign.records.rows import Comparison, Content
@@ -91,10 +93,20 @@ def _remove(path: Path) -> None:
 def _embedded(value: Comparison) -> dict[str, Any]:
     """Return the row with the bytes of its images, and without the place it came from."""
 
-    def content(c: Content) -> Content:
-        return Content(text=c.text, images=tuple(Media(data=m.read(), where=m.where) for m in c.images))
+    def held(images: tuple[Media, ...]) -> tuple[Media, ...]:
+        return tuple(Media(data=m.read(), where=m.where) for m in images)
 
-    whole = replace(value, prompt=content(value.prompt), candidates=tuple(content(c) for c in value.candidates), where="")
+    def content(c: Content) -> Content:
+        return replace(c, images=held(c.images), messages=tuple(replace(m, images=held(m.images)) for m in c.messages))
+
+    whole = replace(
+        value,
+        prompt=content(value.prompt),
+        candidates=tuple(content(c) for c in value.candidates),
+        prompts=None if value.prompts is None else tuple(content(p) for p in value.prompts),
+        extras={name: content(c) for name, c in value.extras.items()},
+        where="",
+    )
     return to_row(whole)
 
 
@@ -134,21 +146,24 @@ def _write_jsonl(rows: Iterator[Comparison], target: Path, partial: Path) -> Non
 
     with open(partial, "w", encoding="utf-8") as file:
         for row in rows:
-            prompt, *candidates = (_entry(c, [place(m) for m in c.images]) for c in (row.prompt, *row.candidates))
-            file.write(_line(row, {"prompt": prompt, "candidates": candidates}))
+            file.write(_line(row, lambda content, part: _entry(content, place)))
 
 
 def _write_imagefolder(rows: Iterator[Comparison], target: Path, partial: Path) -> None:
     (partial / "images").mkdir(parents=True)
     with open(partial / "metadata.jsonl", "w", encoding="utf-8") as file:
         for row in rows:
-            if row.prompt.images or any(c.text is not None or len(c.images) != 1 for c in row.candidates):
+            if (
+                any(content.images or content.messages or content.tools for content in (row.prompt, *row.extras.values()))
+                or (row.extras or row.prompts is not None or row.prefix is not None)
+                or any(c.text is not None or c.messages or len(c.images) != 1 for c in row.candidates)
+            ):
                 raise UserError(
                     f"{row.where or row.id}: imagefolder metadata holds a text prompt and one image a candidate. "
                     "Write .jsonl or .parquet instead."
                 )
             names = [f"images/{_store(c.images[0], partial / 'images')}" for c in row.candidates]
-            file.write(_line(row, {"file_names": names, "prompt": row.prompt.text}))
+            file.write(_json_line({"id": row.id, "file_names": names, "prompt": row.prompt.text, **_side(row)}))
 
 
 def _write_shards(rows: Iterator[Comparison], target: Path, partial: Path) -> None:
@@ -174,25 +189,49 @@ def _add_sample(tar: tarfile.TarFile, key: str, row: Comparison) -> None:
         return name
 
     def content(c: Content, part: str) -> Any:
-        names = [f"{key}.{part}.{n}{_suffix(m.read())}" for n, m in enumerate(c.images)]
-        return _entry(c, [add(name, m.read()) for name, m in zip(names, c.images, strict=True)])
+        number = itertools.count()
+        return _entry(c, lambda m: add(f"{key}.{part}.{next(number)}{_suffix(m.read())}", m.read()))
 
-    prompt = content(row.prompt, "prompt")
-    candidates = [content(c, str(n)) for n, c in enumerate(row.candidates)]
-    add(f"{key}.json", _line(row, {"prompt": prompt, "candidates": candidates}).encode())
+    add(f"{key}.json", _line(row, content).encode())
 
 
-def _entry(content: Content, paths: list[str]) -> Any:
-    if not paths:
-        return content.text if content.text is not None else {}
-    text = {} if content.text is None else {"text": content.text}
-    return {**text, "image": paths[0]} if len(paths) == 1 else {**text, "images": paths}
+def _entry(content: Content, place: Callable[[Media], str]) -> Any:
+    """Return a content as `row_of` reads it: the shortest of a text, a list of messages and an object."""
+    paths = [place(m) for m in content.images]
+    images: dict[str, Any] = {"image": paths[0]} if len(paths) == 1 else {"images": paths}
+    whole = {
+        **({} if content.text is None else {"text": content.text}),
+        **(images if paths else {}),
+        **({"messages": [entry_of(m, place) for m in content.messages]} if content.messages else {}),
+        **({"tools": list(content.tools)} if content.tools else {}),
+    }
+    return next(iter(whole.values())) if set(whole) in ({"text"}, {"messages"}) else whole
 
 
-def _line(row: Comparison, contents: dict[str, Any]) -> str:
+def _line(row: Comparison, content: Callable[[Content, str], Any]) -> str:
+    """Return a row as one line; `content` places the media of a part of the row and returns its entry."""
+    whole = {
+        "id": row.id,
+        "prompt": content(row.prompt, "prompt"),
+        "candidates": [content(c, str(n)) for n, c in enumerate(row.candidates)],
+        **_side(row),
+    }
+    if row.prompts is not None:
+        whole["prompts"] = [content(p, f"prompt{n}") for n, p in enumerate(row.prompts)]
+    if row.prefix is not None:
+        whole["prefix"] = row.prefix
+    if row.extras:
+        whole["extras"] = {name: content(c, f"extra{n}") for n, (name, c) in enumerate(row.extras.items())}
+    return _json_line(whole)
+
+
+def _side(row: Comparison) -> dict[str, Any]:
     optional = {name: getattr(row, name) for name in ("scores", "ranks", "prob", "weight", "margin", "provenance")}
-    known = {name: value for name, value in optional.items() if value is not None and value != () and value != {}}
-    return json.dumps({"id": row.id, **contents, **known}, ensure_ascii=False) + "\n"
+    return {name: value for name, value in optional.items() if value is not None and value != () and value != {}}
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def _store(image: Media, folder: Path) -> str:
