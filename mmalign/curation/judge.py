@@ -1,0 +1,220 @@
+"""Any causal language model as a judge: the probabilities of two letters, the options, as its next token."""
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.devices import torch_device
+from mmalign.errors import UserError
+from mmalign.scorers.checkpoints import check_keys, first_line
+
+TEMPLATE = """Two answers to the same request follow. Decide which of them serves the person who asked better.
+
+# Request
+{prompt}
+
+# Answer {A}
+{first}
+
+# Answer {B}
+{second}
+
+Reply with one letter, {A} or {B}: the better answer."""
+
+
+class LanguageModelJudge:
+    """A causal language model that is opened when it is first asked (see `language_model`)."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model: str,
+        revision: str | None,
+        template: str,
+        options: tuple[str, str],
+        dtype: str,
+        batch_size: int,
+        device: str,
+    ) -> None:
+        """Nothing is opened yet: a dry run, or a run whose verdicts are all known, costs no model."""
+        self._name, self.model, self.revision = name, model, revision
+        self.template, self.options, self.dtype, self.batch_size = template, options, dtype, batch_size
+        self.device = device
+        self._opened: tuple[Any, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Under which its verdicts are kept."""
+        return self._name
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[Tensor, " n"]:
+        """P(the first is better) = p(A) / (p(A) + p(B)) of each pair. On the CPU, float32.
+
+        Raises:
+            UserError: the model cannot be opened, or a question is longer than it reads.
+        """
+        network, tokenizer = self._open()
+        ids = [question_ids(tokenizer, self._question(*one)) for one in zip(prompts, first, second, strict=True)]
+        if not ids:
+            return torch.zeros(0)
+        options = option_tokens(tokenizer, self.options)
+        self._check_lengths(network, ids)
+        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
+        probs = torch.zeros(len(ids))
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            logits = last_logits(network, [ids[place] for place in places])
+            probs[places] = logits[:, options].float().softmax(-1)[:, 0].cpu()
+        return probs
+
+    def _question(self, prompt: str, first: str, second: str) -> str:
+        one, other = self.options
+        values = {"{A}": one, "{B}": other, "{prompt}": prompt, "{first}": first, "{second}": second}
+        # all names at once, so that a brace in a response stays what it is
+        return re.sub("|".join(map(re.escape, values)), lambda found: values[found[0]], self.template)
+
+    def _check_lengths(self, network: Any, ids: Sequence[Sequence[int]]) -> None:
+        limit = getattr(network.config, "max_position_embeddings", None)
+        longest = max(map(len, ids))
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"judge {self.name}: got a question of {longest} tokens, want at most {limit}, which the model reads. Leave "
+                "long rows out, or take a model that reads more."
+            )
+
+    def _open(self) -> tuple[Any, Any]:
+        if self._opened is None:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            device = torch_device(self.device)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
+                network, loaded = AutoModelForCausalLM.from_pretrained(
+                    self.model, revision=self.revision, dtype=getattr(torch, self.dtype), output_loading_info=True
+                )
+            except (OSError, ValueError) as fault:
+                raise UserError(
+                    f"judge {self.name}: {self.model} cannot be opened ({first_line(fault)}). Want a folder or hub id of "
+                    "a causal language model with its tokeniser."
+                ) from fault
+            check_keys("judge.model", missing=loaded["missing_keys"], unexpected=(), misshapen={})
+            self._opened = network.eval().to(device), tokenizer
+        return self._opened
+
+
+def question_ids(tokenizer: Any, question: str) -> list[int]:
+    """Token ids of a question up to where the letter of the answer comes, through the chat template where there is one.
+
+    A control token that is written in the question is read as plain text: no response can end its turn and speak for the judge.
+    """
+    before, after = _around(tokenizer)
+    middle = tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*before, *middle, *after]
+
+
+def option_tokens(tokenizer: Any, options: tuple[str, str]) -> list[int]:
+    """The token with which each option begins, where the answer comes.
+
+    Raises:
+        UserError: the two begin with the same token, or merge with the text before them.
+    """
+    _, after = _around(tokenizer)
+    blank = " " if tokenizer.chat_template is None else ""
+    tokens = []
+    for option in options:
+        _, ids = _around(tokenizer, blank + option)
+        if ids[: len(after)] != after or len(ids) == len(after):
+            raise UserError(f"options: got {option!r}, which the tokeniser merges with the text before it. Choose another one.")
+        tokens.append(ids[len(after)])
+    if tokens[0] == tokens[1]:
+        raise UserError(f"options: got {' and '.join(options)}, which begin with the same token. Choose others, say A and B.")
+    return tokens
+
+
+def _around(tokenizer: Any, answer: str = "") -> tuple[list[int], list[int]]:
+    """Token ids of what stands before and after a question, the beginning of the answer included."""
+    if tokenizer.chat_template is None:
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return start, tokenizer("\nAnswer:" + answer, add_special_tokens=False)["input_ids"]
+    mark = "QUESTION"
+    turns = [{"role": "user", "content": mark}]
+    before, _, after = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).partition(mark)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after + answer)]
+    return ids[0], ids[1]
+
+
+def last_logits(network: Any, ids: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
+    """Next-token logits after each text. Texts are padded on the right, which no causal model sees.
+
+    Of the whole (batch, seq, vocab) only the last positions are computed where the model can.
+    """
+    lengths = torch.tensor([len(one) for one in ids])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    last, place = torch.unique(lengths - 1, return_inverse=True)
+    device = next(network.parameters()).device
+    few = "logits_to_keep" in inspect.signature(network.forward).parameters
+    more = {"logits_to_keep": last.to(device)} if few else {}
+    logits = network(input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False, **more).logits
+    rows = torch.arange(len(ids), device=device)
+    found: Tensor = logits[rows, (place if few else lengths - 1).to(device)]
+    return found
+
+
+def _filled(template: str, values: dict[str, str]) -> str:
+    """The template with its names replaced once, so that a brace in a response stays what it is."""
+    return re.sub("|".join(map(re.escape, values)), lambda found: values[found[0]], template)
+
+
+def language_model(
+    *,
+    model: str,
+    revision: str | None = None,
+    name: str | None = None,
+    template: str = TEMPLATE,
+    options: tuple[str, str] = ("A", "B"),
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    batch_size: int = 8,
+    device: str = "auto",
+) -> LanguageModelJudge:
+    """A causal language model that is shown two responses and asked for a letter.
+
+    P(first) = p(A) / (p(A) + p(B)),  p of the next token
+
+    Source: as LLM-as-a-judge (arXiv 2306.05685), read off the option tokens as for DBG (arXiv 2506.02592); our own wording.
+
+    Args:
+        model: folder or hub id; asked through its chat template where it has one.
+        revision: of a hub id.
+        name: of the judge; None: the last part of `model`.
+        template: with {prompt}, {first}, {second}, and {A}, {B} for the options. Evidence, rules and examples go here.
+        options: two texts that begin with different tokens.
+        dtype: of the weights.
+        batch_size: questions at a time.
+        device: auto, cpu, cuda ...
+
+    Raises:
+        UserError: a template without one of its three names, a batch size below 1.
+    """
+    lacking = [part for part in ("{prompt}", "{first}", "{second}") if part not in template]
+    if lacking:
+        raise UserError(f"template: got none of {', '.join(lacking)} in it, want all of {{prompt}}, {{first}} and {{second}}.")
+    if batch_size < 1:
+        raise UserError(f"batch_size: got {batch_size}, want 1 or more.")
+    return LanguageModelJudge(
+        name=name or model.rstrip("/").rpartition("/")[2],
+        model=model,
+        revision=revision,
+        template=template,
+        options=options,
+        dtype=dtype,
+        batch_size=batch_size,
+        device=device,
+    )
