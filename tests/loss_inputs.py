@@ -8,11 +8,21 @@ from torch import Tensor
 
 from mmalign.losses import LOSSES, PreferenceLoss
 
-NUM_CANDIDATES = {"rank_dpo": 4, "kto": 1, "gpm": 1}
+NUM_CANDIDATES = {
+    "rank_dpo": 4,
+    "lipo": 4,
+    "plackett_luce": 4,
+    "exo_listwise": 4,
+    "gpo": 4,
+    "kto": 1,
+    "apo_zero_unpaired": 1,
+    "gpm": 1,
+}
 # The others are penalties on further measures of the network.
 ON_LOGPS = [name for name, loss in LOSSES.items() if "policy" in inspect.signature(loss).parameters]
-# Without an anchor KTO takes the mean over the batch: the rules for single rows are tested with the anchor given.
-NEEDS_ANCHOR = {"kto"}
+# What a loss is given though its signature has a default for it. Without an anchor KTO takes the mean over the batch: the
+# rules for single rows are tested with the anchor given. NLL divides by the length.
+GIVEN = {"kto": {"anchor"}, "nll": {"lengths"}}
 
 
 def data(name: str, batch: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
@@ -27,10 +37,12 @@ def data(name: str, batch: int = 3, *, dtype: torch.dtype = torch.float64, seed:
     values = {"policy": policy, "reference": policy + 2e-3 * (draw(batch, k) - 0.5)}
     values["scores"] = draw(batch, k).sort(dim=1, descending=True).values
     values["labels"] = torch.ones(batch, dtype=torch.float64)
-    if name in NEEDS_ANCHOR:
-        values["anchor"] = torch.tensor(1e-4, dtype=torch.float64)
+    values["anchor"] = torch.tensor(1e-4, dtype=torch.float64)
+    values["lengths"] = 5 + torch.arange(batch * k, dtype=torch.float64).reshape(batch, k)
+    values["gold"], values["gold_lengths"] = policy[:, :1] + 0.01, values["lengths"][:, :1]
     parameters = inspect.signature(LOSSES[name]).parameters
-    return {key: value.to(dtype) for key, value in values.items() if key in parameters}
+    wanted = {key for key, one in parameters.items() if one.default is inspect.Parameter.empty} | GIVEN.get(name, set())
+    return {key: value.to(dtype) for key, value in values.items() if key in wanted}
 
 
 def call(name: str, values: dict[str, Any], **settings: Any) -> PreferenceLoss:

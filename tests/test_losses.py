@@ -1,6 +1,7 @@
 """Every loss of LOSSES obeys the same rules; the lawful exceptions are tabled."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,17 @@ from loss_inputs import ON_LOGPS, call, data, rows, settings_of, tensor
 
 from mmalign.losses import LOSSES, MEASURES, STATISTICS, mapo, rank_dpo
 
-PAIRWISE = ["dpo", "robust", "ipo", "hinge", "dro", "mapo", "spo", "bradley_terry"]
+PAIRWISE = ["dpo", "robust", "ipo", "hinge", "dro", "mapo", "spo", "bradley_terry", "bco", "info_nca", "nca"]
 
 # Lawful exceptions to the common rules, each with its reason.
 RISES_PAST_TARGET = {"ipo": "a square pulls the margin to 1/(2 beta); the rule holds below that, and is broken above"}
-NO_SOFT_LABEL = {"rank_dpo", "kto", "sft"}  # scores, labels and imitation know no P(first beats second)
-SOFT_WITHOUT_COLUMNS = {"gpm"}  # one score a pair: there are no columns to swap
+# Scores, rankings, labels, and what looks at the chosen response alone know no P(first beats second).
+RANKED = {"rank_dpo", "lipo", "plackett_luce", "exo_listwise", "gpo"}
+NO_SOFT_LABEL = {*RANKED, "kto", "apo_zero_unpaired", "sft", "nll", "chosen_guard", "chosen_anchor"}
+# One score a pair has no columns to swap; a gold response is imitated whatever the label.
+SOFT_ELSEWHERE = {"gpm", "tpo"}
+# The weights of LiPO's pairs follow the policy's own ranks, and jump where two change places.
+LIKE_LABELS: dict[str, Any] = {"lipo": {"rank_by": "label"}}
 
 
 # Rules of the whole table
@@ -22,8 +28,9 @@ SOFT_WITHOUT_COLUMNS = {"gpm"}  # one score a pair: there are no columns to swap
 @pytest.mark.parametrize("name", LOSSES)
 def test_data_stands_before_the_star_and_every_setting_has_its_published_default(name: str) -> None:
     references = {"reference", *(f"reference_{measure}" for measure in MEASURES)}
-    side = {"scores", "labels", "prob", "weight", "margin", "lengths", "draw", "beta_scale"}
-    known = {"policy", *MEASURES, *references, *STATISTICS, *side}
+    side = {"scores", "labels", "prob", "weight", "margin", "mask", "draw", "beta_scale"}
+    text = {"lengths", "mean_length", "gold_lengths"}
+    known = {"policy", *MEASURES, *references, *STATISTICS, *side, *text}
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     positional = {one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
     assert positional <= known and {"policy", *MEASURES} & positional
@@ -80,7 +87,8 @@ def test_raising_the_best_logp_never_raises_the_loss(name: str, step: float) -> 
     values = data(name, batch=16)
     better = {**values, "policy": values["policy"].clone()}
     better["policy"][:, 0] += step
-    before, after = call(name, values).losses, call(name, better).losses
+    settings = LIKE_LABELS.get(name, {})
+    before, after = call(name, values, **settings).losses, call(name, better, **settings).losses
     assert (after <= before).all()
     assert (after < before).any()
 
@@ -203,7 +211,7 @@ def test_every_loss_without_a_soft_label_is_tabled() -> None:
     assert {
         name for name, loss in LOSSES.items() if name in ON_LOGPS and "prob" not in inspect.signature(loss).parameters
     } == NO_SOFT_LABEL
-    assert set(PAIRWISE) | SOFT_WITHOUT_COLUMNS | NO_SOFT_LABEL == set(ON_LOGPS)
+    assert set(PAIRWISE) | SOFT_ELSEWHERE | NO_SOFT_LABEL == set(ON_LOGPS)
 
 
 @pytest.mark.parametrize("name", ["dpo", "robust", "ipo", "bradley_terry"])

@@ -38,14 +38,12 @@ def test_an_untrained_policy_costs_ln_2(loss: Any) -> None:
     torch.testing.assert_close(loss(policy, policy).losses, torch.full((5,), LN2, dtype=torch.float64), rtol=1e-15, atol=0)
 
 
-def test_mapo_never_asks_for_a_reference() -> None:
-    assert "reference" not in inspect.signature(mapo).parameters
-    assert "reference" not in inspect.signature(sft).parameters
-    assert "reference" not in inspect.signature(bradley_terry).parameters
-    assert all(
-        "reference" in inspect.signature(LOSSES[name]).parameters
-        for name in set(LOSSES) - {"mapo", "sft", "bradley_terry", "gpm", "output_anchor"}
-    )
+REFERENCE_FREE = {"mapo", "sft", "nll", "bradley_terry", "gpm", "tpo", "output_anchor", "rationale", "selm", "dckd", "adpa"}
+
+
+def test_mapo_and_what_else_is_reference_free_never_asks_for_a_reference() -> None:
+    assert all("reference" not in inspect.signature(LOSSES[name]).parameters for name in REFERENCE_FREE)
+    assert all("reference" in inspect.signature(LOSSES[name]).parameters for name in set(LOSSES) - REFERENCE_FREE)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 from mmalign.losses.denoising import dro, mapo, spo
 from mmalign.losses.links import PreferenceLoss
-from mmalign.losses.listwise import rank_dpo
+from mmalign.losses.listwise import exo_listwise, info_nca, lipo, nca, plackett_luce, rank_dpo
 from mmalign.losses.pairwise import dpo, hinge, ipo, robust
-from mmalign.losses.pointwise import kto, output_anchor, sft
+from mmalign.losses.pointwise import apo_zero_unpaired, bco, gpo, kto, output_anchor, sft
 from mmalign.losses.reward_models import bradley_terry, gpm
 from mmalign.losses.statistics import STATISTICS, Statistic
+from mmalign.losses.terms import adpa, chosen_anchor, chosen_guard, dckd, nll, rationale, selm, tpo
 
 __all__ = ["LOSSES", "MEASURES", "STATISTICS", "PreferenceLoss", "Statistic"]
 
@@ -31,6 +32,22 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "kto": kto,
     "sft": sft,
     "output_anchor": output_anchor,
+    "apo_zero_unpaired": apo_zero_unpaired,
+    "bco": bco,
+    "gpo": gpo,
+    "plackett_luce": plackett_luce,
+    "info_nca": info_nca,
+    "nca": nca,
+    "exo_listwise": exo_listwise,
+    "lipo": lipo,
+    "nll": nll,
+    "chosen_guard": chosen_guard,
+    "chosen_anchor": chosen_anchor,
+    "rationale": rationale,
+    "selm": selm,
+    "tpo": tpo,
+    "dckd": dckd,
+    "adpa": adpa,
 }
 
 # Data that the likelihood measures in the same pass as the logps; the reference's stand under `reference_<name>`.

@@ -1,4 +1,4 @@
-"""Losses on k ranked candidates a prompt: logps `(batch, k)`."""
+"""Losses on k candidates a prompt: logps `(batch, k)`. `mask` tells lists of unequal length apart from their padding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from mmalign.losses.links import PreferenceLoss, check_beta, weighted
 
@@ -17,6 +17,7 @@ def rank_dpo(
     reference: Float[Tensor, "batch k"],
     scores: Float[Tensor, "batch k"],
     weight: Float[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch k"] | None = None,
     *,
     beta: float = 5000.0,
     rank_by: Literal["label", "model"] = "label",
@@ -39,15 +40,20 @@ def rank_dpo(
         policy, reference: logps; mean-per-dimension nats for diffusion.
         scores: share of comparisons won, in [0, 1]: wins / (number of scorers * (k - 1)).
         weight: factor of each list's loss.
+        mask: whether a candidate is there (True) or padding. None: all are.
         beta: reward per nat; not published, 5000 follows Diffusion-DPO SDXL.
         rank_by: tau from the scores (the paper's Algorithm 2) or from the model's implicit reward (LambdaRank, its figure).
         gain: exponential as published, the score itself, or none. Exponential without discount is the ablation +gain.
         discount: base of its logarithm, which only rescales the loss, or none.
         ties: equal scores share their mean rank, or keep their order in the list.
+    Raises:
+        ValueError: beta is not positive.
     """
     check_beta("rank_dpo", beta)
-    rewards = beta * (policy - reference)
-    ranks = _ranks(scores if rank_by == "label" else rewards.detach(), average=ties == "average")
+    rewards = beta * _without_padding(policy - reference, mask)
+    scores = _without_padding(scores, mask)
+    tau = scores if rank_by == "label" else rewards.detach()
+    ranks = _ranks(tau if mask is None else tau.masked_fill(~mask, -torch.inf), average=ties == "average")
     weights = torch.ones_like(_differences(rewards.detach()))
     if gain != "none":
         weights = (
@@ -57,8 +63,228 @@ def rank_dpo(
     if discount != "none":
         weights = weights * _differences(1 / (torch.log1p(ranks) if discount == "natural" else torch.log2(1 + ranks))).abs()
     preferred = _differences(scores) > 0
+    if mask is not None:
+        preferred = preferred & mask[:, :, None] & mask[:, None, :]
     losses = torch.where(preferred, -weights * logsigmoid(_differences(rewards)), 0.0).sum((1, 2))  # eq. 9
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
+
+
+def lipo(
+    policy: Float[Tensor, "batch k"],
+    reference: Float[Tensor, "batch k"],
+    scores: Float[Tensor, "batch k"],
+    weight: Float[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch k"] | None = None,
+    *,
+    beta: float = 0.1,
+    rank_by: Literal["label", "model"] = "model",
+    gain: Literal["exponential", "linear", "none"] = "exponential",
+    discount: Literal["natural", "log2", "none"] = "natural",
+) -> PreferenceLoss:
+    """LiPO-lambda: the lambda loss of learning to rank on implicit rewards; `rank_dpo` with the ranks the policy gives now.
+
+    sum over i preferred to j of |G_i - G_j| |1/D(tau_i) - 1/D(tau_j)| * -log sigma(r_i - r_j)
+    G = 2^score - 1,  D(tau) = log(1 + tau),  tau = rank by r,  r = beta * (policy - reference)
+
+    Source: Liu et al. 2024 (LiPO), the lambda loss; without gain and discount it is DPO on every pair of a list, its pairwise
+        logistic loss.
+    Args:
+        policy, reference: logps; summed nats for text.
+        scores: labels of the candidates, published in [0, 1]: mean probability of winning. Equal scores make no pair.
+        weight, mask, gain, discount: as in `rank_dpo`.
+        beta: reward per nat; not fixed by the paper.
+        rank_by: tau from the policy's implicit rewards (published) or from the scores.
+    Raises:
+        ValueError: beta is not positive.
+    """
+    check_beta("lipo", beta)
+    return rank_dpo(policy, reference, scores, weight, mask, beta=beta, rank_by=rank_by, gain=gain, discount=discount)
+
+
+def plackett_luce(
+    policy: Float[Tensor, "batch k"],
+    reference: Float[Tensor, "batch k"],
+    weight: Float[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch k"] | None = None,
+    *,
+    beta: float = 0.1,
+    top_m: int | None = None,
+) -> PreferenceLoss:
+    """DPO on whole rankings: negative log-likelihood of the order under Plackett-Luce (ListMLE on implicit rewards).
+
+    sum over i < k of log(sum over j >= i of exp(r_j)) - r_i,  r = beta * (policy - reference),  best first
+
+    With k = 2 it is `dpo`. Candidates of equal score stand in the order of the list.
+
+    Source: Rafailov et al. 2023 (DPO), appendix A.3, eq. 20; Xia et al. 2008 (ListMLE).
+    Args:
+        policy, reference: logps, best first.
+        weight: factor of each list's loss.
+        mask: whether a candidate is there (True) or padding, which may stand anywhere. None: all are.
+        beta: reward per nat. Published: 0.1.
+        top_m: how many places of the ranking count, from the best; None: all. 1 is the best against all others.
+    Raises:
+        ValueError: beta is not positive, or top_m below 1.
+    """
+    check_beta("plackett_luce", beta)
+    if top_m is not None and top_m < 1:
+        raise ValueError(f"plackett_luce.top_m: got {top_m}, want at least 1, or null for the whole ranking.")
+    rewards = beta * _without_padding(policy - reference, mask)
+    k = rewards.shape[1]
+    there = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    behind = torch.ones(k, k, dtype=torch.bool, device=rewards.device).triu(1) & there[:, None, :]
+    behind = behind | torch.eye(k, dtype=torch.bool, device=rewards.device)  # no candidate's sum is empty
+    sums = rewards[:, None, :].expand(-1, k, -1).masked_fill(~behind, -torch.inf).logsumexp(2)
+    counted = there if top_m is None else there & (there.cumsum(1) <= top_m)
+    losses = torch.where(counted, sums - rewards, 0.0).sum(1)
+    return PreferenceLoss(weighted(losses, weight), rewards.detach())
+
+
+def info_nca(
+    policy: Float[Tensor, "batch k"],
+    reference: Float[Tensor, "batch k"],
+    scores: Float[Tensor, "batch k"] | None = None,
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch k"] | None = None,
+    *,
+    beta: float = 0.01,
+    temperature: float = 1e-4,
+) -> PreferenceLoss:
+    """InfoNCA: cross-entropy between the softmax of the scores and that of the implicit rewards.
+
+    -sum over i of q_i log softmax(r)_i,  r = beta * (policy - reference)
+    q = softmax(scores / temperature); without scores 1 for the first candidate, or (prob, 1 - prob)
+
+    A pair without scores is `dpo`.
+
+    Source: Chen et al. 2024 (Noise Contrastive Alignment); the published code adds 0.01 to the first score to break its ties,
+        here tied scores share their part of q.
+    Args:
+        policy, reference: logps, best first.
+        scores: rewards of the candidates, in any unit.
+        prob: pairs without scores: probability that the first candidate is better; 0.5 is a tie. None: 1.
+        weight: factor of each row's loss.
+        mask: whether a candidate is there (True) or padding. None: all are.
+        beta: reward per nat. Published: 0.01.
+        temperature: units of the scores. Published script: 1e-4, which leaves all of q to the best candidate.
+    Raises:
+        ValueError: beta or temperature is not positive, both scores and prob are given, or prob with more than two candidates.
+    """
+    check_beta("info_nca", beta)
+    rewards = beta * _without_padding(policy - reference, mask)
+    target = _target("info_nca", rewards, scores, prob, mask, temperature)
+    losses = -(target * _log_softmax(rewards, mask)).sum(1)
+    return PreferenceLoss(weighted(losses, weight), rewards.detach())
+
+
+def nca(
+    policy: Float[Tensor, "batch k"],
+    reference: Float[Tensor, "batch k"],
+    scores: Float[Tensor, "batch k"] | None = None,
+    prob: Float[Tensor, " batch"] | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch k"] | None = None,
+    *,
+    beta: float = 0.01,
+    temperature: float = 1e-4,
+) -> PreferenceLoss:
+    """NCA: raises the good candidates' rewards in absolute terms, where `info_nca` and `dpo` raise them against each other.
+
+    sum over i of -q_i log sigma(r_i) - 1/k log sigma(-r_i),  r = beta * (policy - reference),  q as in `info_nca`
+
+    A pair without scores costs -log sigma(r_chosen) - 1/2 log sigma(-r_chosen) - 1/2 log sigma(-r_rejected).
+
+    Source: Chen et al. 2024 (Noise Contrastive Alignment).
+    Args:
+        policy, reference, scores, prob, weight, mask, temperature: as in `info_nca`.
+        beta: reward per nat. Published: 0.01 (TRL's default: 0.1).
+    Raises:
+        ValueError: beta or temperature is not positive, both scores and prob are given, or prob with more than two candidates.
+    """
+    check_beta("nca", beta)
+    rewards = beta * _without_padding(policy - reference, mask)
+    target = _target("nca", rewards, scores, prob, mask, temperature)
+    there = torch.ones_like(rewards) if mask is None else mask.to(rewards)
+    noise = there / there.sum(1, keepdim=True)
+    losses = (target * softplus(-rewards) + noise * softplus(rewards)).sum(1)
+    return PreferenceLoss(weighted(losses, weight), rewards.detach())
+
+
+def exo_listwise(
+    policy: Float[Tensor, "batch k"],
+    reference: Float[Tensor, "batch k"],
+    scores: Float[Tensor, "batch k"],
+    weight: Float[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch k"] | None = None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 0.5,
+) -> PreferenceLoss:
+    """EXO with rewards: reverse KL divergence of the softmax of the implicit rewards from that of the scores.
+
+    sum over i of p_i (log p_i - log q_i),  p = softmax(r),  q = softmax(scores / temperature),  r = beta * (policy - reference)
+
+    `info_nca` is the forward divergence less the entropy of q: it covers what the scores spread over, this one seeks the best.
+
+    Source: Ji et al. 2024 (EXO), the loss exo-rw of the published code.
+    Args:
+        policy, reference: logps, in any order.
+        scores: rewards of the candidates, in any unit.
+        weight: factor of each row's loss.
+        mask: whether a candidate is there (True) or padding. None: all are.
+        beta: reward per nat. Published script: 0.5 (there beta_pi).
+        temperature: units of the scores. Published script: 0.5 (there beta_r).
+    Raises:
+        ValueError: beta or temperature is not positive.
+    """
+    check_beta("exo_listwise", beta)
+    _check_temperature("exo_listwise", temperature)
+    rewards = beta * _without_padding(policy - reference, mask)
+    logs = _log_softmax(rewards, mask)
+    wanted = _log_softmax(_without_padding(scores, mask).to(rewards) / temperature, mask)
+    share = logs.exp() if mask is None else logs.exp() * mask.to(rewards)
+    losses = (share * (logs - wanted)).sum(1)
+    return PreferenceLoss(weighted(losses, weight), rewards.detach())
+
+
+def _without_padding(values: Float[Tensor, "batch k"], mask: Bool[Tensor, "batch k"] | None) -> Float[Tensor, "batch k"]:
+    """Zero where there is no candidate, so that what stands in the padding, NaN even, touches neither loss nor gradient."""
+    return values if mask is None else values.masked_fill(~mask, 0.0)
+
+
+def _log_softmax(values: Float[Tensor, "batch k"], mask: Bool[Tensor, "batch k"] | None) -> Float[Tensor, "batch k"]:
+    """Over the candidates that are there; 0 in the padding, where a factor of 0 must not meet minus infinity."""
+    if mask is None:
+        return torch.log_softmax(values, 1)
+    return torch.log_softmax(values.masked_fill(~mask, -torch.inf), 1).masked_fill(~mask, 0.0)
+
+
+def _target(
+    name: str,
+    rewards: Float[Tensor, "batch k"],
+    scores: Float[Tensor, "batch k"] | None,
+    prob: Float[Tensor, " batch"] | None,
+    mask: Bool[Tensor, "batch k"] | None,
+    temperature: float,
+) -> Float[Tensor, "batch k"]:
+    """What part of the target distribution each candidate gets."""
+    _check_temperature(name, temperature)
+    if scores is not None and prob is not None:
+        raise ValueError(f"{name}: got both scores and prob, want one of them.")
+    if scores is not None:
+        wanted = _without_padding(scores, mask).to(rewards) / temperature
+        return torch.softmax(wanted if mask is None else wanted.masked_fill(~mask, -torch.inf), 1)
+    if prob is not None:
+        if rewards.shape[1] != 2:
+            raise ValueError(f"{name}: got prob with {rewards.shape[1]} candidates, want 2.")
+        return torch.stack([prob, 1 - prob], 1).to(rewards)
+    return torch.eye(1, rewards.shape[1], dtype=rewards.dtype, device=rewards.device).expand_as(rewards)
+
+
+def _check_temperature(name: str, temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"{name}.temperature: got {temperature}, want a positive number.")
 
 
 def _differences(values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch k k"]:
