@@ -4,8 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmalign.errors import UserError
-from mmalign.records import Comparison, Content, Dropped
-from mmalign.records.rows import Message
+from mmalign.records import Comparison, Content, Dropped, Message
 
 CURATION = "curation"  # key of a candidate's provenance: a list of what was done to its row, in order
 
