@@ -45,9 +45,9 @@ class Layout:
             segment, and a continuation sees its whole context and no other segment.
         at: flat index into `ids` of the hidden state that predicts a scored token.
         target: the scored tokens.
-        slot: the sum that each scored token belongs to.
+        slot: the sum that each scored token belongs to, in ascending order.
         weight: factor of each scored token's log-probability; None: 1.
-        num_slots: number of sums.
+        counts: number of scored tokens of each sum, known without asking the device.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -58,7 +58,12 @@ class Layout:
     target: Int[Tensor, " scored"]
     slot: Int[Tensor, " scored"]
     weight: Float[Tensor, " scored"] | None
-    num_slots: int
+    counts: tuple[int, ...]
+
+    @property
+    def num_slots(self) -> int:
+        """Number of sums."""
+        return len(self.counts)
 
     def to(self, device: torch.device | str) -> Layout:
         """The same on a device; the only copies of a step, and none back."""
@@ -198,7 +203,7 @@ class Tokens:
             first = parts * len(self.continuations)
             slots += [torch.full((len(context) - 1,), first + n) for n, context in enumerate(self.contexts)]
             weights += list(self.context_weights)
-        weight = torch.cat(weights)
+        weight, slot = torch.cat(weights), torch.cat(slots)
         keep = weight != 0
         plain = bool((weight[keep] == 1).all())
         return Layout(
@@ -208,9 +213,9 @@ class Tokens:
             segments=segments,
             at=torch.cat(at)[keep],
             target=torch.cat(targets)[keep],
-            slot=torch.cat(slots)[keep],
+            slot=slot[keep],
             weight=None if plain else weight[keep],
-            num_slots=self.num_slots,
+            counts=tuple(torch.bincount(slot[keep], minlength=self.num_slots).tolist()),
         )
 
 

@@ -1,0 +1,281 @@
+"""Log-probabilities from hidden states and the weights of the output layer, without logits of all tokens at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of one tile of logits, see `tile_rows`
+PER_TOKEN, SHARED = (0, 3), (1, 2, 4)  # of the inputs of _Sums: those with a row a token, and those that all tokens share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What turns a hidden state into logits: softcap * tanh(z / softcap),  z = scale * (h W^T + b + inner outer^T).
+
+    Args:
+        weight: W.
+        bias: b.
+        inner, outer: a low-rank addition, with the adapter's factor in it: `inner` of each hidden state, `outer` of each word.
+        scale: Granite's 1 / `logits_scaling`, Cohere's `logit_scale`.
+        softcap: Gemma's `final_logit_softcapping`: 30.
+    """
+
+    weight: Float[Tensor, "vocab dim"]
+    bias: Float[Tensor, " vocab"] | None = None
+    inner: Float[Tensor, "n rank"] | None = None
+    outer: Float[Tensor, "vocab rank"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def slot_sums(
+    hidden: Float[Tensor, "n dim"],
+    head: Head,
+    target: Int[Tensor, " n"],
+    slot: Int[Tensor, " n"],
+    counts: tuple[int, ...],
+    *,
+    weight: Float[Tensor, " n"] | None = None,
+    wanted: frozenset[str] = frozenset(),
+    rows: int | None = None,
+    accumulators: int = 2,
+) -> dict[str, Float[Tensor, " slots"]]:
+    """Sums over the tokens of every slot of their log-probabilities, tile by tile.
+
+    logps_s = sum_{t in s} w_t log softmax(z_t)[target_t],  in float32 or better whatever the autocast
+    agreement_s = sum_{t in s, w_t != 0} (log p_t - log sum_v p_tv^2),  entropy_s = -sum_t sum_v p_tv log p_tv,  both detached
+
+    The loss reaches a token through its slot's sum alone, so that its gradient is one number a slot times a gradient that is
+    known as soon as the tile's logits are. It is formed then, and the logits are computed once, where the output layer is
+    frozen or the slots are few: a trainable one needs an accumulator of its size a slot. Else the backward pass computes
+    the logits again.
+    Args:
+        hidden: states that predict.
+        head: the output layer.
+        target: tokens predicted.
+        slot: of each token, ascending.
+        counts: tokens of each slot.
+        weight: w; None: 1.
+        wanted: of "agreement" and "entropy".
+        rows: tokens in a tile; None: see `tile_rows`.
+        accumulators: slots up to which a trainable output layer is passed once; 0: never.
+    """
+    dtype = _compute_dtype(hidden, head.weight)
+    job = _Job(
+        target=target,
+        slot=slot,
+        factor=weight,
+        counts=counts,
+        scale=head.scale,
+        softcap=head.softcap,
+        wanted=wanted,
+        rows=rows or tile_rows(head.weight.shape[0], hidden.device),
+        accumulators=accumulators,
+        dtype=dtype,
+        exact=torch.promote_types(dtype, torch.float32),
+        graph=torch.is_grad_enabled(),
+    )
+    logps, agreement, entropy = _Sums.apply(hidden, head.weight, head.bias, head.inner, head.outer, job)
+    values = {"logps": logps, "agreement": agreement, "entropy": entropy}
+    return {name: value for name, value in values.items() if name == "logps" or name in wanted}
+
+
+def tile_rows(vocab: int, device: torch.device) -> int:
+    """Tokens whose float32 logits fill 32 MiB (CPU) or 256 MiB (CUDA), but 64 to 1024."""
+    return max(64, min(1024, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * vocab)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a sweep over the tokens does; no field takes a gradient."""
+
+    target: Tensor
+    slot: Tensor
+    factor: Tensor | None
+    counts: tuple[int, ...]
+    scale: float
+    softcap: float | None
+    wanted: frozenset[str]
+    rows: int
+    accumulators: int
+    dtype: torch.dtype
+    exact: torch.dtype
+    graph: bool
+
+    def tiles(self) -> Iterator[slice]:
+        return (slice(start, start + self.rows) for start in range(0, len(self.target), self.rows))
+
+
+@dataclass
+class _Gradients:
+    """Gradients by the number of the input: a row a token, or one accumulator a slot (or one for all: `merged`)."""
+
+    merged: bool
+    of_tokens: dict[int, Tensor] = field(default_factory=dict)
+    of_slots: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+class _Sums(torch.autograd.Function):
+    """(hidden, weight, bias, inner, outer) -> sums of every slot."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, job = inputs
+        needed = tuple(number for number in range(5) if job.graph and ctx.needs_input_grad[number])
+        shared = any(number in SHARED for number in needed)
+        once = bool(needed) and (not shared or len(job.counts) <= job.accumulators)
+        gradients = _empty_gradients(tensors, needed, job, merged=False) if once else None
+        out = _sweep(tensors, job, job.factor, gradients, job.wanted)
+        ctx.job, ctx.needed, ctx.gradients = job, needed, gradients
+        # Per-token gradients survive a backward pass, accumulators do not: a second one computes them again.
+        ctx.save_for_backward(*(tensors if shared or not once else ()))
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        job, gradients = ctx.job, ctx.gradients
+        of_token = grad.to(job.exact)[job.slot]
+        if gradients is None:
+            factor = of_token if job.factor is None else of_token * job.factor
+            gradients = _empty_gradients(ctx.saved_tensors, ctx.needed, job, merged=True)
+            _sweep(ctx.saved_tensors, job, factor, gradients, frozenset())
+            found = gradients.of_tokens | {number: kept[0] for number, kept in gradients.of_slots.items()}
+        else:
+            if gradients.of_slots:
+                ctx.gradients = None
+            found = {n: (kept * of_token[:, None]).to(kept.dtype) for n, kept in gradients.of_tokens.items()}
+            found |= {n: _combined(kept, grad.to(job.exact)) for n, kept in gradients.of_slots.items()}
+        return (*(found.get(number) for number in range(5)), None)
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """That of the model's own output layer: autocast's, but for float64, which it leaves alone."""
+    own = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type) and own != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return own
+
+
+def _empty_gradients(tensors: Any, needed: tuple[int, ...], job: _Job, *, merged: bool) -> _Gradients:
+    out = _Gradients(merged=merged)
+    for number in needed:
+        if number in PER_TOKEN:
+            out.of_tokens[number] = torch.empty_like(tensors[number])
+        else:
+            amount = 1 if merged else len(job.counts)
+            out.of_slots[number] = [torch.zeros_like(tensors[number], dtype=job.exact) for _ in range(amount)]
+    return out
+
+
+def _combined(of_slots: list[Tensor], grad: Tensor) -> Tensor:
+    """sum_s grad_s A_s, in the place of the first; the others are freed on the way."""
+    total = of_slots[0].mul_(grad[0])
+    for number in range(len(of_slots) - 1, 0, -1):
+        total.addcmul_(of_slots.pop(), grad[number])
+    return total
+
+
+def _sweep(
+    tensors: Any, job: _Job, factor: Tensor | None, gradients: _Gradients | None, wanted: frozenset[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of every slot; on the way, into `gradients`, those of sum_t factor_t log p_t."""
+    hidden, weight, bias, inner, outer = tensors
+    tokens = torch.empty(3, len(job.target), dtype=torch.float64, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        words = weight.to(job.dtype)
+        for tile in job.tiles():
+            states = hidden[tile].to(job.dtype)
+            logits = _product(states, words.T, job.exact)
+            if inner is not None:
+                logits.addmm_(inner[tile].to(job.exact), outer.to(job.exact).T)
+            if bias is not None:
+                logits += bias
+            if job.scale != 1:
+                logits *= job.scale
+            slope = None
+            if job.softcap is not None:
+                slope = logits.div_(job.softcap).tanh_()
+                logits = slope * job.softcap
+            logp = torch.log_softmax(logits, 1)
+            tokens[0, tile] = logp.gather(1, job.target[tile, None])[:, 0].double()
+            if gradients is None and not wanted:
+                continue
+            p = torch.exp(logp, out=logits)
+            if "agreement" in wanted:
+                tokens[1, tile] = tokens[0, tile] - 2 * torch.linalg.vector_norm(p, dim=1).double().log()
+            if "entropy" in wanted:
+                tokens[2, tile] = torch.special.entr(p, out=logp).sum(1).double()
+            del logp
+            if gradients is not None:
+                p.scatter_add_(1, job.target[tile, None], p.new_full((len(p), 1), -1.0))
+                if slope is not None:
+                    p.mul_(slope.square_().neg_().add_(1))
+                _add_gradients(gradients, tensors, job, tile, p, words, factor)
+    weights = 1 if job.factor is None else job.factor.double()
+    tokens[0] *= weights
+    sums = tokens.new_zeros(3, len(job.counts)).index_add_(1, job.slot, tokens).to(job.exact)
+    return sums[0], sums[1], sums[2]
+
+
+def _add_gradients(
+    gradients: _Gradients, tensors: Any, job: _Job, tile: slice, error: Tensor, words: Tensor, factor: Tensor | None
+) -> None:
+    """Add what a tile gives, from its error p - onehot(target); factors go onto the narrower matrix of each product."""
+    hidden, _, _, inner, outer = tensors
+    by_token = error.new_full((len(error), 1), -job.scale)
+    if factor is not None:
+        by_token *= factor[tile, None]
+    rough = error.to(job.dtype)
+    if 0 in gradients.of_tokens:
+        gradients.of_tokens[0][tile] = _product(rough, words, job.exact).mul_(by_token)
+    if 3 in gradients.of_tokens:
+        gradients.of_tokens[3][tile] = (error @ outer.to(job.exact)).mul_(by_token)
+    for number, total, piece in _pieces(gradients, job, tile):
+        if number == 1:
+            states = (hidden[tile][piece].to(job.exact) * by_token[piece]).to(job.dtype)
+            _add_product(total, rough[piece].T, states)
+        elif number == 2:
+            total.addmv_(error[piece].T, by_token[piece, 0])
+        else:
+            total.addmm_(error[piece].T, inner[tile][piece].to(job.exact) * by_token[piece])
+
+
+def _pieces(gradients: _Gradients, job: _Job, tile: slice) -> Iterator[tuple[int, Tensor, slice]]:
+    """Input number, accumulator and its rows of the tile, for all that all tokens share."""
+    size = min(tile.stop, len(job.target)) - tile.start
+    for number, totals in gradients.of_slots.items():
+        if gradients.merged:
+            yield number, totals[0], slice(0, size)
+            continue
+        end = 0
+        for total, count in zip(totals, job.counts, strict=True):
+            start, end = end, end + count
+            piece = slice(max(start - tile.start, 0), min(end - tile.start, size))
+            if piece.start < piece.stop:
+                yield number, total, piece
+
+
+def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+    """left @ right in `exact`: rounded to it once on CUDA, where a product of half precision can be written out in full."""
+    if left.dtype != exact and left.is_cuda:
+        return torch.mm(left, right, out_dtype=exact)
+    return torch.mm(left, right).to(exact)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(left, right)

@@ -1,0 +1,267 @@
+"""A causal language model of transformers as a network of token layouts: `network(layout) -> {name: (slots,)}`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mmalign.errors import UserError
+from mmalign.language import packed
+from mmalign.language.head import Head, slot_sums
+from mmalign.likelihoods import Layout, Tokens
+
+logger = logging.getLogger(__name__)
+
+# Nats that the probe's sums may differ by: what rounding makes of them; transformers' norms compute in float32.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class TokenNetwork(nn.Module):
+    """A causal language model that gives sums of log-probabilities instead of logits.
+
+    The output layer is called inside this forward, so that wrappers that shard or gather weights see it.
+
+    Args:
+        model: a transformers causal language model, plain or with PEFT adapters injected (`model.add_adapter`).
+        pack: try to run packed rows; False: padded rows only, and the model's attention stays as it was.
+        kernel: of packed attention, see `packed.Row`.
+        rows, accumulators: see `slot_sums`.
+    Raises:
+        UserError: an encoder-decoder, an output layer that is not a plain or LoRA linear one, or logits that mmalign does
+            not get as the model does.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pack: bool = True,
+        kernel: Literal["sdpa", "flex"] = "sdpa",
+        rows: int | None = None,
+        accumulators: int = 2,
+    ) -> None:
+        """Check the probe's log-probabilities, and whether rows may be packed."""
+        super().__init__()
+        self.model = model
+        self.kernel: Literal["sdpa", "flex"] = kernel
+        self.rows, self.accumulators = rows, accumulators
+        if model.config.is_encoder_decoder:
+            raise UserError(f"model: got {type(model).__name__}, an encoder-decoder, want a causal language model.")
+        self._takes = frozenset(inspect.signature(self.backbone.forward).parameters)
+        self._check_logits()
+        self.why_not = "pack is off" if not pack else self._try_packing()
+        if pack and self.why_not:
+            logger.info("rows are padded, not packed: %s.", self.why_not)
+
+    @property
+    def packs(self) -> bool:
+        """Whether packed layouts may be run."""
+        return not self.why_not
+
+    @property
+    def backbone(self) -> Any:
+        """The model without its output layer."""
+        return self.model.base_model
+
+    def forward(self, layout: Layout, wanted: frozenset[str] = frozenset()) -> dict[str, Float[Tensor, " slots"]]:
+        """Sums over the scored tokens of every slot.
+
+        Args:
+            layout: what is run, on the model's device.
+            wanted: see `slot_sums`.
+        Raises:
+            ValueError: a packed layout, and the network does not pack.
+        """
+        if layout.segments and not self.packs:
+            raise ValueError(f"layout: got a packed one, want padded rows: {self.why_not}.")
+        states = self.hidden(layout).flatten(0, 1).index_select(0, layout.at)
+        return slot_sums(
+            states,
+            self.head(states),
+            layout.target,
+            layout.slot,
+            layout.counts,
+            weight=layout.weight,
+            wanted=wanted,
+            rows=self.rows,
+            accumulators=self.accumulators,
+        )
+
+    def hidden(self, layout: Layout) -> Float[Tensor, "rows length dim"]:
+        """Last hidden states of all tokens.
+
+        No mask is needed for rows padded on the right: no token attends to what follows it.
+        """
+        arguments: dict[str, Any] = {"attention_mask": None}
+        if layout.segments:
+            arguments = packed.row_arguments(layout, self.kernel)
+        if "position_ids" in self._takes:
+            arguments["position_ids"] = layout.positions
+        out = self.backbone(input_ids=layout.ids, use_cache=False, **arguments)
+        if layout.segments and not arguments[packed.NAME].windows:
+            raise ValueError("layout: got a packed one for a model whose attention was changed since. Pad the rows.")
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def head(self, states: Float[Tensor, "n dim"]) -> Head:
+        """The output layer as it stands now, with the adapters that are switched on."""
+        layer = self.model.get_output_embeddings()
+        if hasattr(layer, "modules_to_save"):
+            off = layer.disable_adapters or not layer.active_adapters
+            layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
+        base = getattr(layer, "base_layer", layer)
+        if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
+            raise UserError(f"model: got an output layer of {type(base).__name__}, want a linear one that is not quantised.")
+        inner, outer = _low_rank(layer, states) if base is not layer else (None, None)
+        config = self.model.config.get_text_config()
+        return Head(
+            weight=base.weight,
+            bias=base.bias,
+            inner=inner,
+            outer=outer,
+            scale=getattr(self.model, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Recompute activations layer by layer in the backward pass, or keep them."""
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def _check_logits(self) -> None:
+        """Compare the probe's log-probabilities with those of the model's own logits."""
+        if self._is_meta():
+            return
+        layout = _probe(self.model).padded().to(self._device())
+        with _at_rest(self.model):
+            ours = self(layout)["logps"]
+            logits = self.model(input_ids=layout.ids, use_cache=False).logits.flatten(0, 1)[layout.at]
+        theirs = logits.to(ours.dtype).log_softmax(-1).gather(1, layout.target[:, None])[:, 0]
+        sums = ours.new_zeros(layout.num_slots).index_add(0, layout.slot, theirs)
+        off = float((ours - sums).abs().max())
+        if not off <= self._tolerance():
+            raise UserError(
+                f"model: got {type(self.model).__name__}, whose log-probabilities are {off:.3g} nats off what mmalign makes of "
+                "its hidden states, want a model whose logits are a linear layer's, scaled or soft-capped. Report its name."
+            )
+
+    def _try_packing(self) -> str:
+        """Set the model's attention to the packed one and compare; why it may not be, with the attention set back, or ""."""
+        reason = _static_reason(self.model)
+        if reason or self._is_meta():
+            return reason
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(packed.register())
+        reason = self._compare()
+        if reason:
+            self.model.set_attn_implementation(before)
+        return reason
+
+    def _compare(self) -> str:
+        """Why the probe's packed row does not give what its padded rows do; or ""."""
+        tokens = _probe(self.model)
+        self.why_not = ""
+        with _at_rest(self.model):
+            padded = self(tokens.padded().to(self._device()))["logps"]
+            layout = tokens.packed().to(self._device())
+            arguments = packed.row_arguments(layout)
+            row = arguments[packed.NAME]
+            try:
+                self.backbone(input_ids=layout.ids, use_cache=False, position_ids=layout.positions, **arguments)
+                together = self(layout)["logps"]
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                return f"its layers do not take a packed row ({str(error).splitlines()[0][:200]})"
+        config = self.model.config.get_text_config()
+        if len(row.windows) != config.num_hidden_layers:
+            return f"{len(row.windows)} of its {config.num_hidden_layers} layers attend as mmalign can steer"
+        kinds = getattr(config, "layer_types", None)
+        sliding = None if kinds is None else kinds.count("sliding_attention")
+        if sliding is not None and sliding != sum(window is not None for window in row.windows):
+            return "its layers do not tell their sliding windows"
+        off = float((together - padded).abs().max())
+        if not off <= self._tolerance():
+            return f"{type(self.model).__name__} makes of a packed row what is {off:.3g} nats off"
+        return ""
+
+    def _tolerance(self) -> float:
+        return TOLERANCE.get(self.head_dtype, TOLERANCE[torch.bfloat16])
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Of the output layer's weights."""
+        dtype: torch.dtype = next(self.model.get_output_embeddings().parameters()).dtype
+        return dtype
+
+    def _device(self) -> torch.device:
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def _is_meta(self) -> bool:
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+
+class _at_rest:
+    """Without graph and dropout inside the block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        self.no_grad = torch.no_grad()
+        self.no_grad.__enter__()
+        self.model.eval()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.no_grad.__exit__(*raised)
+        self.model.train(self.training)
+
+
+def _low_rank(layer: Any, states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A LoRA's own part of the output layer, adapters side by side: inner (n, rank) with its factor, outer (vocab, rank)."""
+    if layer.disable_adapters or layer.merged:
+        return None, None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return None, None
+    if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in names):
+        raise UserError("lora: got a variant of LoRA (DoRA, aLoRA, a bias) on the output layer, want plain LoRA there.")
+    inner, outer = [], []
+    for name in names:
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        inner.append(linear(layer.lora_dropout[name](states.to(down.dtype)), down) * layer.scaling[name])
+        outer.append(up)
+    return torch.cat(inner, 1), torch.cat(outer, 1)
+
+
+def _static_reason(model: Any) -> str:
+    """Why the architecture cannot be packed, as far as its class and config tell; or ""."""
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False):
+        return f"{type(model).__name__} carries a recurrent state from token to token"
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        return "its attention depends on places in the row (ALiBi)"
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    if strange:
+        return f"it has layers of {', '.join(strange)}"
+    if not model._can_set_attn_implementation() or not model._supports_attention_backend:
+        return f"{type(model).__name__} has an attention of its own"
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return f"{type(model).__name__} takes no positions"
+    return ""
+
+
+def _probe(model: Any) -> Tokens:
+    """A few random tokens: two contexts, continuations of several lengths."""
+    vocab = model.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+    one = [torch.randint(vocab, (length,), generator=draw) for length in (5, 3, 4, 1, 3, 4, 2)]
+    return Tokens(contexts=tuple(one[:2]), continuations=tuple(one[2:]), context_of=(0, 0, 1, 0, 1))

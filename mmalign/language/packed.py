@@ -1,0 +1,282 @@
+"""Attention over a packed row, where continuations share the context that they continue."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from mmalign.likelihoods import Layout, Segment
+
+NAME = "mmalign_packed"  # of the attention in transformers' tables, and of the keyword argument that brings the row
+STRANGE = ("s_aux", "sinks", "position_bias", "cache", "alibi", "head_mask", "block_mask")  # not ours to get right
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Continuations of one length after one context; or a context, which continues nothing."""
+
+    context: Segment | None
+    members: tuple[Segment, ...]
+
+    @property
+    def length(self) -> int:
+        return self.members[0].stop - self.members[0].start
+
+
+@dataclass(kw_only=True)
+class Row:
+    """A packed row as every attention layer of one forward pass sees it, and what its layers asked for.
+
+    Args:
+        segments: of the row, in the order they stand in it.
+        kernel: "sdpa": one call a context and one for its continuations of one length, on any device. "flex": one call of
+            FlexAttention, on CUDA.
+    """
+
+    segments: tuple[Segment, ...]
+    kernel: Literal["sdpa", "flex"] = "sdpa"
+    windows: list[int | None] = field(default_factory=list)
+    groups: list[_Group] = field(init=False)
+    _masks: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Find the calls of attention."""
+        by_shape: dict[tuple[int, int], list[Segment]] = {}
+        self.groups = []
+        for segment in self.segments:
+            if segment.after is None:
+                self.groups.append(_Group(context=None, members=(segment,)))
+            else:
+                by_shape.setdefault((segment.after, segment.stop - segment.start), []).append(segment)
+        for (after, _), members in by_shape.items():
+            self.groups.append(_Group(context=self.segments[after], members=tuple(members)))
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
+        """Which keys each query sees: those up to its own place, the last query's being the last key's; in the window."""
+        key = (queries, keys, window, device)
+        if key not in self._masks:
+            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+            seen = distance >= 0
+            self._masks[key] = seen if window is None else seen & (distance < window)
+        return self._masks[key]  # type: ignore[no-any-return]
+
+    def block_mask(self, window: int | None, device: torch.device) -> Any:
+        """The same for the whole row at once, as FlexAttention takes it."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        key = ("block", window, device)
+        if key not in self._masks:
+            length = max(segment.stop for segment in self.segments)
+            seen = _mask_function(self.segments, length, window, device)
+            self._masks[key] = create_block_mask(seen, None, None, length, length, device=device)
+        return self._masks[key]
+
+
+@functools.cache
+def register() -> str:
+    """Make the attention known to transformers; a model that runs it attends to padded rows as with "sdpa".
+
+    Returns: its name, for `model.set_attn_implementation`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def row_arguments(layout: Layout, kernel: Literal["sdpa", "flex"] = "sdpa") -> dict[str, Any]:
+    """Keyword arguments of a model's forward for a packed layout.
+
+    They reach every layer by name, so that gradient checkpointing sees them when it computes a layer again. The mask is a
+    stand-in: transformers takes one of four axes as it is and builds none of its own.
+    """
+    stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)
+    return {NAME: Row(segments=layout.segments, kernel=kernel), "attention_mask": stand_in}
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "rows heads length dim"],
+    key: Float[Tensor, "rows kv_heads length dim"],
+    value: Float[Tensor, "rows kv_heads length dim_v"],
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "rows length heads dim_v"], None]:
+    """Attention with the signature of transformers' attention functions.
+
+    Padded rows go to transformers' own "sdpa"; with a softcap, which that lacks, they are worked out explicitly.
+    Args:
+        module: the layer.
+        query, key, value: of all tokens.
+        attention_mask: of padded rows; packed rows have the row instead.
+        dropout: of attention weights.
+        scaling: of scores; None: 1 / sqrt(dim).
+        sliding_window: keys that a query sees, its own among them.
+        softcap: Gemma 2's `attn_logit_softcapping`: 50.
+        is_causal: False: both ways.
+        others: those of other attention functions.
+    Raises:
+        ValueError: a packed row of a layer that is not causal, or has attention sinks or a position bias.
+    """
+    row: Row | None = others.pop(NAME, None)
+    if row is None:
+        return _padded(module, query, key, value, attention_mask, dropout, scaling, softcap, is_causal, others)
+    strange = [name for name in STRANGE if others.get(name) is not None]
+    if strange or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError(f"packed attention: got {strange[0] if strange else 'a layer that is not causal'}, want neither.")
+    row.windows.append(sliding_window)
+    key, value = (_repeated(states, query.shape[1] // states.shape[1]) for states in (key, value))
+    settings = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+    if row.kernel == "flex":
+        out = _flex(row, query, key, value, sliding_window, scaling, softcap)
+    else:
+        out = torch.cat([piece for _, piece in sorted(_pieces(row, query, key, value, sliding_window, settings))], dim=2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _Piece(tuple[int, Tensor]):
+    """Place in the row, and what stands there; sorted by place."""
+
+    def __lt__(self, other: tuple[Any, ...]) -> bool:
+        return self[0] < int(other[0])
+
+
+def _pieces(
+    row: Row, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: dict[str, Any]
+) -> Iterator[_Piece]:
+    """What every segment's tokens attend to."""
+    for group in row.groups:
+        own = [slice(member.start, member.stop) for member in group.members]
+        queries = torch.cat([query[:, :, part] for part in own])
+        keys, values = (torch.cat([states[:, :, part] for part in own]) for states in (key, value))
+        if group.context is not None:
+            first = group.context.start
+            if window is not None:
+                first = max(first, group.context.stop - window + 1)
+            before = slice(first, group.context.stop)
+            keys, values = (
+                torch.cat([states[:, :, before].expand(len(own), -1, -1, -1), own_states], dim=2)
+                for states, own_states in ((key, keys), (value, values))
+            )
+        whole = window is None or window >= keys.shape[2]
+        plain = whole and group.context is None and settings["softcap"] is None
+        mask = None if plain else row.mask(group.length, keys.shape[2], None if whole else window, query.device)
+        out = _attend(queries, keys, values, mask, **settings)
+        for number, member in enumerate(group.members):
+            yield _Piece((member.start, out[number : number + 1]))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """softmax(softcap * tanh(scaling * q k^T / softcap)) v over the keys of the mask; None: causal, and no softcap."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
+    assert mask is not None
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    # As transformers' eager attention: the softmax in float32 at least.
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return torch.dropout(weights, dropout, train=dropout > 0) @ value
+
+
+def _padded(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    is_causal: bool | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if softcap is None:
+        settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **settings, **others)
+        return attended
+    key, value = (_repeated(states, query.shape[1] // states.shape[1]) for states in (key, value))
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    out = _attend(query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _repeated(states: Tensor, times: int) -> Tensor:
+    """Keys or values, one head for each head of the queries."""
+    return states if times == 1 else states.repeat_interleave(times, dim=1)
+
+
+def _mask_function(segments: Sequence[Segment], length: int, window: int | None, device: torch.device) -> Any:
+    """(batch, head, query, key) -> whether the query sees the key, for FlexAttention."""
+    owner, context, position = (torch.zeros(length, dtype=torch.long, device=device) for _ in range(3))
+    for number, segment in enumerate(segments):
+        part = slice(segment.start, segment.stop)
+        before = 0 if segment.after is None else segments[segment.after].stop - segments[segment.after].start
+        owner[part] = number
+        context[part] = number if segment.after is None else segment.after
+        position[part] = torch.arange(before, before + segment.stop - segment.start, device=device)
+
+    def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        related = (owner[q] == owner[k]) | (context[q] == owner[k])
+        near = position[q] >= position[k]
+        if window is not None:
+            near = near & (position[q] - position[k] < window)
+        return related & near
+
+    return seen
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(
+    row: Row,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    cap = softcap or 1.0
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.tanh(score / cap) * cap
+
+    run = _compiled_flex() if query.is_cuda else flex_attention
+    mask = row.block_mask(window, query.device)
+    out: Tensor = run(query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scaling)
+    return out
