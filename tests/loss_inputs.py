@@ -21,8 +21,8 @@ NUM_CANDIDATES = {
 # The others are penalties on further measures of the network.
 ON_LOGPS = [name for name, loss in LOSSES.items() if "policy" in inspect.signature(loss).parameters]
 # What a loss is given though its signature has a default for it. Without an anchor KTO takes the mean over the batch: the
-# rules for single rows are tested with the anchor given. NLL divides by the length.
-GIVEN = {"kto": {"anchor"}, "nll": {"lengths"}}
+# rules for single rows are tested with the anchor given. NLL and CPO divide by the length; ODPO and RPO ask for a gap.
+GIVEN = {"kto": {"anchor"}, "nll": {"lengths"}, "cpo": {"lengths"}, "odpo": {"scores"}, "rpo": {"scores"}}
 
 
 def data(name: str, batch: int = 3, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
@@ -39,6 +39,9 @@ def data(name: str, batch: int = 3, *, dtype: torch.dtype = torch.float64, seed:
     values["labels"] = torch.ones(batch, dtype=torch.float64)
     values["anchor"] = torch.tensor(1e-4, dtype=torch.float64)
     values["lengths"] = 5 + torch.arange(batch * k, dtype=torch.float64).reshape(batch, k)
+    values["shared"], values["reference_shared"] = 0.6 * policy, 0.6 * values["reference"]
+    values["agreement"], values["draw"] = -draw(batch, k), draw(batch)
+    values["gap_mean"], values["gap_std"] = torch.tensor([2e-4, 1e-3], dtype=torch.float64)
     values["gold"], values["gold_lengths"] = policy[:, :1] + 0.01, values["lengths"][:, :1]
     parameters = inspect.signature(LOSSES[name]).parameters
     wanted = {key for key, one in parameters.items() if one.default is inspect.Parameter.empty} | GIVEN.get(name, set())
@@ -53,6 +56,11 @@ def settings_of(name: str) -> dict[str, Any]:
     """Keyword-only parameters and their defaults."""
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def swapped(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The two candidates of each pair in the other order."""
+    return {key: value.flip(1) if value.ndim == 2 else value for key, value in values.items()}
 
 
 def rows(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:

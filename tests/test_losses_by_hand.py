@@ -38,7 +38,20 @@ def test_an_untrained_policy_costs_ln_2(loss: Any) -> None:
     torch.testing.assert_close(loss(policy, policy).losses, torch.full((5,), LN2, dtype=torch.float64), rtol=1e-15, atol=0)
 
 
-REFERENCE_FREE = {"mapo", "sft", "nll", "bradley_terry", "gpm", "tpo", "output_anchor", "rationale", "selm", "dckd", "adpa"}
+REFERENCE_FREE = {
+    "mapo",
+    "sft",
+    "nll",
+    "bradley_terry",
+    "gpm",
+    "tpo",
+    "output_anchor",
+    "rationale",
+    "selm",
+    "dckd",
+    "adpa",
+    *("slic", "simpo", "alphapo", "cpo", "orpo", "asft", "dove"),
+}
 
 
 def test_mapo_and_what_else_is_reference_free_never_asks_for_a_reference() -> None:

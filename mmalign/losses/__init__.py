@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mmalign.losses.batchwise import aot, aot_unpaired, beta_dpo
+from mmalign.losses.calibrated import apo_down, apo_zero, cal_dpo, sppo
 from mmalign.losses.denoising import dro, mapo, spo
+from mmalign.losses.dpo_variants import discopop, dove, dpop, exo, tr_dpo, wpo
+from mmalign.losses.graded import odpo, rpo
+from mmalign.losses.lengths import davir_dpo, ld_dpo, length_dpo, ln_dpo
 from mmalign.losses.links import PreferenceLoss
 from mmalign.losses.listwise import exo_listwise, info_nca, lipo, nca, plackett_luce, rank_dpo
 from mmalign.losses.pairwise import dpo, hinge, ipo, robust
 from mmalign.losses.pointwise import apo_zero_unpaired, bco, gpo, kto, output_anchor, sft
+from mmalign.losses.reference_free import alphapo, asft, cpo, orpo, simpo, slic
 from mmalign.losses.reward_models import bradley_terry, gpm
 from mmalign.losses.statistics import STATISTICS, Statistic
 from mmalign.losses.terms import adpa, chosen_anchor, chosen_guard, dckd, nll, rationale, selm, tpo
@@ -23,6 +29,31 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "robust": robust,
     "ipo": ipo,
     "hinge": hinge,
+    "tr_dpo": tr_dpo,
+    "exo": exo,
+    "discopop": discopop,
+    "dpop": dpop,
+    "wpo": wpo,
+    "dove": dove,
+    "ln_dpo": ln_dpo,
+    "ld_dpo": ld_dpo,
+    "davir_dpo": davir_dpo,
+    "length_dpo": length_dpo,
+    "odpo": odpo,
+    "rpo": rpo,
+    "slic": slic,
+    "simpo": simpo,
+    "alphapo": alphapo,
+    "cpo": cpo,
+    "orpo": orpo,
+    "asft": asft,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "sppo": sppo,
+    "cal_dpo": cal_dpo,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "beta_dpo": beta_dpo,
     "dro": dro,
     "mapo": mapo,
     "rank_dpo": rank_dpo,

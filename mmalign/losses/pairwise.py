@@ -45,7 +45,7 @@ def dpo(
 
     Source: Rafailov et al. 2023, eq. 7; Wallace et al. 2023 (Diffusion-DPO), eq. 14, in the published code's form: mean
         squared error with the factor 1/2. `label_smoothing`: Mitchell 2023 (conservative DPO); `margin`: Amini et al. 2024;
-        `divergence`: Wang et al. 2023 (f-DPO), eq. 11.
+        `divergence`: Wang et al. 2023 (f-DPO).
     Args:
         policy, reference: logps, best first; mean-per-dimension nats for diffusion, summed nats for text.
         prob: probability that the first candidate is better; 0.5 is a tie. None: 1.
