@@ -26,7 +26,7 @@ from mmalign.records import (
     write,
 )
 from mmalign.records.rows import nearest
-from mmalign.records.views import PHI, thinned
+from mmalign.records.verdicts import PHI, thinned
 
 if TYPE_CHECKING:
     import datasets

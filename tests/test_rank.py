@@ -26,7 +26,7 @@ from mmalign.records import (
     read,
     write,
 )
-from mmalign.records.views import PHI
+from mmalign.records.verdicts import PHI
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rankdpo_scores.npz")
 JUDGES = tuple(f"judge{number}" for number in range(5))

@@ -9,7 +9,8 @@ from mmalign.records.media import Media, to_rgb
 from mmalign.records.reading import IMAGE_SUFFIXES, MEDIA_SUFFIXES, collect, fault_of, raise_faults, read
 from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Message, Sample
 from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
-from mmalign.records.views import PHI, SIDE_DEFAULTS, VIEWS, best, pair, preference_scores, ranked, thinned, unpaired
+from mmalign.records.verdicts import PHI, preference_scores, thinned
+from mmalign.records.views import SIDE_DEFAULTS, VIEWS, best, joint, pair, ranked, step, unpaired
 from mmalign.records.writing import FORMATS, check_target, write
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "fault_of",
     "faults_of",
     "features",
+    "joint",
     "message_of",
     "outline_rows",
     "outlines",
@@ -50,6 +52,7 @@ __all__ = [
     "ranked",
     "read",
     "read_judgements",
+    "step",
     "thinned",
     "to_dataset",
     "to_rgb",

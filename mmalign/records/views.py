@@ -3,25 +3,29 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Literal
 
 from mmalign.errors import UserError
-from mmalign.records.rows import Comparison, Content, Dropped, Example, Sample, nearest
+from mmalign.records.rows import Comparison, Content, Dropped, Example, Sample
+from mmalign.records.verdicts import Pairs, paired, phi_of, scores_of, thinned, too_few, values_of
 
 # What an absent side value means, for batches in which only some rows have it.
 SIDE_DEFAULTS = {"prob": 1.0, "weight": 1.0, "margin": 0.0}
-# The judge under whose name `mmalign rank` keeps phi (see `ranked`): what the judges said together, never one judge more.
-PHI = "phi"
+Ties = Literal["drop", "soft"]
+Side = dict[str, float | tuple[float, ...]]
 
 
 def pair(
     row: Comparison,
     *,
     by: str = "auto",
-    ties: Literal["drop", "soft"] = "drop",
+    ties: Ties = "drop",
     min_gap: float = 0.0,
-    pairs: Literal["best_worst", "all"] = "best_worst",
+    pairs: Pairs = "best_worst",
+    margin: Literal["row", "gap"] = "row",
+    prob: Literal["row", "gap"] = "row",
+    temperature: float = 1.0,
+    with_scores: bool = False,
 ) -> tuple[Example, ...] | Dropped:
     """Pairs (better, worse) with side data prob, weight and margin where the row has them.
 
@@ -33,36 +37,77 @@ def pair(
             the row has them, else its only judge.
         ties: `drop`, or `soft` (prob 0.5).
         min_gap: score gaps below this are ties; in the judge's units. For scores only.
-        pairs: the best against the worst candidate, or every pair of candidates.
+        pairs: the best against the worst candidate, the best against each other one, neighbours in the order, or all.
+        margin: the row's own; or `gap`: s_better - s_worse, in the judge's units.
+        prob: the row's own; or `gap`: sigma((s_better - s_worse) / temperature), for every pair; a tie stays 0.5.
+        temperature: of `prob: gap`, in the judge's units.
+        with_scores: side data `scores` = (s_better, s_worse) as well, in the judge's units.
+
+    Gaps are those of the scores by `by`, or by the only judge where ranks order the row. Where ranks and scores disagree, a
+    prob of the gap is below 0.5, and a margin of the gap would be negative: such a pair is left out.
 
     Raises:
-        UserError: `auto` with several judges and no ranks; min_gap with ranks.
+        UserError: `auto` with several judges and no ranks, or whose scores are wanted; min_gap with ranks; a temperature
+            that is not positive.
     """
-    judged = Dropped(_too_few(row)) if len(row.candidates) < 2 else _values(row, by, min_gap)
-    if isinstance(judged, Dropped):
-        return judged
-    values, soft = judged
-    order = sorted(range(len(values)), key=lambda i: -values[i])
-    chosen = [(order[0], order[-1])] if pairs == "best_worst" else list(combinations(order, 2))
+    if not temperature > 0:
+        raise UserError(f"view: got temperature {temperature}, want a positive number, in the judge's units.")
+    found = _unusable(row) or _pairs(row, by, ties, min_gap, pairs)
+    wanted = "gap" in (margin, prob) or with_scores
+    scores = scores_of(row, by) if wanted and not isinstance(found, Dropped) else None
+    if isinstance(found, Dropped) or isinstance(scores, Dropped):
+        return found if isinstance(found, Dropped) else Dropped("no scores whose gap is wanted")
     examples = []
-    for better, worse in chosen:
-        gap = values[better] - values[worse]
-        tie = gap == 0 or gap < min_gap
-        if tie and ties == "drop":
-            continue
-        side: dict[str, float | tuple[float, ...]] = {}
-        if tie:
-            side["prob"] = 0.5
-        elif soft is not None or ties == "soft":
-            side["prob"] = 1.0 if soft is None else max(soft, 1 - soft)
-        if row.margin is not None:
-            side["margin"] = 0.0 if tie else row.margin
-        suffix = "" if pairs == "best_worst" else f"#{better}-{worse}"
-        examples.append(_example(row, (better, worse), side, suffix))
-    return tuple(examples) or Dropped("tie")
+    for better, worse, side in found:
+        tie = side.get("prob") == 0.5
+        gap = 0.0 if tie or scores is None else scores[better] - scores[worse]
+        if margin == "gap":
+            if gap < 0:
+                continue
+            side["margin"] = gap
+        if prob == "gap":
+            side["prob"] = _sigmoid(gap / temperature)
+        if with_scores and scores is not None:
+            side["scores"] = (scores[better], scores[worse])
+        examples.append(_example(row, (better, worse), side, "" if pairs == "best_worst" else f"#{better}-{worse}"))
+    return tuple(examples) or Dropped("scores against the ranks")
 
 
-def ranked(row: Comparison, *, by: str = "auto", num_candidates: int | None = None) -> tuple[Example, ...] | Dropped:
+def joint(
+    row: Comparison, *, by: str = "auto", ties: Ties = "drop", min_gap: float = 0.0, pairs: Pairs = "best_worst"
+) -> tuple[Example, ...] | Dropped:
+    """Pairs as `pair`, of which each candidate may answer a prompt of its own: prompt and answer are preferred together.
+
+    Source: DOVE (arXiv 2404.00530). For losses of the measure `joint`, which scores the prompt too.
+
+    Args:
+        by, ties, min_gap, pairs: as in `pair`.
+    """
+    found = too_few(row) or _pairs(row, by, ties, min_gap, pairs)
+    if isinstance(found, Dropped):
+        return found
+    return tuple(_example(row, (b, w), side, "" if pairs == "best_worst" else f"#{b}-{w}") for b, w, side in found)
+
+
+def step(
+    row: Comparison, *, by: str = "auto", ties: Ties = "drop", min_gap: float = 0.0, pairs: Pairs = "best_worst"
+) -> tuple[Example, ...] | Dropped:
+    """Pairs as `pair`, of single steps of a solution: after the row's prefix, and without the end of a turn.
+
+    Source: Step-DPO (arXiv 2406.18629): the verified steps are context, the first wrong step is rejected.
+
+    Args:
+        by, ties, min_gap, pairs: as in `pair`.
+    """
+    examples = pair(row, by=by, ties=ties, min_gap=min_gap, pairs=pairs)
+    if isinstance(examples, Dropped):
+        return examples
+    return tuple(replace(e, samples=tuple(replace(s, ends_turn=False) for s in e.samples)) for e in examples)
+
+
+def ranked(
+    row: Comparison, *, by: str = "auto", num_candidates: int | None = None, raw_scores: bool = False
+) -> tuple[Example, ...] | Dropped:
     """All k candidates, best first, with side data `scores` = phi in [0, 1].
 
     phi_i = (wins of i over the other k - 1 candidates, summed over n judges, a tie is half a win) / (n (k - 1))
@@ -74,26 +119,28 @@ def ranked(row: Comparison, *, by: str = "auto", num_candidates: int | None = No
             `ranks`; or one judge's name.
         num_candidates: k of every example. Rows with more are thinned evenly from best to worst, phi unchanged; rows
             with fewer are dropped. None keeps each row's k.
+        raw_scores: scores are those of the judge `by`, or of the only one, in its own units, which then order the row: for
+            losses whose targets are made of rewards (info_nca, lipo, odpo).
 
-    A row whose phi are all equal teaches nothing and is dropped as a tie.
+    A row whose scores are all equal teaches nothing and is dropped as a tie.
 
     Raises:
-        UserError: num_candidates below 2; `auto` with several judges and no ranks.
+        UserError: num_candidates below 2; `auto` with several judges and no ranks, or whose raw scores are wanted.
     """
     if num_candidates is not None and num_candidates < 2:
         raise UserError(f"view: got num_candidates {num_candidates}, want 2 or more, or null for all candidates of a row.")
-    phi = Dropped(_too_few(row)) if len(row.candidates) < 2 else _phi(row, by)
-    if isinstance(phi, Dropped):
-        return phi
-    k = len(phi)
-    if len(set(phi)) == 1:
+    scores = _unusable(row) or (scores_of(row, by) if raw_scores else phi_of(row, by))
+    if isinstance(scores, Dropped):
+        return scores
+    k = len(scores)
+    if len(set(scores)) == 1:
         return Dropped("tie")
-    order = sorted(range(k), key=lambda i: -phi[i])
+    order = sorted(range(k), key=lambda i: -scores[i])
     if num_candidates is not None:
         if k < num_candidates:
             return Dropped(f"{k} candidates, want {num_candidates}")
         order = thinned(order, num_candidates)
-    return (_example(row, order, {"scores": tuple(phi[i] for i in order)}),)
+    return (_example(row, order, {"scores": tuple(scores[i] for i in order)}),)
 
 
 def unpaired(
@@ -103,6 +150,7 @@ def unpaired(
     positive: Literal["best", "ever"] = "best",
     ties: Literal["drop", "positive", "negative"] = "drop",
     min_gap: float = 0.0,
+    ends_turn: bool = True,
 ) -> tuple[Example, ...] | Dropped:
     """Each candidate alone, with side data `labels` = 1 (wanted) or 0 (unwanted).
 
@@ -113,15 +161,16 @@ def unpaired(
         positive: 1 for the best candidates only, or for each that beat another one. The same for pairs.
         ties: what a row becomes whose candidates are all equal: dropped, all 1, or all 0.
         min_gap: as in `pair`.
+        ends_turn: False for candidates that are steps of a solution, after which the end of a turn is not scored.
 
-    A single image is 1 if its score (a label of the importer `single_images`) is above 0.
+    A candidate that stands alone is 1 if its score (a label of the importers `single_images` and `trl`) is above 0.
     """
-    judged = _values(row, by, min_gap) if row.candidates else Dropped(_too_few(row))
+    judged = values_of(row, by, min_gap) if row.candidates else Dropped("0 candidates")
     if isinstance(judged, Dropped):
         return judged
     values, _ = judged
     if len(values) == 1:
-        return (_example(row, (0,), {"labels": float(values[0] > 0)}),)
+        return (_example(row, (0,), {"labels": float(values[0] > 0)}, ends_turn=ends_turn),)
     low, high = min(values), max(values)
     tie = high == low or high - low < min_gap
     if tie and ties == "drop":
@@ -136,7 +185,7 @@ def unpaired(
             return float(against - value == 0 or against - value < gap)
         return float(value - against > 0 and value - against >= gap)
 
-    return tuple(_example(row, (i,), {"labels": label(v)}, f"#{i}") for i, v in enumerate(values))
+    return tuple(_example(row, (i,), {"labels": label(v)}, f"#{i}", ends_turn) for i, v in enumerate(values))
 
 
 def best(row: Comparison, *, by: str = "auto", ties: Literal["drop", "all"] = "drop") -> tuple[Example, ...] | Dropped:
@@ -148,7 +197,7 @@ def best(row: Comparison, *, by: str = "auto", ties: Literal["drop", "all"] = "d
     """
     if len(row.candidates) == 1:
         return (_example(row, (0,), {}),)
-    judged = _values(row, by, 0.0) if row.candidates else Dropped(_too_few(row))
+    judged = values_of(row, by, 0.0) if row.candidates else Dropped("0 candidates")
     if isinstance(judged, Dropped):
         return judged
     values, _ = judged
@@ -179,7 +228,7 @@ def reward_weighted(
     """
     if not temperature > 0:
         raise UserError(f"view: got temperature {temperature}, want a positive number, in the judge's units.")
-    judged = _values(replace(row, ranks=None, prob=None), by, 0.0) if row.candidates else Dropped("0 candidates")
+    judged = values_of(replace(row, ranks=None, prob=None), by, 0.0) if row.candidates else Dropped("0 candidates")
     if isinstance(judged, Dropped):
         return judged
     values, _ = judged
@@ -210,64 +259,56 @@ def prompts(row: Comparison) -> tuple[Example, ...]:
     return (Example(id=row.id, samples=(sample,)),)
 
 
-def _too_few(row: Comparison) -> str:
-    return f"{len(row.candidates)} candidates, want 2 or more to compare"
+def _unusable(row: Comparison) -> Dropped | None:
+    """Return why a row is none for likelihoods given one prompt, if so."""
+    if row.prompts is not None and any(prompt != row.prompts[0] for prompt in row.prompts):
+        return Dropped("a prompt of its own for each candidate, want the view joint")
+    return too_few(row)
 
 
-def preference_scores(judges: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return phi (see `ranked`) from one tuple of values a judge, higher is better."""
-    k = len(judges[0])
-    wins = [sum((v[i] > o) + 0.5 * (v[i] == o) for v in judges for j, o in enumerate(v) if j != i) for i in range(k)]
-    return tuple(w / (len(judges) * (k - 1)) for w in wins)
+def _pairs(row: Comparison, by: str, ties: Ties, min_gap: float, pairs: Pairs) -> list[tuple[int, int, Side]] | Dropped:
+    """Return (better, worse, side data) of each pair that is no dropped tie."""
+    judged = values_of(row, by, min_gap)
+    if isinstance(judged, Dropped):
+        return judged
+    values, soft = judged
+    found = []
+    for better, worse in paired(sorted(range(len(values)), key=lambda i: -values[i]), pairs):
+        gap = values[better] - values[worse]
+        tie = gap == 0 or gap < min_gap
+        if tie and ties == "drop":
+            continue
+        side: Side = {}
+        if tie:
+            side["prob"] = 0.5
+        elif soft is not None or ties == "soft":
+            side["prob"] = 1.0 if soft is None else max(soft, 1 - soft)
+        if row.margin is not None:
+            side["margin"] = 0.0 if tie else row.margin
+        found.append((better, worse, side))
+    return found or Dropped("tie")
 
 
-def thinned(order: Sequence[int], count: int) -> list[int]:
-    """`count` entries of an order, evenly spaced from the first to the last; count is 2 or more."""
-    return [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)]
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
 
 
-def _phi(row: Comparison, by: str) -> tuple[float, ...] | Dropped:
-    if by in ("auto", PHI) and PHI in row.scores:
-        return row.scores[PHI]
-    if by == "auto" and row.scores:
-        return preference_scores(list(row.scores.values()))
-    judged = _values(row, by, 0.0)
-    return judged if isinstance(judged, Dropped) else preference_scores([judged[0]])
+def _example(row: Comparison, order: Sequence[int], side: Side, suffix: str = "", ends_turn: bool = True) -> Example:
+    def sample(prompt: Content, completion: Content, ends_turn: bool = True) -> Sample:
+        return Sample(prompt=prompt, completion=completion, prefix=row.prefix, ends_turn=ends_turn)
 
-
-def _values(row: Comparison, by: str, min_gap: float) -> tuple[tuple[float, ...], float | None] | Dropped:
-    """Return (values that order the candidates, higher is better; P(candidate 0 wins) if the row states it)."""
-    ranked_row = row.ranks is not None or row.prob is not None
-    if by == "ranks" or (by == "auto" and ranked_row):
-        if min_gap > 0:
-            raise UserError(
-                f"view: got min_gap {min_gap} for rows ordered by ranks, want a judge's scores. "
-                "Set by to a judge's name, or min_gap to 0."
-            )
-        if row.prob is not None:
-            return (row.prob, 1 - row.prob), row.prob
-        return (tuple(-r for r in row.ranks), None) if row.ranks is not None else Dropped("not ranked")
-    if by == "auto":
-        if len(row.scores) > 1:
-            raise UserError(
-                f"{row.where or row.id}: got scores by {', '.join(sorted(row.scores))} and no ranks, want one order. "
-                "Set the view's by to one of them."
-            )
-        return (next(iter(row.scores.values())), None) if row.scores else Dropped("not judged")
-    if by in row.scores:
-        return row.scores[by], None
-    hint = nearest(by, row.scores)
-    return Dropped(f"not judged by {by}" + (f".{hint}" if hint else ""))
-
-
-def _example(row: Comparison, order: Sequence[int], side: dict[str, float | tuple[float, ...]], suffix: str = "") -> Example:
-    weight: dict[str, float | tuple[float, ...]] = {} if row.weight is None else {"weight": row.weight}
-    samples = tuple(Sample(prompt=row.prompt, completion=row.candidates[i]) for i in order)
-    return Example(id=row.id + suffix, samples=samples, side={**side, **weight})
+    return Example(
+        id=row.id + suffix,
+        samples=tuple(sample(row.prompt_of(i), row.candidates[i], ends_turn) for i in order),
+        side=side if row.weight is None else {**side, "weight": row.weight},
+        extras={name: sample(row.prompt, content) for name, content in row.extras.items()},
+    )
 
 
 VIEWS: dict[str, Callable[..., tuple[Example, ...] | Dropped]] = {
     "pair": pair,
+    "joint": joint,
+    "step": step,
     "ranked": ranked,
     "unpaired": unpaired,
     "best": best,
