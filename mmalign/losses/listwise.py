@@ -45,7 +45,8 @@ def rank_dpo(
         rank_by: tau from the scores (the paper's Algorithm 2) or from the model's implicit reward (LambdaRank, its figure).
         gain: exponential as published, the score itself, or none. Exponential without discount is the ablation +gain.
         discount: base of its logarithm, which only rescales the loss, or none.
-        ties: equal scores share their mean rank, or keep their order in the list.
+        ties: equal scores share their mean rank, or keep their order in the list. By `rank_by: model` all are tied where policy
+            and reference agree, and sharing makes the loss 0 there: keep their order.
     Raises:
         ValueError: beta is not positive.
     """
@@ -86,6 +87,8 @@ def lipo(
     sum over i preferred to j of |G_i - G_j| |1/D(tau_i) - 1/D(tau_j)| * -log sigma(r_i - r_j)
     G = 2^score - 1,  D(tau) = log(1 + tau),  tau = rank by r,  r = beta * (policy - reference)
 
+    Candidates of equal reward, as all are at the start, are ranked in the order of the list: a tie would cost nothing.
+
     Source: Liu et al. 2024 (LiPO), the lambda loss; without gain and discount it is DPO on every pair of a list, its pairwise
         logistic loss.
     Args:
@@ -98,7 +101,9 @@ def lipo(
         ValueError: beta is not positive.
     """
     check_beta("lipo", beta)
-    return rank_dpo(policy, reference, scores, weight, mask, beta=beta, rank_by=rank_by, gain=gain, discount=discount)
+    return rank_dpo(
+        policy, reference, scores, weight, mask, beta=beta, rank_by=rank_by, gain=gain, discount=discount, ties="stable"
+    )
 
 
 def plackett_luce(
