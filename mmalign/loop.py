@@ -135,13 +135,13 @@ class Run:
         if at_once >= inputs.num_candidates:
             with self.accelerator.autocast():
                 measured = inputs.measures(self.network)
-            result = self.objective(measured, reference, prepared.side, self._gathered_mean)
+            result = self.objective(measured, reference, prepared.side, self._gather)
             self.accelerator.backward(result.losses.sum() * scale)
         else:
             with self.accelerator.autocast():
                 measured, inputs = inputs.settle(self.bare)
             leaves = {name: values.detach().requires_grad_() for name, values in measured.items()}
-            result = self.objective(leaves, reference, prepared.side, self._gathered_mean)
+            result = self.objective(leaves, reference, prepared.side, self._gather)
             found = torch.autograd.grad(result.losses.sum() * scale, list(leaves.values()), allow_unused=True)
             gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
             self._backward_in_parts(inputs, gradients, at_once, sync)
@@ -149,7 +149,8 @@ class Run:
         readings = {"logps": logps, **inputs.readings(logps)}
         readings |= {name: values.detach() for name, values in measured.items() if name != "policy"}
         if reference is not None:
-            readings |= {f"{name}/ref": value for name, value in {"logps": reference, **inputs.readings(reference)}.items()}
+            known_of = {"logps": reference["policy"], **inputs.readings(reference["policy"])}
+            readings |= {f"{name}/ref": value for name, value in known_of.items()}
         known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob")}
         self.sums = metrics.add(self.sums, metrics.preference_metrics(result.losses, result.rewards, readings, **known))
         one = torch.ones((), dtype=torch.float64, device=logps.device)
@@ -168,8 +169,8 @@ class Run:
                 total = sum((measured[name] * gradient[:, part]).sum() for name, gradient in gradients.items())
                 self.accelerator.backward(total)
 
-    def _reference(self, prepared: Prepared) -> tuple[Tensor | None, Any]:
-        """The reference's logps where the loss asks for them, and the inputs, with what they keep of the reference."""
+    def _reference(self, prepared: Prepared) -> tuple[Mapping[str, Tensor] | None, Any]:
+        """The reference's measures where the loss asks for them, and the inputs, with what they keep of the reference."""
         inputs, drift = prepared.inputs, "drift" in self.objective.measures
         if not self.objective.needs_reference:
             return None, inputs
@@ -177,8 +178,8 @@ class Run:
             return prepared.reference, inputs
         who = self.policy.reference() if self.moving is None else self.moving.reference(self.parameters, self.bare)
         with who as network, self.accelerator.autocast():
-            logps, inputs = inputs.refer(network, drift=drift)
-        return logps, inputs
+            measured: tuple[Mapping[str, Tensor], Any] = inputs.refer(network, drift=drift)
+        return measured
 
     @property
     def bare(self) -> nn.Module:
@@ -186,9 +187,12 @@ class Run:
         module: nn.Module = self.accelerator.unwrap_model(self.network)
         return module
 
-    def _gathered_mean(self, values: Tensor) -> Tensor:
-        gathered: Tensor = self.accelerator.gather(values) if self.accelerator.num_processes > 1 else values
-        return gathered.mean()
+    def _gather(self, values: Tensor) -> Tensor:
+        """Of all processes, this one's first."""
+        if self.accelerator.num_processes == 1:
+            return values
+        gathered: Tensor = self.accelerator.gather(values)
+        return gathered.roll(-self.accelerator.process_index * len(values), 0)
 
     def _stop_unless_finite(self, finite: list[tuple[Tensor, Sequence[str]]], norm: Tensor) -> bool:
         """Stop before the optimiser has touched a weight; the one host synchronisation of a step.

@@ -1,4 +1,6 @@
-"""A weighted sum of losses, its demands on the data, and the only state a loss may have: an automatic beta."""
+"""A weighted sum of losses, its demands on the data, and the only state a loss may have: an automatic beta, and what its
+statistics remember of earlier batches.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from torch import Tensor
 from mmalign.errors import UserError
 from mmalign.losses import MEASURES, STATISTICS, PreferenceLoss
 
-GatheredMean = Callable[[Tensor], Tensor]
+REFERENCE = "reference_"  # before the name of a measure: the reference's
+Gather = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +70,12 @@ class Term:
     @property
     def num_candidates(self) -> int | None:
         """The k that the signature demands (`"batch 2"`), or None for any."""
+        return self.columns("policy")
+
+    def columns(self, name: str) -> int | None:
+        """How many columns the signature demands of a measure, or None for any number."""
         parameters = inspect.signature(self.loss, eval_str=True).parameters
-        annotation = parameters["policy"].annotation if "policy" in parameters else None
+        annotation = parameters[name].annotation if name in parameters else None
         last = getattr(annotation, "dim_str", "").split()[-1:]
         return int(last[0]) if last and last[0].isdigit() else None
 
@@ -84,26 +91,29 @@ class Objective:
         self.terms = tuple(terms)
         self.auto_beta = auto_beta or AutoBeta()
         self.mean_abs_delta = 0.0
+        self.memory: dict[str, Float[Tensor, " 2"]] = {}  # of statistics: their value, and of how many values it is the mean
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any term asks for reference logps, or for a measure that is taken from the reference."""
-        return any("reference" in term.data for term in self.terms) or bool(self.measures)
+        """Whether any term asks for the reference's logps, for another measure of it, or for what is taken from both."""
+        names = {name for term in self.terms for name in term.data}
+        taken = {"drift", *STATISTICS}
+        return any(name == "reference" or name.startswith(REFERENCE) or name in taken for name in names)
 
     @property
     def measures(self) -> frozenset[str]:
         """What the likelihood must measure beside the logps."""
-        return MEASURES & {name for term in self.terms for name in term.data}
+        return MEASURES & {name.removeprefix(REFERENCE) for term in self.terms for name in term.data}
 
     @property
     def uses_statistics(self) -> bool:
-        """Whether any term asks for a mean over the batch."""
+        """Whether any term asks for a statistic of the batch."""
         return any(name in STATISTICS for term in self.terms for name in term.data)
 
     @property
     def data(self) -> frozenset[str]:
         """Names of all side data that any term can use."""
-        return frozenset(name for term in self.terms for name in term.data) - {"policy", "reference", *STATISTICS, *MEASURES}
+        return frozenset(name for term in self.terms for name in term.data if not _measured(name))
 
     def check(self, side: Collection[str], num_candidates: int) -> None:
         """Refuse data that the losses can't be computed on.
@@ -120,7 +130,7 @@ class Objective:
                 "Choose a loss that takes them (dpo does), data.view.ties: drop, or data without the column."
             )
         for term in self.terms:
-            needed = {name for name, required in term.data.items() if required} - {"policy", "reference", *MEASURES}
+            needed = {name for name, required in term.data.items() if required and not _measured(name)}
             missing = sorted(needed - set(side))
             if missing:
                 have = ", ".join(sorted(side)) or "none"
@@ -148,12 +158,16 @@ class Objective:
         Raises:
             UserError: the loss refuses its settings, or is not finite where policy and reference agree.
         """
-        zeros = torch.zeros(2, num_candidates)
+        trial = Objective(self.terms, self.auto_beta)  # whose statistics are forgotten
         twice = {name: torch.tensor([value, value], dtype=torch.float32) for name, value in side.items()}
         for term in self.terms:
+            names = {name.removeprefix(REFERENCE) for name in term.data if _measured(name)} - set(STATISTICS)
+            alike = {
+                name: torch.full((2, term.columns(name) or term.columns(REFERENCE + name) or num_candidates), -1.0)
+                for name in {"policy", *(names - {"reference"})}
+            }
             try:
-                measured = {name: zeros for name in ("policy", *self.measures)}
-                result = term.loss(**self._arguments(term, measured, zeros, twice, torch.mean))
+                result = term.loss(**trial._arguments(term, alike, alike, twice, _alone, {}))
             except ValueError as fault:
                 raise UserError(f"loss.{fault}") from fault
             if not torch.isfinite(result.losses).all():
@@ -164,23 +178,25 @@ class Objective:
 
     def __call__(
         self,
-        measured: Mapping[str, Float[Tensor, "batch k"]],
-        reference: Float[Tensor, "batch k"] | None,
+        measured: Mapping[str, Float[Tensor, "batch m"]],
+        reference: Mapping[str, Float[Tensor, "batch m"]] | None,
         side: Mapping[str, Tensor],
-        gathered_mean: GatheredMean = torch.mean,
+        gather: Gather | None = None,
     ) -> PreferenceLoss:
         """The weighted sum of the terms' losses.
 
         Args:
             measured: what the likelihood measured of the policy: `policy`, its logps, and `measures`.
-            reference: its logps, where a term asks for them.
+            reference: the same of the reference, where a term asks for it.
             side: side data.
-            gathered_mean: averages over the values of all processes.
+            gather: values with the batch first -> those of all processes, this one's first. None: one process.
         """
-        self._follow(measured["policy"], reference, gathered_mean)
+        gather = gather or _alone
+        self._follow(measured["policy"], reference, gather)
         total: PreferenceLoss | None = None
+        told: dict[str, Tensor] = {}  # a statistic that several terms ask for is told, and remembered, once
         for term in self.terms:
-            result = term.loss(**self._arguments(term, measured, reference, side, gathered_mean))
+            result = term.loss(**self._arguments(term, measured, reference, side, gather, told))
             losses = term.weight * result.losses
             total = (
                 PreferenceLoss(losses, result.rewards)
@@ -196,11 +212,13 @@ class Objective:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"mean_abs_delta": self.mean_abs_delta}
+        memory = {name: value.tolist() for name, value in self.memory.items()}
+        return {"mean_abs_delta": self.mean_abs_delta, "memory": memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.mean_abs_delta = float(state["mean_abs_delta"])
+        self.memory = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["memory"].items()}
 
     def _settings(self, term: Term) -> dict[str, Any]:
         settings = dict(term.settings)
@@ -215,28 +233,67 @@ class Objective:
         self,
         term: Term,
         measured: Mapping[str, Tensor],
-        reference: Tensor | None,
+        reference: Mapping[str, Tensor] | None,
         side: Mapping[str, Tensor],
-        gathered_mean: GatheredMean,
+        gather: Gather,
+        told: dict[str, Tensor],
     ) -> dict[str, Any]:
         arguments = self._settings(term)
         for name in term.data:
             if name in measured:
                 arguments[name] = measured[name]
             elif name == "reference":
-                arguments[name] = reference
+                arguments[name] = None if reference is None else reference["policy"]
             elif name in STATISTICS and reference is not None:
-                arguments[name] = gathered_mean(STATISTICS[name](measured["policy"], reference))
+                if name not in told:
+                    told[name] = self._statistic(name, measured, reference, gather)
+                arguments[name] = told[name]
+            elif name.startswith(REFERENCE) and reference is not None and name.removeprefix(REFERENCE) in reference:
+                arguments[name] = reference[name.removeprefix(REFERENCE)]
             elif name in side:
                 arguments[name] = side[name]
         return arguments
 
-    def _follow(self, policy: Tensor, reference: Tensor | None, gathered_mean: GatheredMean) -> None:
+    def _statistic(
+        self, name: str, measured: Mapping[str, Tensor], reference: Mapping[str, Tensor], gather: Gather
+    ) -> Tensor:
+        """A statistic of the batches of all processes, mixed with what is remembered of earlier ones; no synchronisation.
+
+        KTO's anchor is taken on mismatched completions where the likelihood measures them.
+        """
+        statistic = STATISTICS[name]
+        which = "mismatched" if name == "anchor" and "mismatched" in measured else "policy"
+        values = statistic.values(measured[which].detach(), reference[which].detach())
+        if statistic.reduce == "all":
+            return gather(values.movedim(1, 0)).movedim(0, 1)
+        everyone = gather(values)
+        now = everyone.mean() if statistic.reduce == "mean" else everyone.std()
+        if statistic.memory is None:
+            return now
+        pair = torch.stack([now.double(), now.new_tensor(everyone.numel()).double()])
+        if name in self.memory:
+            old = self.memory[name].to(pair)
+            count = old[1] + pair[1]
+            share = pair[1] / count if statistic.memory == "running" else 1 - statistic.memory
+            pair = torch.stack([old[0] + share * (pair[0] - old[0]), count])
+        self.memory[name] = pair
+        return pair[0].to(now)
+
+    def _follow(self, policy: Tensor, reference: Mapping[str, Tensor] | None, gather: Gather) -> None:
         """Update the automatic beta; the only device synchronisation of a step, and only with `beta: auto`."""
         if reference is None or all(term.settings.get("beta") != "auto" for term in self.terms):
             return
-        ratios = (policy - reference).detach()
-        now = float(gathered_mean((ratios[:, :1] - ratios[:, -1:]).abs().flatten()))
+        ratios = (policy - reference["policy"]).detach()
+        now = float(gather((ratios[:, :1] - ratios[:, -1:]).abs().flatten()).mean())
         if math.isfinite(now):
             decay = self.auto_beta.decay if self.mean_abs_delta > 0 else 0.0
             self.mean_abs_delta = decay * self.mean_abs_delta + (1 - decay) * now
+
+
+def _measured(name: str) -> bool:
+    """Whether the likelihood or the objective gives this datum, not the view."""
+    return name in {"policy", "reference"} | MEASURES | set(STATISTICS) or name.removeprefix(REFERENCE) in MEASURES
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values

@@ -81,8 +81,8 @@ def test_drift_is_the_mean_squared_distance_of_policy_and_reference_outputs() ->
 
 
 def test_the_reference_pass_gives_the_logps_of_logps() -> None:
-    logps, _ = inputs().refer(lambda noisy, timestep: 0.5 * noisy)
-    assert torch.equal(logps, inputs().logps(lambda noisy, timestep: 0.5 * noisy))
+    measured, _ = inputs().refer(lambda noisy, timestep: 0.5 * noisy)
+    assert torch.equal(measured["policy"], inputs().logps(lambda noisy, timestep: 0.5 * noisy))
 
 
 @pytest.mark.parametrize("at_once", [None, 1])

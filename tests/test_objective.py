@@ -21,7 +21,7 @@ def logps(seed: int, *shape: int) -> Tensor:
 
 def test_the_sum_weighs_its_terms_and_takes_the_rewards_of_the_first() -> None:
     policy, reference = logps(0, 3, 2), logps(1, 3, 2)
-    both = Objective([term("dpo", 0.8, beta=2.0), term("sft", 0.25)])({"policy": policy}, reference, {})
+    both = Objective([term("dpo", 0.8, beta=2.0), term("sft", 0.25)])({"policy": policy}, {"policy": reference}, {})
     dpo, sft = LOSSES["dpo"](policy, reference, beta=2.0), LOSSES["sft"](policy)
     assert torch.allclose(both.losses, 0.8 * dpo.losses + 0.25 * sft.losses, rtol=1e-6)
     assert torch.equal(both.rewards, dpo.rewards)
@@ -35,7 +35,7 @@ def test_a_reference_is_asked_for_only_if_a_term_names_it() -> None:
 def test_side_data_reaches_only_the_terms_that_name_it() -> None:
     policy, reference = logps(0, 2, 2), logps(1, 2, 2)
     side = {"prob": torch.tensor([0.5, 1.0]), "weight": torch.tensor([2.0, 1.0]), "margin": torch.tensor([0.0, 0.1])}
-    result = Objective([term("dpo", beta=3.0), term("sft")])({"policy": policy}, reference, side)
+    result = Objective([term("dpo", beta=3.0), term("sft")])({"policy": policy}, {"policy": reference}, side)
     dpo = LOSSES["dpo"](policy, reference, side["prob"], side["weight"], side["margin"], beta=3.0)
     assert torch.allclose(result.losses, dpo.losses + LOSSES["sft"](policy, side["weight"]).losses)
 
@@ -47,9 +47,9 @@ def test_the_anchor_is_averaged_by_the_function_that_knows_all_processes() -> No
 
     def over_all(values: Tensor) -> Tensor:
         seen.append(values)
-        return torch.tensor(0.25)
+        return torch.tensor([0.5, 0.0])
 
-    result = Objective([term("kto", beta=2.0)])({"policy": policy}, reference, side, over_all)
+    result = Objective([term("kto", beta=2.0)])({"policy": policy}, {"policy": reference}, side, over_all)
     assert torch.equal(result.losses, LOSSES["kto"](policy, reference, side["labels"], torch.tensor(0.25), beta=2.0).losses)
     assert len(seen) == 1 and torch.equal(seen[0], (policy - reference).flatten())
 
@@ -91,7 +91,7 @@ def test_under_an_automatic_beta_the_typical_pair_has_the_target_gradient_factor
         reference = -torch.rand(64, 2, generator=generator)
         delta = typical * math.sqrt(math.pi / 2) * torch.randn(64, generator=generator)  # mean |delta| = typical
         policy = reference + torch.stack([delta, torch.zeros(64)], dim=1)
-        objective({"policy": policy.double()}, reference.double(), {})
+        objective({"policy": policy.double()}, {"policy": reference.double()}, {})
     beta = objective.beta()
     assert beta is not None
     assert 1 / (1 + math.exp(beta * typical)) == pytest.approx(target, abs=0.02)
@@ -101,19 +101,19 @@ def test_an_automatic_beta_stays_within_its_bounds() -> None:
     objective = Objective([term("dpo", beta="auto")], AutoBeta(minimum=10.0, maximum=500.0))
     same = logps(0, 2, 2)
     assert objective.beta() == 500.0
-    objective({"policy": same}, same, {})
+    objective({"policy": same}, {"policy": same}, {})
     assert objective.beta() == 500.0  # policy and reference do not differ yet
-    objective({"policy": same + torch.tensor([10.0, 0.0])}, same, {})
+    objective({"policy": same + torch.tensor([10.0, 0.0])}, {"policy": same}, {})
     assert objective.beta() == 10.0
 
 
 def test_an_automatic_beta_goes_on_from_its_state_and_passes_over_nan() -> None:
     first = Objective([term("dpo", beta="auto")])
-    first({"policy": logps(0, 4, 2)}, logps(1, 4, 2), {})
+    first({"policy": logps(0, 4, 2)}, {"policy": logps(1, 4, 2)}, {})
     again = Objective([term("dpo", beta="auto")])
     again.load_state_dict(first.state_dict())
     assert again.beta() == first.beta()
-    again({"policy": torch.full((1, 2), torch.nan)}, torch.zeros(1, 2), {})
+    again({"policy": torch.full((1, 2), torch.nan)}, {"policy": torch.zeros(1, 2)}, {})
     assert again.beta() == first.beta()
 
 

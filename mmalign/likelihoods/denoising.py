@@ -63,12 +63,12 @@ class DenoisingInputs:
         """
         return self._measured(network)[0]
 
-    def refer(self, network: Network, *, drift: bool = False) -> tuple[Float[Tensor, "batch k"], DenoisingInputs]:
-        """The reference's logps, without a graph, and these inputs, with its output kept in them where `drift` is asked for."""
+    def refer(self, network: Network, *, drift: bool = False) -> tuple[Measures, DenoisingInputs]:
+        """The reference's measures, without a graph, and these inputs, with its output kept in them where `drift` is asked for."""
         with torch.no_grad():
             output = self._output(network)
             logps, _ = self._logps_and_scale(output)
-        return logps, replace(self, reference_output=output) if drift else self
+        return {"policy": logps}, replace(self, reference_output=output) if drift else self
 
     def settle(self, network: Network) -> tuple[Measures, DenoisingInputs]:
         """Measures without a graph, and these inputs with whatever depends on all candidates at once fixed.

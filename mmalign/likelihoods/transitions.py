@@ -67,8 +67,8 @@ class TransitionInputs:
         """All that losses may ask of one pass: `policy`, the logps."""
         return {"policy": self.logps(network)}
 
-    def refer(self, network: Network, *, drift: bool = False) -> tuple[Float[Tensor, "batch k"], TransitionInputs]:
-        """The reference's logps, without a graph, and these inputs.
+    def refer(self, network: Network, *, drift: bool = False) -> tuple[Measures, TransitionInputs]:
+        """The reference's measures, without a graph, and these inputs.
 
         Raises:
             ValueError: `drift` is asked for, which is not defined for sampler steps.
@@ -76,7 +76,7 @@ class TransitionInputs:
         if drift:
             raise ValueError("drift: is not defined for sampler steps. Leave the loss that asks for it out.")
         with torch.no_grad():
-            return self.logps(network), self
+            return self.measures(network), self
 
     def settle(self, network: Network) -> tuple[Measures, TransitionInputs]:
         """Measures without a graph, and these inputs, whose candidates are independent already."""

@@ -21,7 +21,7 @@ class Prepared:
         inputs: has `.measures(network)`, `.logps(network)`, `.settle(network)`, `.candidates(slice)`, `.num_candidates`,
             `.readings(logps)`.
         side: side data by the names of the losses' data parameters.
-        reference: reference logps where they are known already.
+        reference: the reference's measures where they are known already, by their names: `policy`, its logps.
         ids: of the examples, for messages.
         notes: what the source wants logged beside the metrics.
     """
@@ -29,7 +29,7 @@ class Prepared:
     inputs: Any
     side: Mapping[str, Tensor]
     ids: Sequence[str]
-    reference: Float[Tensor, "batch k"] | None = None
+    reference: Mapping[str, Float[Tensor, "batch m"]] | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
