@@ -15,7 +15,7 @@ from mmalign.curation.predictions import predictions
 from mmalign.curation.two_models import delta_pairs
 from mmalign.errors import UserError
 from mmalign.records import Comparison, Dropped
-from mmalign.row_files import Curated, Rows, check_any, check_output, read_rows, source_of, write_rows
+from mmalign.row_files import Curated, Rows, check_any, check_output, check_place, read_rows, source_of, write_rows
 
 STAGE = "{stage}"
 
@@ -71,13 +71,13 @@ def main(config: PairsConfig) -> Curated:
     """Make pairs, the better candidate first, with scores and provenance; the stage stands in the provenance.
 
     Raises:
-        UserError: no usable row, a judge that nobody is, no pair, stages where there are none, an output that would destroy data.
+        UserError: no usable row, a judge that nobody is, no pair, an output that would destroy other data.
     """
     if config.predictions is not None:
         return _of_two_models(config, config.predictions)
     assert config.method is not None  # checked with the config
     sources = [source_of(config.path, config.data)]
-    output, report = check_output(config.output.replace(STAGE, "1"), sources, "pairs")
+    _, report = check_output(config.output.replace(STAGE, "1"), sources, "pairs")
     rows = read_rows(config.path, config.data)
     outcomes: Sequence[tuple[Pair, ...] | Dropped] = config.method.build(rows.outlines)
     dropped = Counter(one.reason for one in outcomes if isinstance(one, Dropped))
@@ -85,7 +85,7 @@ def main(config: PairsConfig) -> Curated:
     check_any(len(found), dropped, rows.faults)
     files = _by_file(config.output, found, config.method.name)
     for path in files:
-        check_output(str(path), sources, "pairs")
+        check_place(path, sources, replace=report.exists())
     result = Curated(
         made="pairs",
         files={path: len(some) for path, some in files.items()},

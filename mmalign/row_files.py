@@ -127,6 +127,19 @@ def check_output(output: str, sources: Iterable[str | None], verb: str) -> tuple
         UserError: an ending of no format, an output inside the data or around it, a folder that is not ours.
     """
     target = Path(output).expanduser()
+    report = target.with_name(f"{target.name}.{verb}.json")
+    check_place(target, sources, replace=report.exists())
+    return target, report
+
+
+def check_place(target: Path, sources: Iterable[str | None], *, replace: bool) -> None:
+    """As `check_output`, for one file of several.
+
+    Args:
+        target: what would be written.
+        sources: what is read; places of this machine only count.
+        replace: a folder that stands there may go: an earlier run made it.
+    """
     for source in sources:
         place = Path(source).expanduser().resolve() if source else None
         if place is None or not place.exists():
@@ -134,9 +147,7 @@ def check_output(output: str, sources: Iterable[str | None], verb: str) -> tuple
         if target.resolve().is_relative_to(place) or place.is_relative_to(target.resolve()):
             raise UserError(f"output: got {target} for the data {place}, want a place outside the data. Name another output.")
     check_folder(target.parent)
-    report = target.with_name(f"{target.name}.{verb}.json")
-    check_target(target, replace=report.exists())
-    return target, report
+    check_target(target, replace=replace)
 
 
 def source_of(path: str | None, data: Choice | None) -> str | None:
@@ -174,7 +185,6 @@ def check_any(num_rows: int, dropped: Counter[str], faults: Sequence[Fault]) -> 
         UserError: every row was left out; the reasons are counted.
     """
     if not num_rows:
-        reasons = [f"{reason}: {number}" for reason, number in dropped.most_common()] + [f"not usable: {len(faults)}"] * bool(
-            faults
-        )
+        counts = [*dropped.most_common(), *([("not usable", len(faults))] if faults else [])]
+        reasons = [f"{reason}: {number}" for reason, number in counts]
         raise UserError(f"data: every row was left out ({', '.join(reasons)}), want at least one. Check data and settings.")

@@ -42,9 +42,8 @@ def predictions(path: str, prompt: str = "prompt", answer: str | None = None, sp
             continue
         try:
             question = _content(row, prompt, prompt=True)
-            said = _content(
-                row, answer or next((name for name in ANSWERS if row.get(name) is not None), ANSWERS[0]), prompt=False
-            )
+            named = answer or next((name for name in ANSWERS if row.get(name) is not None), ANSWERS[0])
+            said = _content(row, named, prompt=False)
         except UserError as error:
             found.faults.append(Fault(where, str(error)))
             continue
