@@ -23,7 +23,7 @@ def case(name: str, of: str) -> dict[str, Tensor]:
 
 def assert_equal(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
     """Relative to each element, and to the largest one where cancellation makes an element tiny."""
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.detach().abs().max()))
 
 
 def leaf(values: Tensor) -> Tensor:
@@ -43,9 +43,13 @@ def lists() -> tuple[Tensor, Tensor, Tensor]:
     return stored["policy_logps"], stored["ref_logps"], stored["scores"]
 
 
-def token_logps(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed logps and lengths of the eight golden completions, `(4, 2)` each, chosen first."""
+def token_logps(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Summed logps and lengths of the eight golden completions, `(4, 2)` each, chosen first.
+
+    Args:
+        logits: of them, or with `rows` of those numbers of the completions, `(4, number / 4)`.
+    """
     stored = arrays("inputs_tok")
-    mask = stored["completion_mask"][:, 1:]
-    scored = logits[:, :-1].log_softmax(-1).gather(2, stored["input_ids"][:, 1:, None])[..., 0] * mask
-    return tuple(torch.stack(values.sum(1).chunk(2), 1) for values in (scored, mask.to(logits)))
+    ids, mask = (stored[name][slice(None) if rows is None else rows, 1:] for name in ("input_ids", "completion_mask"))
+    scored = logits[:, :-1].log_softmax(-1).gather(2, ids[..., None])[..., 0] * mask
+    return tuple(torch.stack(values.sum(1).split(4), 1) for values in (scored, mask.to(logits)))
