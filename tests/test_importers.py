@@ -351,10 +351,20 @@ def test_faulty_rows_of_a_parquet_table_of_ours_are_told(tmp_path):
 def test_every_importer_takes_settings_only(name):
     parameters = inspect.signature(IMPORTERS[name]).parameters.values()
     assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
-    of_many = {"split", "faulty", "verify"} - {"single_images": {"split"}, "prompts": {"split", "faulty", "verify"}}.get(
-        name, set()
-    )
-    assert {"path", *of_many} <= {p.name for p in parameters}
+    names = {p.name for p in parameters}
+    few = {"single_images": {"split"}, "prompts": {"split", "faulty"}}
+    assert {"path", "split", "faulty"} - few.get(name, set()) <= names
+    images = {
+        "comparisons",
+        "pick_a_pic",
+        "hpdv2",
+        "image_reward_db",
+        "imagefolder",
+        "single_images",
+        "llama_factory",
+        "ms_swift",
+    }
+    assert name not in images or {"verify", "num_proc"} <= names
 
 
 # --- Faults of what was given ----------------------------------------------------------------------------------------

@@ -5,25 +5,48 @@ Every importer takes settings only (path, split ...) and returns Imported: the t
 
 from collections.abc import Callable
 
+from mmalign.importers.argilla import argilla
 from mmalign.importers.comparisons import comparisons
+from mmalign.importers.helpsteer import helpsteer2, helpsteer2_preference
+from mmalign.importers.hh_rlhf import hh_rlhf, nectar
 from mmalign.importers.hpdv2 import hpdv2
 from mmalign.importers.image_reward_db import image_reward_db
 from mmalign.importers.imagefolder import imagefolder
+from mmalign.importers.llama_factory import llama_factory
+from mmalign.importers.ms_swift import ms_swift
+from mmalign.importers.oasst import oasst
 from mmalign.importers.pick_a_pic import pick_a_pic
+from mmalign.importers.pku_safe_rlhf import pku_safe_rlhf
 from mmalign.importers.prompts import prompts
+from mmalign.importers.shp import shp
 from mmalign.importers.single_images import single_images
+from mmalign.importers.step_dpo import dove, step_dpo
 from mmalign.importers.tables import Imported
+from mmalign.importers.ultrafeedback import ultrafeedback
 
 __all__ = [
     "IMPORTERS",
     "Imported",
+    "argilla",
     "comparisons",
+    "dove",
+    "helpsteer2",
+    "helpsteer2_preference",
+    "hh_rlhf",
     "hpdv2",
     "image_reward_db",
     "imagefolder",
+    "llama_factory",
+    "ms_swift",
+    "nectar",
+    "oasst",
     "pick_a_pic",
+    "pku_safe_rlhf",
     "prompts",
+    "shp",
     "single_images",
+    "step_dpo",
+    "ultrafeedback",
 ]
 
 IMPORTERS: dict[str, Callable[..., Imported]] = {
@@ -34,4 +57,17 @@ IMPORTERS: dict[str, Callable[..., Imported]] = {
     "imagefolder": imagefolder,
     "single_images": single_images,
     "prompts": prompts,
+    "ultrafeedback": ultrafeedback,
+    "helpsteer2": helpsteer2,
+    "helpsteer2_preference": helpsteer2_preference,
+    "hh_rlhf": hh_rlhf,
+    "nectar": nectar,
+    "oasst": oasst,
+    "shp": shp,
+    "pku_safe_rlhf": pku_safe_rlhf,
+    "step_dpo": step_dpo,
+    "dove": dove,
+    "argilla": argilla,
+    "llama_factory": llama_factory,
+    "ms_swift": ms_swift,
 }
