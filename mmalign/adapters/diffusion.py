@@ -29,6 +29,8 @@ class DiffusionAdapter:
 
     Args:
         family, model, revision, variant: what to open: a name in FAMILIES; local folder or hub id.
+        vae: another VAE than the model's own, of the same latents: a folder or hub id. Published for SDXL (DPO, SPO):
+            madebyollin/sdxl-vae-fp16-fix, which runs in half precision. A full fine-tune is saved with it.
         resolution: side, or (height, width), in pixels; a multiple of what the family asks for: 8 or 16.
         buckets: several sizes to train at, by the shape of the chosen image; `resolution` is then that of the validation
             images. Of the offline source.
@@ -57,6 +59,7 @@ class DiffusionAdapter:
     model: str
     revision: str | None = None
     variant: str | None = None
+    vae: str | None = None
     resolution: int | tuple[int, int]
     buckets: Buckets | None = None
     frames: int | None = None

@@ -11,6 +11,7 @@ from mmalign.config import Choice
 from mmalign.errors import UserError
 from mmalign.families import Family
 from mmalign.models.diffusion import open_pipeline
+from mmalign.models.other_vae import replace_vae
 from mmalign.noise import Schedule
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,6 +33,10 @@ class PipelineSettings(Protocol):
     @property
     def variant(self) -> str | None:
         """Of the files."""
+
+    @property
+    def vae(self) -> str | None:
+        """Local folder or hub id of another VAE than the model's own."""
 
 
 def size_of(resolution: int | tuple[int, int]) -> tuple[int, int]:
@@ -80,9 +85,12 @@ def frozen_dtype(dtype: str, mixed_precision: str) -> torch.dtype:
 
 
 def opened_pipeline(family: Family, settings: PipelineSettings, dtype: torch.dtype) -> Any:
-    """The pipeline that the settings name.
+    """The pipeline that the settings name, with their VAE.
 
     Raises:
-        UserError: no such model, or one of another family.
+        UserError: no such model or VAE, one of another family, or a VAE that does not fit.
     """
-    return open_pipeline(family, settings.model, dtype=dtype, revision=settings.revision, variant=settings.variant)
+    pipe = open_pipeline(family, settings.model, dtype=dtype, revision=settings.revision, variant=settings.variant)
+    if settings.vae is not None:
+        replace_vae(pipe, settings.vae, dtype)
+    return pipe

@@ -171,7 +171,7 @@ class StepRewardAdapter:
     Source: Liang et al. 2024 (SPO), section 3.2, and the published training code: timesteps uniform over 0 ... 999, noise and
         timestep shared by the images of a pair.
     Args:
-        family, model, revision, variant: the diffusion model, as in the diffusion adapter.
+        family, model, revision, variant, vae: the diffusion model, as in the diffusion adapter.
         reward: the reward model.
         resolution: side, or (height, width), in pixels.
         crop, flip: as in the diffusion adapter.
@@ -184,6 +184,7 @@ class StepRewardAdapter:
     model: str
     revision: str | None = None
     variant: str | None = None
+    vae: str | None = None
     reward: Annotated[Choice, Table(REWARDS)]
     resolution: int | tuple[int, int]
     crop: Literal["center", "random"] = "center"
