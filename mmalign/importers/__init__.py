@@ -22,6 +22,8 @@ from mmalign.importers.shp import shp
 from mmalign.importers.single_images import single_images
 from mmalign.importers.step_dpo import dove, step_dpo
 from mmalign.importers.tables import Imported
+from mmalign.importers.trl import trl
+from mmalign.importers.trl_format import extract_prompt, to_trl, unpair
 from mmalign.importers.ultrafeedback import ultrafeedback
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "argilla",
     "comparisons",
     "dove",
+    "extract_prompt",
     "helpsteer2",
     "helpsteer2_preference",
     "hh_rlhf",
@@ -46,7 +49,10 @@ __all__ = [
     "shp",
     "single_images",
     "step_dpo",
+    "to_trl",
+    "trl",
     "ultrafeedback",
+    "unpair",
 ]
 
 IMPORTERS: dict[str, Callable[..., Imported]] = {
@@ -57,6 +63,7 @@ IMPORTERS: dict[str, Callable[..., Imported]] = {
     "imagefolder": imagefolder,
     "single_images": single_images,
     "prompts": prompts,
+    "trl": trl,
     "ultrafeedback": ultrafeedback,
     "helpsteer2": helpsteer2,
     "helpsteer2_preference": helpsteer2_preference,

@@ -106,6 +106,7 @@ def import_rows(
     path: str,
     split: str,
     columns: Sequence[str] = (),
+    least: int = 1,
     faulty: Faulty,
     admit: Admit | None = None,
     verify: bool = False,
@@ -120,6 +121,7 @@ def import_rows(
         name: of the format, for ids and messages.
         path, split: what is imported, for messages.
         columns: those a table must have; rows of JSON say themselves what they lack.
+        least: candidates a row must have.
         faulty, verify, num_proc: as in `pick_a_pic`.
         admit: a row that converted -> a reason to leave it out, or None. May count.
 
@@ -131,7 +133,7 @@ def import_rows(
         check_columns(table, columns, path, f"{name} columns")
     faults, left_out, keep = list[Fault](), dict[str, list[str]](), list[tuple[int, int]]()
     for number, where, row in foreign_rows(table, place):
-        outcome = _checked(row, convert, admit, where)
+        outcome = _checked(row, convert, admit, where, least)
         if isinstance(outcome, Fault):
             faults.append(outcome)
         elif isinstance(outcome, str):
@@ -144,7 +146,9 @@ def import_rows(
     return _ended(chosen.with_transform(conversion), faults, left_out, place, faulty, verify, num_proc)
 
 
-def _checked(row: Mapping[str, Any] | Fault, convert: Convert, admit: Admit | None, where: str) -> int | str | Fault:
+def _checked(
+    row: Mapping[str, Any] | Fault, convert: Convert, admit: Admit | None, where: str, least: int
+) -> int | str | Fault:
     """Return how many comparisons the row gives, why it is left out, or what is wrong with it."""
     if isinstance(row, Fault):
         return row
@@ -155,18 +159,18 @@ def _checked(row: Mapping[str, Any] | Fault, convert: Convert, admit: Admit | No
     if isinstance(outcome, Dropped):
         return outcome.reason
     values = outcome if isinstance(outcome, tuple) else (outcome,)
-    problems = [problem for value in values for problem in _problems(value)]
+    problems = [problem for value in values for problem in _problems(value, least)]
     if problems:
         return Fault(where, "; ".join(problems))
     reason = admit(row) if admit is not None else None
     return len(values) if reason is None else reason
 
 
-def _problems(value: Comparison) -> list[str]:
+def _problems(value: Comparison, least: int) -> list[str]:
     contents = (value.prompt, *value.candidates, *(value.prompts or ()), *value.extras.values())
     files = [media.path for content in contents for media in content.media() if media.data is None]
     missing = [f for f in files if f and "://" not in f and not Path(f).is_file()]
-    return [*faults_of(value, least=1), *(f"the image {f} is missing. Put it there or remove the row." for f in missing)]
+    return [*faults_of(value, least), *(f"the image {f} is missing. Put it there or remove the row." for f in missing)]
 
 
 def _read(row: Mapping[str, Any], *, media: bool, convert: Convert, name: str, place: str) -> dict[str, Any]:

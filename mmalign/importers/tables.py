@@ -206,8 +206,8 @@ def _broken_media(row: Mapping[str, Any], conversion: Conversion | None) -> dict
     """Decode the images of a row; say what is wrong with the first that does not."""
     value = comparison(row if conversion is None else conversion.convert(row, media=True), least=0)
     problem = ""
-    for content in (value.prompt, *value.candidates):
-        for media in content.images:
+    for content in value.contents():
+        for media in content.media():
             try:
                 media.inspect()
             except UserError as error:

@@ -13,7 +13,7 @@ from mmalign.errors import UserError
 from mmalign.importers.conversations import ROLES, media_of
 from mmalign.importers.row_wise import LINE, Outcome, import_rows, list_of, open_rows, shown
 from mmalign.importers.tables import Faulty, Imported, local_path
-from mmalign.importers.trl_format import chatml, extract_prompt
+from mmalign.importers.trl_format import CONVERSATIONS, chatml, extract_prompt
 from mmalign.records import Comparison, Content, Media, Message, message_of
 from mmalign.records.conversations import without_nulls
 
@@ -43,12 +43,12 @@ def trl(
 
     Pairs: prompt, chosen, rejected; or chosen, rejected that begin with their prompt. Unpaired: prompt, completion, label.
     Stepwise: prompt, completions, labels: one row a step, whose prefix is the steps before it. Also prompt, completion;
-    messages or conversations (their last answer is the completion); prompt alone. Beyond TRL: prompt, completions with scores or
-    ranks; `chosen` and `rejected` that are objects of prompt and completion (joint pairs); a `prefix` of both answers.
+    messages or conversations, whose last answer is the completion; prompt alone. Beyond TRL: prompt, completions with scores
+    or ranks; `chosen` and `rejected` that are objects of prompt and completion (joint pairs); a `prefix` of both answers.
 
-    Messages are {role, content}, or {from, value} with the names human and gpt. Images: `image`, `images`, or inside the parts of
-    messages. Further columns: tools, system, prob, margin, weight, chosen_score and rejected_score (judge `score`), rationale,
-    exploration, gold, id. Others are not read, which is told.
+    Messages are {role, content}, or {from, value} with the names human and gpt. Images: `image`, `images`, or inside the
+    parts of messages. Further columns: tools, system, prob, margin, weight, chosen_score and rejected_score (the judge
+    `score`), rationale, exploration, gold, id. Others are not read, which is told.
 
     Args:
         path: hub id, JSONL, JSON, Parquet or CSV file, or a folder of them or of `save_to_disk`.
@@ -89,7 +89,7 @@ def comparison_of(row: Mapping[str, Any], *, root: Path = Path(), step_separator
     Raises:
         UserError: none of TRL's forms, or a value of the wrong type.
     """
-    row = chatml({name: value for name, value in row.items() if value is not None})
+    row = chatml({name: _without_gaps(name, value) for name, value in row.items() if value is not None})
     reader = _Reader(row, root)
     if isinstance(row.get("chosen"), Mapping) and "completion" in row["chosen"]:
         return _joint(row, reader)
@@ -131,8 +131,8 @@ def _pair(row: Mapping[str, Any], reader: "_Reader") -> Comparison:
 def _conversations(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[Any, list[Any], list[Any]]:
     """Split two conversations beside a prompt: they may hold it, as they do where the prompt is a text."""
     if isinstance(prompt, str):
-        shared, *sides = extract_prompt(chosen, rejected)
-        return (shared, *sides) if shared else ([{"role": "user", "content": prompt}], *sides)
+        shared, chosen, rejected = extract_prompt(chosen, rejected)
+        return shared or [{"role": "user", "content": prompt}], chosen, rejected
     prompt = _listed(prompt)
     whole = bool(prompt) and all(side[: len(prompt)] == prompt for side in (chosen, rejected))
     return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if whole else (prompt, chosen, rejected)
@@ -185,7 +185,7 @@ class _Reader:
             raise UserError("got no prompt, want one. Complete or remove the row.")
         system = self.row.get("system")
         talks = bool(system) or any(isinstance(value, list | Mapping) for value in (prompt, *answers))
-        numbers = {name: _number(self.row, name) for name in ("margin", "weight") if name in self.row}
+        numbers: dict[str, Any] = {name: _number(self.row, name) for name in ("margin", "weight") if name in self.row}
         prefix = self.row.get("prefix")
         return Comparison(
             id=str(self.row.get("id", "")),
@@ -225,6 +225,8 @@ class _Reader:
         if not talks:
             return Content(text=_words(value, "completion"))
         entries = [{"role": "assistant", "content": value}] if isinstance(value, str) else _listed(value)
+        if not entries:
+            return Content(text="")
         return Content(messages=tuple(self._message(entry, iter(())) for entry in entries))
 
     def _message(self, entry: Any, images: Iterator[Media]) -> Message:
@@ -236,6 +238,14 @@ class _Reader:
 
     def _image(self, value: Any) -> Media:
         return media_of(value, self.root)[0]
+
+
+def _without_gaps(name: str, value: Any) -> Any:
+    """Return a conversation as a list, without the keys that a table gave each message."""
+    if name not in CONVERSATIONS or isinstance(value, str):
+        return value
+    value = without_nulls(value)
+    return [value] if isinstance(value, Mapping) and "completion" not in value else value
 
 
 def _role(message: Mapping[str, Any]) -> Any:

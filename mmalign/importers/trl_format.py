@@ -79,7 +79,7 @@ def trl_row(example: Example) -> dict[str, Any]:
         row = {"prompt": _text(chosen, chosen.prompt) + (chosen.prefix or "")}
         row |= {"chosen": _text(chosen, chosen.completion), "rejected": _text(rejected, rejected.completion)}
     images = [media for content in contents for media in content.media()]
-    side = {name: example.side[name] for name in ("prob", "margin", "weight") if name in example.side}
+    side: dict[str, Any] = {name: example.side[name] for name in ("prob", "margin", "weight") if name in example.side}
     scores = example.side.get("scores")
     if isinstance(scores, tuple):
         side |= {"chosen_score": scores[0], "rejected_score": scores[1]}
