@@ -37,6 +37,7 @@ class Report:
 
     num_rows: int = 0
     faults: list[Fault] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     candidates: Counter[int] = field(default_factory=Counter)
     judged: Counter[str] = field(default_factory=Counter)
     num_pairs: int = 0
@@ -80,6 +81,8 @@ class Report:
     def _table(self) -> Iterator[tuple[str, str]]:
         total = self.num_rows + len(self.faults)
         yield "rows", f"{total} ({self.num_usable} usable, {len(self.faults)} broken)"
+        if self.left_out:
+            yield "left out by rule", ", ".join(f"{number} {reason}" for reason, number in self.left_out.items())
         yield "candidates", ", ".join(f"{n} rows with {k}" for k, n in sorted(self.candidates.items())) or "none"
         judges = [(name, n) for name, n in self.judged.most_common() if name not in ("usable", "none")]
         yield "judged by", ", ".join(f"{name} {n} rows" for name, n in judges) or "nobody"
@@ -131,14 +134,15 @@ def main(config: ValidateDataConfig) -> Report:
     if config.data is None:
         imported: Imported = comparisons(path=str(config.path), **lenient)
     else:
-        imported = config.data.build(**lenient)
-    report = Report(faults=list(imported.faults), strict=config.strict)
+        imported = config.data.build(**{name: value for name, value in lenient.items() if name in config.data.settings})
+    left_out = {reason: len(places) for reason, places in imported.left_out.items()}
+    report = Report(faults=list(imported.faults), left_out=left_out, strict=config.strict)
     prompts: Counter[str] = Counter()
     rows: Counter[tuple[str, ...]] = Counter()
     first: dict[str, str] = {}
     for row in whole_rows(imported.dataset, report, images=config.images):
         count_verdicts(row, report)
-        prompt = row.prompt.text or ""
+        prompt = row.prompt.words()
         prompts[prompt] += 1
         if first.setdefault(row.id, row.where) != row.where:
             report.repeated_ids.append(f"{row.where}: got id {row.id!r} again, first in {first[row.id]}")
@@ -160,7 +164,7 @@ def whole_rows(dataset: "datasets.Dataset", report: Report, *, images: bool) -> 
             yield row
         return
     for index in range(len(dataset)):
-        row = comparison(dataset[index])
+        row = comparison(dataset[index], least=1)
         problems = look_at(row, report)
         if problems:
             report.faults.append(Fault(row.where, "; ".join(problems)))
@@ -205,7 +209,9 @@ def count_verdicts(row: Comparison, report: Report) -> None:
 
 
 def content_key(content: Content) -> str:
-    """Return a key that is equal for equal content: text and bytes of the images."""
+    """Return a key that is equal for equal content: text and bytes of the images, or the whole conversation."""
+    if content.messages:
+        return content.key()
     whole = (content.text or "").encode() + b"\0" + b"".join(m.key().encode() for m in content.images)
     return Media(data=whole).key()
 
