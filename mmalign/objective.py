@@ -254,9 +254,7 @@ class Objective:
                 arguments[name] = side[name]
         return arguments
 
-    def _statistic(
-        self, name: str, measured: Mapping[str, Tensor], reference: Mapping[str, Tensor], gather: Gather
-    ) -> Tensor:
+    def _statistic(self, name: str, measured: Mapping[str, Tensor], reference: Mapping[str, Tensor], gather: Gather) -> Tensor:
         """A statistic of the batches of all processes, mixed with what is remembered of earlier ones; no synchronisation.
 
         KTO's anchor is taken on mismatched completions where the likelihood measures them.
@@ -267,6 +265,8 @@ class Objective:
         if statistic.reduce == "all":
             return gather(values.movedim(1, 0)).movedim(0, 1)
         everyone = gather(values)
+        if statistic.reduce == "std" and everyone.numel() < 2:  # one value has no spread: what is remembered stands
+            return self.memory[name][0].to(values) if name in self.memory else values.new_zeros(())
         now = everyone.mean() if statistic.reduce == "mean" else everyone.std()
         if statistic.memory is None:
             return now

@@ -9,6 +9,7 @@ from text_golden import assert_equal, case, leaf, pairs
 from torch import Tensor
 
 from mmalign.losses import LOSSES, STATISTICS, aot, aot_unpaired, beta_dpo, dpo
+from mmalign.objective import Objective, Term
 
 # AOT
 
@@ -164,6 +165,20 @@ def test_without_a_spread_every_pair_is_as_likely_and_one_pair_is_always_kept(sp
 def test_beta_dpo_refuses_to_leave_everything_out() -> None:
     with pytest.raises(ValueError, match=r"beta_dpo.rho: got 1.0, want at least 0 and below 1\."):
         beta_dpo(DELTAS, **STILL, **EMA, draw=HALF, rho=1.0)
+
+
+def test_batches_of_one_pair_leave_the_spread_as_it_was() -> None:
+    objective = Objective([Term(name="beta_dpo", loss=beta_dpo, settings={})])
+
+    def step(policy: Tensor) -> Tensor:
+        side = {"draw": torch.full((len(policy),), 0.5, dtype=torch.float64)}
+        return objective({"policy": policy}, {"policy": 0 * policy}, side).losses
+
+    assert step(DELTAS[1:2]).isfinite().all() and "gap_std" not in objective.memory
+    step(DELTAS)
+    before = objective.memory["gap_std"].clone()
+    assert step(DELTAS[1:2]).isfinite().all() and torch.equal(objective.memory["gap_std"], before)
+    assert before[0].item() == pytest.approx(3.5355339059327378, rel=1e-12)  # sqrt(50 / 4)
 
 
 # Statistics
