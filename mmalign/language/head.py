@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,12 +114,57 @@ class _Job:
 
 
 @dataclass
+class _Total:
+    """A sum of matrix products, which takes no memory before the first."""
+
+    exact: torch.dtype
+    value: Tensor | None = None
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add left @ right."""
+        if self.value is None:
+            self.value = _product(left, right, self.exact)
+        elif left.dtype == self.exact:
+            self.value.addmm_(left, right)
+        elif left.is_cuda:
+            torch.addmm(self.value, left, right, out_dtype=self.exact, out=self.value)
+        else:
+            self.value += torch.mm(left, right)
+
+
+@dataclass(kw_only=True)
 class _Gradients:
-    """Gradients by the number of the input: a row a token, or one accumulator a slot (or one for all: `merged`)."""
+    """Gradients by the number of the input: a row a token, or a total a slot (one for all: `merged`)."""
 
     merged: bool
     of_tokens: dict[int, Tensor] = field(default_factory=dict)
-    of_slots: dict[int, list[Tensor]] = field(default_factory=dict)
+    of_slots: dict[int, list[_Total]] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, tensors: Any, needed: tuple[int, ...], job: _Job, *, merged: bool) -> _Gradients:
+        """For those inputs that need one."""
+        totals = 1 if merged else len(job.counts)
+        return cls(
+            merged=merged,
+            of_tokens={number: torch.empty_like(tensors[number]) for number in needed if number in PER_TOKEN},
+            of_slots={number: [_Total(job.exact) for _ in range(totals)] for number in needed if number in SHARED},
+        )
+
+    def scaled(self, grad: Tensor, job: _Job) -> dict[int, Tensor]:
+        """Times the gradient of every slot. The totals are combined in the place of the first, and are gone."""
+        of_token = grad[job.slot][:, None]
+        found = {number: kept * of_token for number, kept in self.of_tokens.items()}
+        for number, totals in self.of_slots.items():
+            combined: Tensor | None = None
+            for slot, total in enumerate(totals):
+                value, total.value = total.value, None
+                if value is not None and combined is None:
+                    combined = value.mul_(grad[slot])
+                elif value is not None and combined is not None:
+                    combined.addcmul_(value, grad[slot])
+            if combined is not None:
+                found[number] = combined
+        return found
 
 
 class _Sums(torch.autograd.Function):
@@ -131,9 +176,10 @@ class _Sums(torch.autograd.Function):
         needed = tuple(number for number in range(5) if job.graph and ctx.needs_input_grad[number])
         shared = any(number in SHARED for number in needed)
         once = bool(needed) and (not shared or len(job.counts) <= job.accumulators)
-        gradients = _empty_gradients(tensors, needed, job, merged=False) if once else None
+        gradients = _Gradients.empty(tensors, needed, job, merged=False) if once else None
         out = _sweep(tensors, job, job.factor, gradients, job.wanted)
         ctx.job, ctx.needed, ctx.gradients = job, needed, gradients
+        ctx.kinds = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
         # Per-token gradients survive a backward pass, accumulators do not: a second one computes them again.
         ctx.save_for_backward(*(tensors if shared or not once else ()))
         ctx.mark_non_differentiable(*out[1:])
@@ -142,19 +188,16 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        job, gradients = ctx.job, ctx.gradients
-        of_token = grad.to(job.exact)[job.slot]
+        job, gradients, grad = ctx.job, ctx.gradients, grad.to(ctx.job.exact)
         if gradients is None:
-            factor = of_token if job.factor is None else of_token * job.factor
-            gradients = _empty_gradients(ctx.saved_tensors, ctx.needed, job, merged=True)
+            factor = grad[job.slot] if job.factor is None else grad[job.slot] * job.factor
+            gradients = _Gradients.empty(ctx.saved_tensors, ctx.needed, job, merged=True)
             _sweep(ctx.saved_tensors, job, factor, gradients, frozenset())
-            found = gradients.of_tokens | {number: kept[0] for number, kept in gradients.of_slots.items()}
+            found = gradients.scaled(grad.new_ones(1), replace(job, slot=torch.zeros_like(job.slot)))
         else:
-            if gradients.of_slots:
-                ctx.gradients = None
-            found = {n: (kept * of_token[:, None]).to(kept.dtype) for n, kept in gradients.of_tokens.items()}
-            found |= {n: _combined(kept, grad.to(job.exact)) for n, kept in gradients.of_slots.items()}
-        return (*(found.get(number) for number in range(5)), None)
+            ctx.gradients = None if gradients.of_slots else gradients
+            found = gradients.scaled(grad, job)
+        return (*(_like(found.get(number), ctx.kinds[number]) for number in range(5)), None)
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -165,23 +208,9 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return own
 
 
-def _empty_gradients(tensors: Any, needed: tuple[int, ...], job: _Job, *, merged: bool) -> _Gradients:
-    out = _Gradients(merged=merged)
-    for number in needed:
-        if number in PER_TOKEN:
-            out.of_tokens[number] = torch.empty_like(tensors[number])
-        else:
-            amount = 1 if merged else len(job.counts)
-            out.of_slots[number] = [torch.zeros_like(tensors[number], dtype=job.exact) for _ in range(amount)]
-    return out
-
-
-def _combined(of_slots: list[Tensor], grad: Tensor) -> Tensor:
-    """sum_s grad_s A_s, in the place of the first; the others are freed on the way."""
-    total = of_slots[0].mul_(grad[0])
-    for number in range(len(of_slots) - 1, 0, -1):
-        total.addcmul_(of_slots.pop(), grad[number])
-    return total
+def _like(found: Tensor | None, kind: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
+    """A gradient in its input's shape and dtype."""
+    return None if found is None or kind is None else found.view(kind[0]).to(kind[1])
 
 
 def _sweep(
@@ -241,16 +270,15 @@ def _add_gradients(
         gradients.of_tokens[3][tile] = (error @ outer.to(job.exact)).mul_(by_token)
     for number, total, piece in _pieces(gradients, job, tile):
         if number == 1:
-            states = (hidden[tile][piece].to(job.exact) * by_token[piece]).to(job.dtype)
-            _add_product(total, rough[piece].T, states)
+            total.add(rough[piece].T, (hidden[tile][piece].to(job.exact) * by_token[piece]).to(job.dtype))
         elif number == 2:
-            total.addmv_(error[piece].T, by_token[piece, 0])
+            total.add(error[piece].T, by_token[piece])
         else:
-            total.addmm_(error[piece].T, inner[tile][piece].to(job.exact) * by_token[piece])
+            total.add(error[piece].T, inner[tile][piece].to(job.exact) * by_token[piece])
 
 
-def _pieces(gradients: _Gradients, job: _Job, tile: slice) -> Iterator[tuple[int, Tensor, slice]]:
-    """Input number, accumulator and its rows of the tile, for all that all tokens share."""
+def _pieces(gradients: _Gradients, job: _Job, tile: slice) -> Iterator[tuple[int, _Total, slice]]:
+    """Input number, total and its rows of the tile, for all that all tokens share."""
     size = min(tile.stop, len(job.target)) - tile.start
     for number, totals in gradients.of_slots.items():
         if gradients.merged:
@@ -269,13 +297,3 @@ def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
     if left.dtype != exact and left.is_cuda:
         return torch.mm(left, right, out_dtype=exact)
     return torch.mm(left, right).to(exact)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total += torch.mm(left, right)

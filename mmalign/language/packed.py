@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,24 +18,12 @@ NAME = "mmalign_packed"  # of the attention in transformers' tables, and of the 
 STRANGE = ("s_aux", "sinks", "position_bias", "cache", "alibi", "head_mask", "block_mask")  # not ours to get right
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Continuations of one length after one context; or a context, which continues nothing."""
-
-    context: Segment | None
-    members: tuple[Segment, ...]
-
-    @property
-    def length(self) -> int:
-        return self.members[0].stop - self.members[0].start
-
-
 @dataclass(kw_only=True)
 class Row:
     """A packed row as every attention layer of one forward pass sees it, and what its layers asked for.
 
     Args:
-        segments: of the row, in the order they stand in it.
+        segments: of the row, one after the other without a gap.
         kernel: "sdpa": one call a context and one for its continuations of one length, on any device. "flex": one call of
             FlexAttention, on CUDA.
     """
@@ -43,20 +31,19 @@ class Row:
     segments: tuple[Segment, ...]
     kernel: Literal["sdpa", "flex"] = "sdpa"
     windows: list[int | None] = field(default_factory=list)
-    groups: list[_Group] = field(init=False)
+    lengths: list[int] = field(init=False)
+    groups: list[tuple[int | None, list[int]]] = field(init=False)  # a context, and segments of one length that continue it
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Find the calls of attention."""
-        by_shape: dict[tuple[int, int], list[Segment]] = {}
-        self.groups = []
-        for segment in self.segments:
-            if segment.after is None:
-                self.groups.append(_Group(context=None, members=(segment,)))
-            else:
-                by_shape.setdefault((segment.after, segment.stop - segment.start), []).append(segment)
-        for (after, _), members in by_shape.items():
-            self.groups.append(_Group(context=self.segments[after], members=tuple(members)))
+        self.lengths = [segment.stop - segment.start for segment in self.segments]
+        self.groups = [(None, [number]) for number, segment in enumerate(self.segments) if segment.after is None]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, segment in enumerate(self.segments):
+            if segment.after is not None:
+                alike.setdefault((segment.after, self.lengths[number]), []).append(number)
+        self.groups += [(after, members) for (after, _), members in alike.items()]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
         """Which keys each query sees: those up to its own place, the last query's being the last key's; in the window."""
@@ -73,7 +60,7 @@ class Row:
 
         key = ("block", window, device)
         if key not in self._masks:
-            length = max(segment.stop for segment in self.segments)
+            length = sum(self.lengths)
             seen = _mask_function(self.segments, length, window, device)
             self._masks[key] = create_block_mask(seen, None, None, length, length, device=device)
         return self._masks[key]
@@ -140,45 +127,39 @@ def attention(
     if strange or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"packed attention: got {strange[0] if strange else 'a layer that is not causal'}, want neither.")
     row.windows.append(sliding_window)
-    key, value = (_repeated(states, query.shape[1] // states.shape[1]) for states in (key, value))
-    settings = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
     if row.kernel == "flex":
         out = _flex(row, query, key, value, sliding_window, scaling, softcap)
     else:
-        out = torch.cat([piece for _, piece in sorted(_pieces(row, query, key, value, sliding_window, settings))], dim=2)
+        settings = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+        out = torch.cat(_by_segment(row, query, key, value, sliding_window, settings), dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 
-class _Piece(tuple[int, Tensor]):
-    """Place in the row, and what stands there; sorted by place."""
-
-    def __lt__(self, other: tuple[Any, ...]) -> bool:
-        return self[0] < int(other[0])
-
-
-def _pieces(
+def _by_segment(
     row: Row, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: dict[str, Any]
-) -> Iterator[_Piece]:
-    """What every segment's tokens attend to."""
-    for group in row.groups:
-        own = [slice(member.start, member.stop) for member in group.members]
-        queries = torch.cat([query[:, :, part] for part in own])
-        keys, values = (torch.cat([states[:, :, part] for part in own]) for states in (key, value))
-        if group.context is not None:
-            first = group.context.start
-            if window is not None:
-                first = max(first, group.context.stop - window + 1)
-            before = slice(first, group.context.stop)
-            keys, values = (
-                torch.cat([states[:, :, before].expand(len(own), -1, -1, -1), own_states], dim=2)
-                for states, own_states in ((key, keys), (value, values))
-            )
-        whole = window is None or window >= keys.shape[2]
-        plain = whole and group.context is None and settings["softcap"] is None
-        mask = None if plain else row.mask(group.length, keys.shape[2], None if whole else window, query.device)
-        out = _attend(queries, keys, values, mask, **settings)
-        for number, member in enumerate(group.members):
-            yield _Piece((member.start, out[number : number + 1]))
+) -> list[Tensor]:
+    """What every segment's tokens attend to, in the order of the row."""
+    queries, keys, values = (torch.split(states, row.lengths, 2) for states in (query, key, value))
+    out: list[Tensor] = [query] * len(row.lengths)
+    for context, members in row.groups:
+        queried, *seen = (_stacked([parts[number] for number in members]) for parts in (queries, keys, values))
+        if context is not None:
+            # A context's tokens that no continuation's window reaches are left out.
+            first = 0 if window is None else max(0, row.lengths[context] - window + 1)
+            before = (parts[context][:, :, first:].expand(len(members), -1, -1, -1) for parts in (keys, values))
+            seen = [torch.cat(parts, dim=2) for parts in zip(before, seen, strict=True)]
+        width = seen[0].shape[2]
+        near = None if window is None or window >= width else window
+        plain = context is None and near is None and settings["softcap"] is None
+        mask = None if plain else row.mask(queried.shape[2], width, near, query.device)
+        attended = _attend(queried, seen[0], seen[1], mask, **settings)
+        for place, number in enumerate(members):
+            out[number] = attended[place : place + 1]
+    return out
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend(
@@ -192,8 +173,15 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     """softmax(softcap * tanh(scaling * q k^T / softcap)) v over the keys of the mask; None: causal, and no softcap."""
+    times = query.shape[1] // key.shape[1]
+    # CUDA has no kernel for a mask and shared keys at once.
+    shares = softcap is None and (mask is None or not query.is_cuda)
+    if not shares:
+        key, value = (_repeated(states, times) for states in (key, value))
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
+        return scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=shares and times > 1
+        )
     assert mask is not None
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / softcap) * softcap
@@ -221,7 +209,6 @@ def _padded(
         settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **settings, **others)
         return attended
-    key, value = (_repeated(states, query.shape[1] // states.shape[1]) for states in (key, value))
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     out = _attend(query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap)
@@ -276,6 +263,7 @@ def _flex(
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return torch.tanh(score / cap) * cap
 
+    key, value = (_repeated(states, query.shape[1] // states.shape[1]) for states in (key, value))
     run = _compiled_flex() if query.is_cuda else flex_attention
     mask = row.block_mask(window, query.device)
     out: Tensor = run(query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scaling)
