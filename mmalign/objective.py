@@ -70,7 +70,7 @@ class Term:
     @property
     def num_candidates(self) -> int | None:
         """The k that the signature demands (`"batch 2"`), or None for any."""
-        return self.columns("policy")
+        return self.columns("policy") or self.columns("joint")
 
     def columns(self, name: str) -> int | None:
         """How many columns the signature demands of a measure, or None for any number."""
@@ -109,6 +109,11 @@ class Objective:
     def uses_statistics(self) -> bool:
         """Whether any term asks for a statistic of the batch."""
         return any(name in STATISTICS for term in self.terms for name in term.data)
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """Names of everything that any term can use, wherever it comes from."""
+        return frozenset(name for term in self.terms for name in term.data)
 
     @property
     def data(self) -> frozenset[str]:

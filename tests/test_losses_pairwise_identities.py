@@ -183,6 +183,14 @@ def test_weights_that_aot_would_pass_over_are_refused(name: str) -> None:
         objective.check(("weight",), 2)
 
 
+@pytest.mark.parametrize("name", ["dpo", "dove", "simpo", "aot"])
+def test_losses_of_pairs_refuse_lists(name: str) -> None:
+    objective = Objective([Term(name=name, loss=LOSSES[name], settings={})])
+    objective.check(("lengths",), 2)
+    with pytest.raises(UserError, match=rf"loss.{name}: got 4 candidates a prompt, want 2\."):
+        objective.check(("lengths",), 4)
+
+
 # Odds where the likelihood is certain
 
 
