@@ -87,7 +87,8 @@ class Curated:
         if self.dry_run:
             return "\n".join([*lines, *(f"{path}: {count} rows, not written (dry run)" for path, count in self.files.items())])
         lines += [f"{path}: {count} rows" for path, count in self.files.items()]
-        return "\n".join([*lines, f"next: mmalign train ... data.view={self.view} data.importer.path={next(iter(self.files))}"])
+        importer = f"data.importer.name=comparisons data.importer.path={next(iter(self.files))}"
+        return "\n".join([*lines, f"next: mmalign train ... data.view={self.view} {importer}"])
 
 
 def read_rows(path: str | None, data: Choice | None) -> Rows:

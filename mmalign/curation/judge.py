@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -60,18 +61,18 @@ class LanguageModelJudge:
         Raises:
             UserError: the model cannot be opened, or a question is longer than it reads.
         """
-        network, tokenizer = self._open()
-        ids = [question_ids(tokenizer, self._question(*one)) for one in zip(prompts, first, second, strict=True)]
-        if not ids:
+        if not prompts:
             return torch.zeros(0)
-        options = option_tokens(tokenizer, self.options)
+        network, tokenizer = self._open()
+        frame = Frame.of(tokenizer, self.options)
+        ids = [frame.ids(tokenizer, self._question(*one)) for one in zip(prompts, first, second, strict=True)]
         self._check_lengths(network, ids)
         order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
         probs = torch.zeros(len(ids))
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             logits = last_logits(network, [ids[place] for place in places])
-            probs[places] = logits[:, options].float().softmax(-1)[:, 0].cpu()
+            probs[places] = logits[:, list(frame.options)].float().softmax(-1)[:, 0].cpu()
         return probs
 
     def _question(self, prompt: str, first: str, second: str) -> str:
@@ -109,45 +110,48 @@ class LanguageModelJudge:
         return self._opened
 
 
-def question_ids(tokenizer: Any, question: str) -> list[int]:
-    """Token ids of a question up to where the letter of the answer comes, through the chat template where there is one.
+@dataclass(frozen=True)
+class Frame:
+    """Token ids before and after a question, up to where the two options differ, and the tokens that tell them apart there."""
 
-    A control token that is written in the question is read as plain text: no response can end its turn and speak for the judge.
-    """
-    before, after = _around(tokenizer)
-    middle = tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*before, *middle, *after]
+    before: list[int]
+    after: list[int]
+    options: tuple[int, int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, options: tuple[str, str]) -> "Frame":
+        """That of a tokeniser: its chat template, or without one a line that asks for the answer.
+
+        Raises:
+            UserError: the options are the same to the tokeniser, or one begins with the other.
+        """
+        before, after = _around(tokenizer)
+        ids = [tokenizer(after + option, add_special_tokens=False)["input_ids"] for option in options]
+        shared = next((n for n, (one, other) in enumerate(zip(*ids, strict=False)) if one != other), None)
+        if shared is None:
+            raise UserError(f"options: got {' and '.join(options)}, which do not differ as tokens. Choose others, say A and B.")
+        return cls(before, ids[0][:shared], (ids[0][shared], ids[1][shared]))
+
+    def ids(self, tokenizer: Any, question: str) -> list[int]:
+        """Token ids of a question, up to where the answer is read off.
+
+        A control token that is written in it is read as plain text: no response can end its turn and speak for the judge.
+        """
+        return [
+            *self.before,
+            *tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+            *self.after,
+        ]
 
 
-def option_tokens(tokenizer: Any, options: tuple[str, str]) -> list[int]:
-    """The token with which each option begins, where the answer comes.
-
-    Raises:
-        UserError: the two begin with the same token, or merge with the text before them.
-    """
-    _, after = _around(tokenizer)
-    blank = " " if tokenizer.chat_template is None else ""
-    tokens = []
-    for option in options:
-        _, ids = _around(tokenizer, blank + option)
-        if ids[: len(after)] != after or len(ids) == len(after):
-            raise UserError(f"options: got {option!r}, which the tokeniser merges with the text before it. Choose another one.")
-        tokens.append(ids[len(after)])
-    if tokens[0] == tokens[1]:
-        raise UserError(f"options: got {' and '.join(options)}, which begin with the same token. Choose others, say A and B.")
-    return tokens
-
-
-def _around(tokenizer: Any, answer: str = "") -> tuple[list[int], list[int]]:
-    """Token ids of what stands before and after a question, the beginning of the answer included."""
+def _around(tokenizer: Any) -> tuple[list[int], str]:
+    """Token ids of what stands before a question, and the text after it, which the answer follows."""
     if tokenizer.chat_template is None:
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return start, tokenizer("\nAnswer:" + answer, add_special_tokens=False)["input_ids"]
+        return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], "\nAnswer: "
     mark = "QUESTION"
     turns = [{"role": "user", "content": mark}]
     before, _, after = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).partition(mark)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after + answer)]
-    return ids[0], ids[1]
+    return tokenizer(before, add_special_tokens=False)["input_ids"], after
 
 
 def last_logits(network: Any, ids: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:

@@ -57,9 +57,8 @@ def ranked(
             outcomes.append(values)
             continue
         found = [Pair(better=b, worse=w, gap=values[b] - values[w]) for b, w in rated_pairs(values, scheme)]
-        outcomes.append(
-            tuple(pair for pair in found if (pair.gap or 0.0) >= min_gap) or Dropped("tie" if not min_gap else "no gap")
-        )
+        kept = tuple(pair for pair in found if (pair.gap or 0.0) >= min_gap)
+        outcomes.append(kept or Dropped(f"gaps below {min_gap:g}" if found else "tie"))
     return outcomes
 
 

@@ -167,6 +167,8 @@ def self_labels(
         smoothing: of their labels. Published: 0.1.
         name: of the judge as whom the rewards are kept.
     """
+    confidence_threshold([0.0], quantile)  # settings are checked before rows
+    label_probs([], 0.0, smoothing=smoothing)
     check_judges(rows, [policy, reference])
     outcomes: list[Outcome] = [_self_rewarded(row, policy, reference, beta, name) for row in rows]
     decided = {place: one[0].scores[name] for place, one in enumerate(outcomes) if not isinstance(one, Dropped)}
