@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmalign.config import Table
 from mmalign.errors import UserError
+from mmalign.experiment import Data, read_examples
 from mmalign.importers import IMPORTERS, hh_rlhf, oasst, shp
 from mmalign.importers.argilla import argilla_row
 from mmalign.importers.helpsteer import helpsteer2_pair, helpsteer2_preference_row
@@ -17,7 +19,7 @@ from mmalign.importers.pku_safe_rlhf import pku_safe_rlhf_labels, pku_safe_rlhf_
 from mmalign.importers.shp import shp_row
 from mmalign.importers.step_dpo import dove_row, step_dpo_row
 from mmalign.importers.ultrafeedback import ASPECTS, ultrafeedback_row
-from mmalign.records import VIEWS, Content, Dropped, Examples, Message, comparison, pair, ranked, unpaired
+from mmalign.records import VIEWS, Content, Dropped, Message, comparison, pair, ranked, unpaired
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,11 @@ def write_lines(path, rows):
 def write_parquet(path, rows):
     pq.write_table(pa.Table.from_pylist(rows), path)
     return str(path)
+
+
+def imported_by(name, **settings):
+    """Import as a config would, its settings checked."""
+    return Table(IMPORTERS).choose(name, **settings).build()
 
 
 def rows_of(imported):
@@ -543,14 +550,17 @@ def test_each_fault_of_an_argilla_row_is_told(changes, fault):
 
 PREFERRED = [preferred(n % 3 - 1) for n in range(6)]
 FILES = {
-    "ultrafeedback": ([feedback(*FOUR)], {}, "pair", 1),
-    "helpsteer2": ([helpful("a", 1), helpful("b", 3), helpful("c", 2, prompt="q"), helpful("d", 2, prompt="q")], {}, "pair", 1),
+    "ultrafeedback": ([feedback(*FOUR)], {"exclude": ["truthful_qa"]}, "pair", 1),
+    "helpsteer2": (
+        [helpful("a", 1), helpful("b", 3), helpful("c", 2, prompt="q"), helpful("d", 2, prompt="q")],
+        {"weights": {"helpfulness": 1, "verbosity": -0.5}}, "pair", 1,
+    ),
     "helpsteer2_preference": (PREFERRED, {"rationale": True, "strength": "weight"}, "pair", 4),
     "hh_rlhf": ([{"chosen": START + " Because.", "rejected": START + " No."}], {"form": "text"}, "pair", 1),
     "nectar": (
         [{"prompt": "\n\nHuman: Why?\n\nAssistant: ", "answers": nectar_answers(2.0, 1.0, 3.0)}], {}, "ranked", 1,
     ),
-    "oasst": (TREE, {}, "pair", 2),
+    "oasst": (TREE, {"languages": ["en"]}, "pair", 2),
     "shp": ([votes(), votes(0)], {"margin": True}, "pair", 2),
     "pku_safe_rlhf": ([safety(0, 1), safety(1, 1, (False, True))], {"unpaired": True}, "unpaired", 4),
     "step_dpo": ([SOLVED], {}, "step", 1),
@@ -565,10 +575,10 @@ def test_a_file_in_the_published_columns_becomes_the_examples_of_a_view(tmp_path
     rows, settings, view, count = FILES[name]
     suffix = "jsonl" if written is write_lines else "parquet"
     path = written(tmp_path / f"data.{suffix}", rows)
-    imported = IMPORTERS[name](path=path, **settings)
-    examples = Examples(imported.dataset, VIEWS[view])
-    assert len(examples) == count
-    values = rows_of(imported)
+    data = Data(importer=Table(IMPORTERS).choose(name, path=path, **settings), view=Table(VIEWS).choose(view))
+    examples, line = read_examples(data)
+    assert len(examples) == count and line.startswith(f"{len(examples.dataset)} rows: {count} examples")
+    values = [comparison(row, least=1) for row in examples.dataset]
     assert len({value.id for value in values}) == len(values) and all(v.where.startswith(f"{path}:") for v in values)
     example = examples[0]
     assert all(sample.prompt.words() and sample.completion.words() for sample in example.samples)
@@ -580,11 +590,11 @@ def test_a_broken_line_is_told_with_its_row_or_dropped_and_counted(tmp_path, nam
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '\n{"prompt": \n[1]\n')
     with pytest.raises(UserError, match=rf"data\.jsonl:{len(rows) + 2}: got no valid JSON"):
-        IMPORTERS[name](path=str(path), **settings)
-    imported = IMPORTERS[name](path=str(path), faulty="drop", **settings)
+        imported_by(name, path=str(path), **settings)
+    imported = imported_by(name, path=str(path), faulty="drop", **settings)
     assert [fault.where for fault in imported.faults] == [f"{path}:{len(rows) + n}" for n in (2, 3)]
     whole = write_lines(tmp_path / "whole.jsonl", rows)
-    assert len(imported.dataset) == len(IMPORTERS[name](path=whole, **settings).dataset)
+    assert len(imported.dataset) == len(imported_by(name, path=whole, **settings).dataset)
 
 
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"argilla"}))
@@ -592,6 +602,12 @@ def test_a_table_of_another_format_is_one_clear_error(tmp_path, name):
     path = write_parquet(tmp_path / "x.parquet", [{"caption": "a"}])
     with pytest.raises(UserError, match=rf"x\.parquet: got the columns caption and no .*, want {name} columns"):
         IMPORTERS[name](path=path)
+
+
+def test_a_run_tells_what_the_rules_of_a_format_leave_out(tmp_path):
+    path = write_lines(tmp_path / "shp.jsonl", [votes(), votes(ratio=1.5), votes(ratio=1.2)])
+    _, line = read_examples(Data(importer=Table(IMPORTERS).choose("shp", path=path)))
+    assert line == f"1 rows: 1 examples; left out by rule: 2 with a score_ratio below 2 (first: {path}:2)"
 
 
 def test_a_saved_data_set_with_splits_and_a_folder_of_files_are_read(tmp_path):
