@@ -88,11 +88,11 @@ class Tokens:
         heads: of each continuation, how many of its first tokens make its head, which has a sum of its own; None: all.
     """
 
-    contexts: tuple[Int[Tensor, " n"], ...]
-    continuations: tuple[Int[Tensor, " n"], ...]
+    contexts: tuple[Int[Tensor, " _"], ...]
+    continuations: tuple[Int[Tensor, " _"], ...]
     context_of: tuple[int, ...]
-    weights: tuple[Float[Tensor, " n"], ...] | None = None
-    context_weights: tuple[Float[Tensor, " n"], ...] | None = None
+    weights: tuple[Float[Tensor, " _"], ...] | None = None
+    context_weights: tuple[Float[Tensor, " _"], ...] | None = None
     heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -232,11 +232,13 @@ class TokenInputs:
         tokens: all sequences.
         num_candidates: k; 0 is allowed in parts that hold no candidate.
         batch: number of rows.
-        extras: names of further completions, which are measures of their own: `rationale`, `exploration`, `gold`, `mismatched`.
+        extras: names of further completions, which are measures of their own: `rationale`, `exploration`, `gold`.
         wanted: further measures: `shared` (the heads' sums), `joint` (with the context), `agreement`, `entropy`.
         device: where the network is.
         pack: one row without padding, every context run once; else padded rows.
         multiple, pad: see `Tokens.padded`.
+        mismatched: prompts with answers of others, one a row, whose logps are the measure `mismatched`, without a gradient: what
+            KTO's anchor is made of.
     """
 
     tokens: Tokens
@@ -248,6 +250,7 @@ class TokenInputs:
     pack: bool = False
     multiple: int = 1
     pad: int = 0
+    mismatched: Tokens | None = None
 
     def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
         """Other names under which these logps are logged: none."""
@@ -259,8 +262,11 @@ class TokenInputs:
 
     def measures(self, network: TokenNetwork) -> Measures:
         """All that losses may ask of one pass: `policy`, one name an extra completion, and what is `wanted`."""
-        layout = self.tokens.packed() if self.pack else self.tokens.padded(multiple=self.multiple, pad=self.pad)
-        return self.of_slots(network(layout.to(self.device), self.wanted & PER_TOKEN))
+        out = self.of_slots(network(self._layout(self.tokens), self.wanted & PER_TOKEN))
+        if self.mismatched is not None:
+            with torch.no_grad():
+                out["mismatched"] = network(self._layout(self.mismatched), frozenset())["logps"][:, None]
+        return out
 
     def of_slots(self, sums: Mapping[str, Float[Tensor, " slots"]]) -> Measures:
         """Measures from the sums of every slot, as a network gives them or a cache kept them."""
@@ -304,7 +310,12 @@ class TokenInputs:
         if with_extras:
             chosen += range(self.batch * self.num_candidates, len(self.tokens.continuations))
         extras = self.extras if with_extras else ()
-        return replace(self, tokens=self.tokens.select(chosen), num_candidates=len(kept), extras=extras)
+        tokens = self.tokens.select(chosen)
+        return replace(self, tokens=tokens, num_candidates=len(kept), extras=extras, mismatched=None)
+
+    def _layout(self, tokens: Tokens) -> Layout:
+        layout = tokens.packed() if self.pack else tokens.padded(multiple=self.multiple, pad=self.pad)
+        return layout.to(self.device)
 
     def _by_row(self, values: Float[Tensor, " sequences"]) -> Measures:
         out = {"policy": self._candidates(values)}
@@ -322,7 +333,7 @@ def shared_heads(lengths: Sequence[Collection[int]]) -> tuple[int, ...]:
     return tuple(min(row) for row in lengths for _ in row)
 
 
-def first_difference(rows: Sequence[Int[Tensor, " n"]]) -> int:
+def first_difference(rows: Sequence[Int[Tensor, " _"]]) -> int:
     """How many first tokens all candidates of a row have in common: scored "from the first difference", they drop out."""
     shortest = min(len(ids) for ids in rows)
     alike = torch.stack([ids[:shortest] == rows[0][:shortest] for ids in rows]).all(0)
