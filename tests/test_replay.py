@@ -13,6 +13,7 @@ from test_resume import contents, numbers
 from test_step_reward import LATENT, adapter_of
 from tiny import tiny_folder
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmalign import rank
 from mmalign.config import read_config
@@ -138,6 +139,21 @@ def test_rows_that_have_arrived_are_not_sampled_any_further() -> None:
     timestep = torch.tensor([999, 760, 740, 300, 260])  # parts 3 3 2 1 1 of four
     own_states(network, stable_diffusion(), torch.randn(5, 1, 2, 2).double(), timestep, torch.rand(5, 4).double(), {})
     assert rows == [5, 3, 2]
+
+
+def test_sampling_own_states_never_waits_for_the_device_between_steps() -> None:
+    asked: list[str] = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    start, jitter = torch.randn(5, 1, 2, 2).double(), torch.rand(5, 4).double()
+    with Asked():
+        own_states(lambda noisy, given: noisy, stable_diffusion(), start, torch.tensor([760, 999, 300, 740, 260]), jitter, {})
+    assert len(asked) > 20
+    assert not {"_local_scalar_dense", "nonzero", "masked_select", "equal"} & set(asked)
 
 
 # The source

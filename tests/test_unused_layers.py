@@ -11,7 +11,7 @@ from mmalign.adapters.diffusion import DiffusionAdapter
 from mmalign.adapters.options import Lora
 from mmalign.errors import UserError
 from mmalign.families import FAMILIES
-from mmalign.models.diffusion import add_lora, load_lora, save_lora
+from mmalign.models.diffusion import add_lora, load_lora, lora_off, save_lora
 
 QWEN = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus")
 BOTH_STREAMS = ("to_out.0", "attn.to_add_out", "txt_mlp.net.2")
@@ -75,3 +75,15 @@ def test_targets_that_are_never_used_alone_are_refused() -> None:
     _, _, denoiser = opened("qwen_image")
     with pytest.raises(UserError, match=r"lora\.targets: got transformer_blocks\.1\.txt_mlp\.net\.2, .* never used"):
         add_lora(denoiser, rank=2, targets=("transformer_blocks.1.txt_mlp.net.2",))
+
+
+def test_switching_the_lora_off_and_on_makes_no_weight_trainable_that_was_not() -> None:
+    _, _, denoiser = opened("sd15")
+    add_lora(denoiser, rank=2)
+    some = next(parameter for name, parameter in denoiser.named_parameters() if ".lora_A" in name)
+    some.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in denoiser.parameters()]
+    with lora_off(denoiser):
+        assert [parameter.requires_grad for parameter in denoiser.parameters()] == before
+    assert [parameter.requires_grad for parameter in denoiser.parameters()] == before
+    assert before.count(True) > 0

@@ -112,13 +112,15 @@ def lora_off(denoiser: Denoiser) -> Iterator[None]:
     """
     if not denoiser.lora_layers:
         raise ValueError("lora_off: the denoiser has no LoRA. For full fine-tuning use frozen_copy as the reference.")
+    # The switch that `disable_adapters` reads, alone: `enable_adapters` also walks all weights to set requires_grad, and leaves
+    # weights trainable that were not.
     try:
         for layer in denoiser.lora_layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         yield
     finally:
         for layer in denoiser.lora_layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def save_lora(family: Family, denoiser: Denoiser, folder: Path | str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -197,25 +198,26 @@ def own_states(
         condition: of each row.
     """
     num_steps = jitter.shape[1]
-    own = timestep * num_steps // schedule.num_timesteps
-    visited = visited_timesteps(timestep, jitter, schedule.num_timesteps)
-    noisy, output = noise.clone(), torch.zeros_like(noise)
-    clean_before: Tensor | None = None
-    for part in range(num_steps - 1, int(own.min()) - 1, -1):
-        rows = (own <= part).nonzero()[:, 0]
-        now = visited[rows, part]
-        said = network(noisy[rows], schedule.network_timestep(now), **{k: v[rows] for k, v in condition.items()})
-        output[rows] = said.to(output)
-        clean = torch.zeros_like(noise)
-        clean[rows] = schedule.clean(noisy[rows], output[rows], now)
-        further = (own < part).nonzero()[:, 0]
-        if len(further):
-            before = None if clean_before is None else (clean_before[further], visited[further, part + 1])
-            noisy[further] = _solver_step(
-                schedule, noisy[further], clean[further], visited[further, part], visited[further, part - 1], before
-            )
-        clean_before = clean
-    return noisy, output
+    ends = timestep.tolist()  # the one wait for the device
+    order = sorted(range(len(ends)), key=ends.__getitem__)
+    parts = [ends[row] * num_steps // schedule.num_timesteps for row in order]  # where each row ends; it only rises
+    rows = torch.tensor(order, device=timestep.device)
+    noisy, condition = noise[rows], {name: value[rows] for name, value in condition.items()}
+    visited = visited_timesteps(timestep[rows], jitter[rows], schedule.num_timesteps)
+    solver = _Solver.of(schedule, visited, noisy)
+    output, clean_before = torch.zeros_like(noise), None
+    for part in range(num_steps - 1, parts[0] - 1, -1):
+        count, further = bisect_right(parts, part), bisect_left(parts, part)
+        now = visited[:count, part]
+        given = schedule.network_timestep(now)
+        said = network(noisy[:count], given, **{name: value[:count] for name, value in condition.items()})
+        output[:count] = said.to(output)
+        if further:
+            clean = schedule.clean(noisy[:further], output[:further], now[:further])
+            noisy[:further] = solver.step(part, noisy[:further], clean, clean_before)
+            clean_before = clean
+    back = rows.argsort()
+    return noisy[back], output[back]
 
 
 def visited_timesteps(
@@ -231,25 +233,41 @@ def visited_timesteps(
     return torch.where(torch.arange(num_steps, device=timestep.device) == own[:, None], timestep[:, None], visited)
 
 
-def _solver_step(
-    schedule: Schedule, noisy: Tensor, clean: Tensor, now: Tensor, after: Tensor, before: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """x_after = sigma_after / sigma x - alpha_after (e^-h - 1) D,  D = (1 + 1/2r) clean - 1/2r clean_before,  r = h_before / h.
+@dataclass(frozen=True, kw_only=True)
+class _Solver:
+    """The steps of all rows on their timesteps, worked out once.
 
-    h = lambda_after - lambda;  `before` is None at the first step of a row: D = clean.
+    x_after = sigma_after / sigma x - alpha_after (e^-h - 1) D,  D = (1 + 1/2r) clean - 1/2r clean_before,  r = h_before / h,
+    h = lambda_after - lambda. Axis 1 of each field counts the parts, the least noisy first; a step leads to the part below.
     """
 
-    def log_snr(timestep: Tensor) -> Tensor:
-        alpha, sigma = schedule.coefficients(timestep, noisy.double())
-        return alpha.clamp(min=1e-8).log() - sigma.log()
+    keep: Tensor  # sigma_after / sigma
+    towards: Tensor  # alpha_after
+    exponent: Tensor  # e^-h - 1
+    half_ratio: Tensor  # 1/2r
 
-    h = log_snr(after) - log_snr(now)
-    if before is not None:
-        clean_before, earlier = before
-        ratio = (h / (log_snr(now) - log_snr(earlier)) / 2).to(noisy)
-        clean = (1 + ratio) * clean - ratio * clean_before
-    alpha, sigma = schedule.coefficients(after, noisy)
-    return sigma / schedule.coefficients(now, noisy)[1] * noisy - alpha * torch.expm1(-h).to(noisy) * clean
+    @classmethod
+    def of(cls, schedule: Schedule, visited: Int[Tensor, "rows steps"], noisy: Tensor) -> _Solver:
+        shape = (*visited.shape, *(1,) * (noisy.ndim - 1))
+        precise = noisy.new_empty(shape, dtype=torch.float64)
+        alpha, sigma = schedule.coefficients(visited, precise)
+        log_snr = alpha.clamp(min=1e-8).log() - sigma.log()
+        h = log_snr[:, :-1] - log_snr[:, 1:]
+        alpha, sigma = schedule.coefficients(visited, noisy.new_empty(shape))
+        return cls(
+            keep=sigma[:, :-1] / sigma[:, 1:],
+            towards=alpha[:, :-1],
+            exponent=torch.expm1(-h).to(noisy),
+            half_ratio=(h[:, :-1] / h[:, 1:] / 2).to(noisy),
+        )
+
+    def step(self, part: int, noisy: Tensor, clean: Tensor, before: Tensor | None) -> Tensor:
+        """x of the next part, of the first rows; `before` is the guess at the part above, None at the first step: D = clean."""
+        count, after = len(noisy), part - 1
+        if before is not None:
+            ratio = self.half_ratio[:count, after]
+            clean = (1 + ratio) * clean - ratio * before[:count]
+        return self.keep[:count, after] * noisy - self.towards[:count, after] * self.exponent[:count, after] * clean
 
 
 def _conditions(experts: Sequence[Prepared]) -> dict[str, Tensor]:
