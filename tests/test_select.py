@@ -50,7 +50,7 @@ def test_the_top_share_is_by_the_number_that_is_asked_for(of: str, best: str) ->
 
 def test_the_lowest_share_and_rows_without_a_score() -> None:
     assert kept("top", SCORED, by="rm", share=0.34, lowest=True) == ["c"]
-    assert FILTERS["top"](SCORED, by="rm", share=1.0)[3] == "not judged by rm."
+    assert FILTERS["top"](SCORED, by="rm", share=1.0)[3] == "not judged by rm"
 
 
 def test_davir_keeps_what_is_learnt_most() -> None:

@@ -1,32 +1,22 @@
 """Curry-DPO: a rated list becomes pairs from easy to hard, one stage of training each."""
 
 from collections.abc import Sequence
-from itertools import combinations, pairwise
 
 from mmalign.errors import UserError
+from mmalign.records.verdicts import Pairs, paired
 
 
-def rated_pairs(ratings: Sequence[float], scheme: str = "best_vs_rest") -> list[tuple[int, int]]:
+def rated_pairs(ratings: Sequence[float], scheme: Pairs = "best_vs_rest") -> list[tuple[int, int]]:
     """Pairs (better, worse) of places in a rated list, largest gap first; equal ratings make no pair.
 
     Args:
         ratings: higher is better, any unit.
-        scheme: `best_vs_rest`, `best_vs_worst`, `adjacent` (neighbours in the order) or `all`.
-
-    Raises:
-        UserError: no such scheme.
+        scheme: `best_vs_rest`, `best_worst`, `adjacent` (neighbours in the order) or `all`, as in the view `pair`.
     """
     order = sorted(range(len(ratings)), key=lambda place: (-ratings[place], place))
-    schemes = {
-        "best_vs_rest": [(order[0], place) for place in order[:0:-1]] if order else [],
-        "best_vs_worst": [(order[0], order[-1])] if len(order) > 1 else [],
-        "adjacent": list(pairwise(order)),
-        "all": list(combinations(order, 2)),
-    }
-    if scheme not in schemes:
-        raise UserError(f"scheme: got {scheme}, want one of {', '.join(schemes)}.")
-    found = [(better, worse) for better, worse in schemes[scheme] if ratings[better] > ratings[worse]]
-    return sorted(found, key=lambda pair: -(ratings[pair[0]] - ratings[pair[1]]))
+    every = paired(order, scheme) if len(order) > 1 else []
+    found = [(better, worse) for better, worse in every if ratings[better] > ratings[worse]]
+    return sorted(found, key=lambda pair: ratings[pair[1]] - ratings[pair[0]])
 
 
 def curry_stages(ratings: Sequence[float]) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 
 from mmalign.curation.ideal_ranking import rankable as rankable_pairs
 from mmalign.curation.learnability import davir_scores, top_share
-from mmalign.curation.order import best_and_worst, check_judges, values_of
+from mmalign.curation.order import best_and_worst, check_judges, numbers_of
 from mmalign.curation.texts import normalised, spoken
 from mmalign.errors import UserError
 from mmalign.records import Comparison, Dropped
@@ -178,7 +178,7 @@ def rankable(
 
 
 def _number(row: Comparison, by: str, of: str) -> float | Dropped:
-    values = values_of(row, by)
+    values = numbers_of(row, by)
     if isinstance(values, Dropped) or not values:
         return values if isinstance(values, Dropped) else Dropped("no candidates")
     if of == "chosen":

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from mmalign.errors import UserError
 from mmalign.records import Comparison, Dropped
 from mmalign.records.rows import nearest
+from mmalign.records.verdicts import too_few, values_of
 
 
-def values_of(row: Comparison, by: str = "auto") -> tuple[float, ...] | Dropped:
-    """One number a candidate, higher is better.
+def numbers_of(row: Comparison, by: str = "auto") -> tuple[float, ...] | Dropped:
+    """One number a candidate, higher is better; ordered as the views order them.
 
     Args:
         row: any comparison.
@@ -17,31 +18,17 @@ def values_of(row: Comparison, by: str = "auto") -> tuple[float, ...] | Dropped:
     Raises:
         UserError: `auto` with several judges and no ranks.
     """
-    if by in ("auto", "ranks"):
-        if row.prob is not None:
-            return row.prob, 1 - row.prob
-        if row.ranks is not None:
-            return tuple(-rank for rank in row.ranks)
-        if by == "ranks" or not row.scores:
-            return Dropped("not ranked" if by == "ranks" else "not judged")
-        if len(row.scores) > 1:
-            raise UserError(
-                f"{row.where or row.id}: got scores by {', '.join(sorted(row.scores))} and no ranks, want one order. "
-                "Set by to one of them."
-            )
-        return next(iter(row.scores.values()))
-    if by in row.scores:
-        return row.scores[by]
-    return Dropped(f"not judged by {by}.{nearest(by, row.scores)}")
+    found = values_of(row, by, 0.0)
+    return found if isinstance(found, Dropped) else found[0]
 
 
 def best_and_worst(row: Comparison, by: str = "auto") -> tuple[int, int] | Dropped:
     """Places of the chosen and the rejected candidate; a row without an order, and a tie, is Dropped with the reason."""
-    values = values_of(row, by)
+    values = numbers_of(row, by)
     if isinstance(values, Dropped):
         return values
-    if len(values) < 2:
-        return Dropped(f"{len(values)} candidates, want 2 or more")
+    if few := too_few(row):
+        return few
     if max(values) == min(values):
         return Dropped("tie")
     return values.index(max(values)), len(values) - 1 - values[::-1].index(min(values))

@@ -9,12 +9,11 @@ import torch
 from mmalign.curation.code_tests import correctness_pair, mutual_ranking, speed_pairs
 from mmalign.curation.curriculum import curry_stages, gap_stages, rated_pairs
 from mmalign.curation.edits import noted, order_labels
-from mmalign.curation.order import check_judges, values_of
+from mmalign.curation.order import check_judges, numbers_of
 from mmalign.curation.step_search import Step, step_pair
 from mmalign.errors import UserError
 from mmalign.records import Comparison, Dropped
-
-Scheme = Literal["best_vs_rest", "best_vs_worst", "adjacent", "all"]
+from mmalign.records.verdicts import Pairs, too_few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,13 @@ Outcome = tuple[Pair, ...] | Dropped
 
 
 def ranked(
-    rows: Sequence[Comparison], *, by: str = "auto", scheme: Scheme = "best_vs_rest", min_gap: float = 0.0
+    rows: Sequence[Comparison], *, by: str = "auto", scheme: Pairs = "best_vs_rest", min_gap: float = 0.0
 ) -> list[Outcome]:
     """Pairs of a list by ratings or ranks.
 
     Args:
         by: `ranks`, a judge's name, or `auto`: ranks if the row has them, else its only judge.
-        scheme: `best_vs_rest`, `best_vs_worst`, `adjacent` or `all`.
+        scheme: `best_vs_rest`, `best_worst`, `adjacent` or `all`.
         min_gap: smaller ones make no pair; in the judge's units.
     """
     outcomes: list[Outcome] = []
@@ -204,10 +203,7 @@ def paired(row: Comparison, pair: Pair, method: str) -> Comparison:
 
 
 def _values(row: Comparison, by: str) -> tuple[float, ...] | Dropped:
-    values = values_of(row, by)
-    if not isinstance(values, Dropped) and len(values) < 2:
-        return Dropped(f"{len(values)} candidates, want 2 or more")
-    return values
+    return too_few(row) or numbers_of(row, by)
 
 
 PAIRINGS: dict[str, Callable[..., list[Outcome]]] = {

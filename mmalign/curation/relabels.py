@@ -12,7 +12,7 @@ from torch import Tensor
 from mmalign.curation.density_ratio import density_ratio as density_ratios
 from mmalign.curation.edits import Edit, Relabelled, order_labels
 from mmalign.curation.judged import judged
-from mmalign.curation.order import best_and_worst, check_judges, known_judges, values_of
+from mmalign.curation.order import best_and_worst, check_judges, known_judges, numbers_of
 from mmalign.curation.reward_conditioning import GOAL, reward_conditioned
 from mmalign.curation.self_labels import confidence_threshold, implicit_rewards, label_probs
 from mmalign.curation.voting import denoised, preference_strength, standardised
@@ -223,7 +223,7 @@ def _mean_prob(made: Relabelled) -> float:
 def _pair(row: Comparison, by: str) -> tuple[int, int] | Dropped:
     if len(row.candidates) != 2:
         return Dropped(f"{len(row.candidates)} candidates, want 2; `mmalign pairs` makes pairs of lists")
-    values = values_of(row, by)
+    values = numbers_of(row, by)
     return values if isinstance(values, Dropped) else best_and_worst(row, by)
 
 
