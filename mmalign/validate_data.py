@@ -12,6 +12,7 @@ from mmalign.config import Choice, Table, command_line
 from mmalign.errors import UserError
 from mmalign.importers import Imported, comparisons
 from mmalign.records import Comparison, Content, Fault, Media, comparison, outlines
+from mmalign.text_findings import TextFindings
 
 if TYPE_CHECKING:
     import datasets
@@ -29,6 +30,16 @@ class ValidateDataConfig:
     )
     strict: bool = field(default=False, metadata={"help": "fail if any row is broken, not only if all are"})
     images: bool = field(default=True, metadata={"help": "decode every image; without it only rows are counted"})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "folder or hub id: lengths in tokens, and whether answers leave a prompt's tokens as they are"},
+    )
+    against: str | None = field(
+        default=None, metadata={"help": "other data, such as a test set: tell which prompts are in both"}
+    )
+    against_split: str | None = field(
+        default=None, metadata={"help": "split of the other data; alone: another split of the same"}
+    )
 
 
 @dataclass
@@ -52,6 +63,7 @@ class Report:
     mixed_sizes: int = 0
     mixed_aspects: int = 0
     modes: Counter[str] = field(default_factory=Counter)
+    texts: TextFindings = field(default_factory=TextFindings)
     strict: bool = False
 
     @property
@@ -71,6 +83,7 @@ class Report:
             "Broken rows": [str(f) for f in self.faults],
             "Id of an earlier row": self.repeated_ids,
             "Same image twice in a row": self.same_image,
+            **{f"Rows with {name}": places for name, places in self.texts.concerns().items()},
         }
         for title, places in shown.items():
             if places:
@@ -81,6 +94,8 @@ class Report:
     def _table(self) -> Iterator[tuple[str, str]]:
         total = self.num_rows + len(self.faults)
         yield "rows", f"{total} ({self.num_usable} usable, {len(self.faults)} broken)"
+        if empty := sum("got an empty completion" in fault.problem for fault in self.faults):
+            yield "empty answers", f"{empty} of the broken rows"
         if self.left_out:
             yield "left out by rule", ", ".join(f"{number} {reason}" for reason, number in self.left_out.items())
         yield "candidates", ", ".join(f"{n} rows with {k}" for k, n in sorted(self.candidates.items())) or "none"
@@ -104,6 +119,7 @@ class Report:
             other = {mode: n for mode, n in self.modes.items() if mode != "RGB"}
             text = ", ".join(f"{n} {mode}" for mode, n in sorted(other.items()))
             yield "images", f"{len(self.sizes)} read, " + (f"{text} converted to RGB when used" if other else "all RGB")
+        yield from self.texts.table()
 
     def _verdict(self) -> str:
         if not self.num_usable:
@@ -114,6 +130,8 @@ class Report:
             return f"Usable without the {len(self.faults)} broken rows."
         if self.repeated_ids:
             return "Usable, but verdicts are kept by id: give each row its own before it is scored or annotated."
+        if concerns := self.texts.concerns():
+            return f"Usable, but look at the rows with {', '.join(concerns)}."
         return "Good."
 
 
@@ -130,13 +148,11 @@ def main(config: ValidateDataConfig) -> Report:
     """
     if (config.path is None) == (config.data is None):
         raise UserError("validate-data: got both or neither of path and data, want one. Give a path, or data.name=... .")
-    lenient: dict[str, Any] = {"faulty": "drop", "verify": False}
-    if config.data is None:
-        imported: Imported = comparisons(path=str(config.path), **lenient)
-    else:
-        imported = config.data.build(**{name: value for name, value in lenient.items() if name in config.data.settings})
+    imported = _imported(config, {})
     left_out = {reason: len(places) for reason, places in imported.left_out.items()}
-    report = Report(faults=list(imported.faults), left_out=left_out, strict=config.strict)
+    texts = TextFindings(tokenizer=None if config.tokenizer is None else _tokenizer(config.tokenizer))
+    report = Report(faults=list(imported.faults), left_out=left_out, texts=texts, strict=config.strict)
+    others = _prompts_of(config)
     prompts: Counter[str] = Counter()
     rows: Counter[tuple[str, ...]] = Counter()
     first: dict[str, str] = {}
@@ -146,14 +162,54 @@ def main(config: ValidateDataConfig) -> Report:
         prompts[prompt] += 1
         if first.setdefault(row.id, row.where) != row.where:
             report.repeated_ids.append(f"{row.where}: got id {row.id!r} again, first in {first[row.id]}")
+        texts.look(row)
+        if there := others.get(_plain(row.prompt)):
+            texts.also_there.append(f"{row.where}: as {there}")
         if config.images:
             keys = [content_key(c) for c in row.candidates]
             rows[(prompt, *sorted(keys))] += 1
-            if len(set(keys)) < len(keys):
+            if len(set(keys)) < len(keys) and any(c.media() for c in row.candidates):
                 report.same_image.append(row.where)
     report.repeated_prompts = prompts.total() - len(prompts)
     report.repeated_rows = rows.total() - len(rows)
     return report
+
+
+def _imported(config: ValidateDataConfig, changes: dict[str, Any]) -> Imported:
+    """Import the data, with other settings of the importer; broken rows are noted and left out."""
+    if config.data is None:
+        return comparisons(**{"path": str(config.path), "faulty": "drop", "verify": False, **changes})
+    known = config.data.settings
+    if unknown := [name for name in changes if name not in known]:
+        raise UserError(f"validate-data: got another {unknown[0]} for {config.data.name}, which has none. Leave it out.")
+    lenient = {name: value for name, value in (("faulty", "drop"), ("verify", False)) if name in known}
+    imported: Imported = config.data.build(**lenient, **changes)
+    return imported
+
+
+def _prompts_of(config: ValidateDataConfig) -> dict[str, str]:
+    """Return the prompts of the other data, as `_plain` has them, and where each stands first."""
+    changes = {name: value for name, value in (("path", config.against), ("split", config.against_split)) if value is not None}
+    found: dict[str, str] = {}
+    for row in outlines(_imported(config, changes).dataset) if changes else ():
+        found.setdefault(_plain(row.prompt), row.where)
+    return found
+
+
+def _plain(prompt: Content) -> str:
+    """Return a prompt's words without what does not change their meaning."""
+    from mmalign.curation.texts import normalised
+
+    return normalised(prompt.words())
+
+
+def _tokenizer(name: str) -> Any:
+    from mmalign.language.opening import open_tokenizer
+
+    try:
+        return open_tokenizer(name)
+    except UserError as error:
+        raise UserError(str(error).replace("adapter.tokenizer", "validate-data: tokenizer")) from error
 
 
 def whole_rows(dataset: "datasets.Dataset", report: Report, *, images: bool) -> Iterator[Comparison]:
@@ -164,7 +220,7 @@ def whole_rows(dataset: "datasets.Dataset", report: Report, *, images: bool) -> 
             yield row
         return
     for index in range(len(dataset)):
-        row = comparison(dataset[index], least=1)
+        row = comparison(dataset[index], least=0)
         problems = look_at(row, report)
         if problems:
             report.faults.append(Fault(row.where, "; ".join(problems)))
@@ -176,7 +232,7 @@ def whole_rows(dataset: "datasets.Dataset", report: Report, *, images: bool) -> 
 def look_at(row: Comparison, report: Report) -> list[str]:
     """Decode the images of a row, add sizes and modes to the report, and return what is wrong with them."""
     problems, found = [], []
-    for media in [m for c in (row.prompt, *row.candidates) for m in c.images]:
+    for media in [m for content in row.contents() for m in content.media()]:
         try:
             size, mode = media.inspect()
         except UserError as error:
