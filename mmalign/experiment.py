@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from mmalign.importers import IMPORTERS
 from mmalign.losses import LOSSES
 from mmalign.objective import AutoBeta, Objective, Term
 from mmalign.records import VIEWS, Examples
-from mmalign.sources import SOURCES, Offline
+from mmalign.sources import SOURCES, Offline, Shape
 from mmalign.training import Training, changed_keys
 
 logger = logging.getLogger(__name__)
@@ -125,15 +125,27 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
         Term(name=one.name, loss=one.target, settings=one.settings, weight=one.extra.get("weight", 1.0)) for one in config.loss
     ]
     objective = Objective(terms, config.auto_beta)
-    shape = config.source.build().shape(examples)
+    shape = seen_by_losses(config, examples)
     objective.check(shape.side, shape.num_candidates)
-    if objective.measures and not shape.errors:
+    known = shape.measures
+    if not objective.measures <= known:
+        unknown = " and ".join(sorted(objective.measures - known))
         raise UserError(
-            f"loss: asks for {' and '.join(sorted(objective.measures))}, which is not defined for sampler steps (source: "
-            f"{config.source.name}). Leave the loss that needs it out."
+            f"loss: asks for {unknown}, which adapter {config.adapter.name} with source {config.source.name} does not measure. "
+            "Leave the loss that needs it out."
         )
     objective.try_out(shape.side, shape.num_candidates)
     return objective
+
+
+def seen_by_losses(config: TrainConfig, examples: Examples) -> Shape:
+    """What the losses will see: what the source makes of the examples, and what the adapter adds."""
+    shape: Shape = config.source.build().shape(examples)
+    adapter = config.adapter.target
+    ones: dict[str, Any] = {"lengths": (1.0,) * shape.num_candidates, "draw": 0.5}
+    side = {**{name: ones[name] for name in adapter.side}, **shape.side}
+    measures = adapter.measures if shape.errors or not adapter.errors else frozenset()
+    return replace(shape, side=side, errors=shape.errors and adapter.errors, measures=measures)
 
 
 def open_policy(config: TrainConfig, examples: Examples, objective: Objective, accelerator: Any, **more: Any) -> Any:
@@ -154,6 +166,7 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
         seed=config.seed,
         num_candidates=source.shape(examples).num_candidates,
         needs_reference=objective.needs_reference and config.training.moving_reference is None,
+        asked=objective.asked,
         **more,
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+TASKS = {"diffusers": "text-to-image", "transformers": "text-generation"}  # the hub's names, by library
+
 
 def write_card(
     folder: Path,
@@ -18,6 +20,7 @@ def write_card(
     plan: str,
     loading: str,
     lora: bool,
+    library: str = "diffusers",
     reward: bool = False,
 ) -> None:
     """Write `README.md` with the hub's metadata block.
@@ -29,14 +32,15 @@ def write_card(
         plan: the arithmetic of the run.
         loading: stock code that loads the result.
         lora: whether the result is low-rank weights.
+        library: whose code loads it: diffusers or transformers.
         reward: whether it is a reward model for the noisy states of the base model.
     """
     losses = " + ".join(f"{one.get('weight', 1.0):g} * {one['name']}" for one in config["loss"])
     header = yaml.safe_dump(
         {
             "base_model": base_model,
-            "library_name": "mmalign" if reward else "diffusers",
-            **({} if reward else {"pipeline_tag": "text-to-image"}),
+            "library_name": "mmalign" if reward else "peft" if lora and library == "transformers" else library,
+            **({} if reward else {"pipeline_tag": TASKS[library]}),
             "tags": [
                 "mmalign",
                 "reward-model" if reward else "preference-optimization",
@@ -64,7 +68,7 @@ The weights carry the licence of the base model, and the data its own: look both
 ## Use
 
 ```python
-import diffusers
+import {library}
 
 {loading}
 ```

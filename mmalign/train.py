@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from mmalign.experiment import (
     find_checkpoint,
     open_policy,
     read_examples,
+    seen_by_losses,
 )
 from mmalign.loop import METRICS, fit
-from mmalign.memory import OPTIMISER_BYTES, activations, known_size, memory_estimate
+from mmalign.memory import OPTIMISER_BYTES, memory_estimate
 from mmalign.model_card import write_card
 from mmalign.models.lora import LORA_FILES
 from mmalign.noise import beta_conventions
@@ -34,7 +36,16 @@ from mmalign.training import start
 
 __all__ = ["TrainConfig", "Trained", "main"]
 
-FOLDERS = ("validation", "raw", "pipeline", "reward", "tensorboard", "wandb")  # beside the checkpoints, in a run's output
+FOLDERS = (
+    "validation",
+    "raw",
+    "pipeline",
+    "model",
+    "reward",
+    "tensorboard",
+    "wandb",
+)  # beside the checkpoints, in a run's output
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 logger = logging.getLogger(__name__)
 
 
@@ -49,13 +60,14 @@ class Trained:
     loading: str
     plan: str = ""
     told: bool = True
+    library: str = "diffusers"
 
     def __str__(self) -> str:
         if not self.told:
             return ""
         if self.plan:
             return self.plan
-        return f"tuned weights: {self.output}\nload them with:\nimport diffusers\n{self.loading}"
+        return f"tuned weights: {self.output}\nload them with:\nimport {self.library}\n{self.loading}"
 
 
 def main(config: TrainConfig) -> Trained:
@@ -77,11 +89,11 @@ def main(config: TrainConfig) -> Trained:
         )
     policy = open_policy(config, examples, objective, accelerator)
     source = config.source.build()
-    shape = source.shape(examples)
-    plan = _plan(config, policy, objective, len(examples), shape, accelerator.num_processes, summary)
+    shape = seen_by_losses(config, examples)
+    plan = _plan(config, policy, objective, examples, shape, accelerator.num_processes, summary)
     loading = policy.loading_lines(config.output)
     if config.dry_run:
-        return Trained(config.output, loading, plan, told=accelerator.is_main_process)
+        return Trained(config.output, loading, plan, accelerator.is_main_process, policy.library)
     if accelerator.is_main_process and config.adapter.settings.get("cache") is None:
         check_images(examples, config.data.check_images)
     stream = source.open(examples, policy, accelerator=accelerator, seed=config.seed)
@@ -123,16 +135,17 @@ def main(config: TrainConfig) -> Trained:
             plan=plan,
             loading=loading,
             lora=adapter.get("lora") is not None,
+            library=policy.library,
             reward=isinstance(policy, StepRewardPolicy),
         )
-    return Trained(config.output, loading, told=accelerator.is_main_process)
+    return Trained(config.output, loading, told=accelerator.is_main_process, library=policy.library)
 
 
 def _plan(
     config: TrainConfig,
     policy: Any,
     objective: Objective,
-    num_examples: int,
+    examples: Sequence[Any],
     seen: Shape,
     num_processes: int,
     summary: str,
@@ -140,6 +153,7 @@ def _plan(
     """The arithmetic of the run."""
     training = config.training
     per_step = num_processes * training.batch_size * training.accumulation
+    num_examples = len(examples)
     steps = training.num_steps(num_examples, per_step)
     online = config.source.build().online
     epochs = "" if online else f" = {steps * per_step / num_examples:.2f} epochs"
@@ -149,12 +163,13 @@ def _plan(
         f"= {per_step} examples of {seen.num_candidates} per step",
         f"length     {steps} steps = {steps * per_step} examples{epochs}",
         f"trained    {policy.plan()}",
+        *policy.notes(examples),
     ]
-    shape = policy.latent_shape
-    latents = " x ".join(map(str, shape))
     for term in objective.terms:
         beta = term.settings.get("beta")
         if isinstance(beta, int | float) and objective.needs_reference and seen.errors:
+            shape = policy.latent_shape
+            latents = " x ".join(map(str, shape))
             others = ", ".join(f"{value:.4g} ({name})" for name, value in beta_conventions(beta, math.prod(shape)).items())
             lines.append(f"beta       {term.name}: {others}, on {latents} latents")
         elif beta == "auto":
@@ -173,26 +188,21 @@ def _memory(config: TrainConfig, policy: Any, objective: Objective, num_candidat
     total = sum(p.numel() for p in network.parameters())
     lora = adapter.get("lora") is not None
     base = total - trained if lora else total
-    stock = known_size(str(adapter["family"]), base)
-    per_sample = 0.0
-    if stock is not None:
-        checkpointing = bool(adapter.get("gradient_checkpointing"))
-        side = math.prod(policy.latent_shape[-2:]) ** 0.5
-        per_sample = activations(stock, lora=lora, checkpointing=checkpointing, latent_side=side)
+    per_sample = policy.activations()
     precision: Any = training.mixed_precision or "no"
     known = training.optimiser.name in OPTIMISER_BYTES
     estimate = memory_estimate(
         num_parameters=base,
         num_trained=trained,
         num_samples=training.batch_size * min(training.candidate_microbatch or num_candidates, num_candidates),
-        activations_per_sample=per_sample,
+        activations_per_sample=per_sample or 0.0,
         num_encoder_parameters=policy.num_encoder_parameters,
         precision=precision,
         optimiser=training.optimiser.name if known else "adamw",
         reference_copy=not lora and objective.needs_reference,
         ema=training.ema_decay is not None,
     )
-    missing = "" if stock is not None else "; activations not counted for a network of this size"
+    missing = "" if per_sample is not None else "; activations not counted for a network of this size"
     return f"{estimate}{missing}" + ("" if known else "; the optimiser counted as adamw")
 
 
@@ -210,7 +220,7 @@ def _clear(output: Path) -> None:
     for path in output.glob("*"):
         if path.name.startswith("checkpoint-") or path.name in FOLDERS:
             shutil.rmtree(path)
-        elif path.name in (METRICS, "README.md", *(name for names in LORA_FILES.values() for name in names)):
+        elif path.name in (METRICS, "README.md", *TOKENIZER_FILES, *(name for names in LORA_FILES.values() for name in names)):
             path.unlink()
 
 

@@ -77,6 +77,7 @@ SIDEWAYS = {
     "devices": {"errors"},
     "curation": {"importers"},
     "digits_flow": {"digits"},
+    "language": {"checkpoints"},
     "models": {"checkpoints", "families"},
     "loop": {"checkpoints", "moving_reference", "objective", "optimisers", "sources", "training"},
     "sources": {"cache", "models"},

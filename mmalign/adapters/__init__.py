@@ -2,10 +2,12 @@
 
 from mmalign.adapters.diffusion import DiffusionAdapter
 from mmalign.adapters.step_reward import StepRewardAdapter
+from mmalign.adapters.text import TextAdapter
 
-ADAPTERS: dict[str, type[DiffusionAdapter] | type[StepRewardAdapter]] = {
+ADAPTERS: dict[str, type[DiffusionAdapter] | type[StepRewardAdapter] | type[TextAdapter]] = {
     "diffusion": DiffusionAdapter,
     "step_reward": StepRewardAdapter,
+    "text": TextAdapter,
 }
 
 __all__ = ["ADAPTERS"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -83,6 +83,10 @@ class DiffusionAdapter:
     draws: int | None = None
     validation: Validation | None = None
 
+    measures: ClassVar[frozenset[str]] = frozenset({"drift"})
+    side: ClassVar[tuple[str, ...]] = ()
+    errors: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
         family = told_family(self.family, self.guidance_embedding)
@@ -134,6 +138,7 @@ class DiffusionAdapter:
         needs_reference: bool = True,
         caching: int | None = None,
         weights: Path | None = None,
+        asked: frozenset[str] = frozenset(),
     ) -> DiffusionPolicy:
         """Load the model and make it trainable.
 
@@ -145,6 +150,7 @@ class DiffusionAdapter:
             needs_reference: whether the loss asks for one; a full fine-tune then keeps a frozen copy.
             caching: number of the process that fills the cache (`mmalign prepare`); None only reads it.
             weights: output folder of a run whose tuned weights the policy starts from; the reference is the base model.
+            asked: names of all data that the losses ask for.
 
         Raises:
             UserError: no such model, wrong family, or settings that do not go together.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from mmalign.adapters.prompts import prompt_of
 from mmalign.adapters.reading import Reader
 from mmalign.adapters.samples import save_samples
 from mmalign.likelihoods import DenoisingInputs, winner_guard
+from mmalign.memory import activations, known_size
 from mmalign.models.casting import cast
 from mmalign.models.diffusion import (
     Denoiser,
@@ -51,6 +53,8 @@ FULL = "pipeline"  # the folder, in a run's output, that a full fine-tune is sav
 
 class DiffusionPolicy:
     """An opened diffusion model in training: reads examples, prepares inputs, holds policy and reference."""
+
+    library: ClassVar[str] = "diffusers"
 
     def __init__(
         self,
@@ -218,6 +222,21 @@ class DiffusionPolicy:
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of the latents of one image; (channels, frames, height, width) of a video."""
         return self.encoding.latent_shape(self.settings.size)
+
+    def activations(self) -> float | None:
+        """GB of activations per image in bf16, or None for a network that was not counted."""
+        lora = self.settings.lora is not None
+        total = sum(p.numel() for p in self.network.parameters())
+        base = total - sum(p.numel() for p in self.parameters()) if lora else total
+        stock = known_size(self.settings.family, base)
+        if stock is None:
+            return None
+        side = math.prod(self.latent_shape[-2:]) ** 0.5
+        return activations(stock, lora=lora, checkpointing=self.settings.gradient_checkpointing, latent_side=side)
+
+    def notes(self, examples: Sequence[Example]) -> list[str]:
+        """Nothing beyond the plan."""
+        return []
 
     @property
     def num_encoder_parameters(self) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor
 from mmalign.adapters.buckets import nearest_size
 from mmalign.adapters.images import Framed, frame, frame_video
 from mmalign.adapters.prompts import framed_source, prompt_of, source_of
+from mmalign.adapters.side import side_tensors
 from mmalign.cache import content_key
 from mmalign.errors import UserError
-from mmalign.records import SIDE_DEFAULTS, Content, Example, Media
+from mmalign.records import Content, Example, Media
 
 
 @runtime_checkable
@@ -110,7 +111,7 @@ class Reader:
             "names": list(known),
             "pixels": torch.stack(list(known.values())) if known else None,
             "sizes": self._sizes([item["framed"] for item in items]),
-            "side": _side([item["side"] for item in items]),
+            "side": side_tensors([item["side"] for item in items]),
             "size": next(iter(sizes)),
         }
 
@@ -215,12 +216,3 @@ def videos_of(example: Example, num_frames: int) -> list[Content]:
 def _loaded(media: Media, name: str) -> Media:
     named = replace(media, where=media.where or name)
     return replace(named, data=named.read())
-
-
-def _side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Side data of a batch; what only some examples have takes its neutral value in the others."""
-    names = sorted({name for row in rows for name in row})
-    for name in names:
-        if name not in SIDE_DEFAULTS and any(name not in row for row in rows):
-            raise UserError(f"data: only some examples have {name}, want all or none. Complete or filter the rows.")
-    return {name: torch.tensor([row.get(name, SIDE_DEFAULTS.get(name)) for row in rows]) for name in names}

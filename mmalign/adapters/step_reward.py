@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +193,10 @@ class StepRewardAdapter:
     latents: Literal["sample", "mean"] = "sample"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
 
+    measures: ClassVar[frozenset[str]] = frozenset()
+    side: ClassVar[tuple[str, ...]] = ()
+    errors: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
         family = find_family(self.family)
@@ -231,6 +235,7 @@ class StepRewardAdapter:
         needs_reference: bool = False,
         caching: int | None = None,
         weights: Path | None = None,
+        asked: frozenset[str] = frozenset(),
     ) -> StepRewardPolicy:
         """Load both models.
 
@@ -241,6 +246,7 @@ class StepRewardAdapter:
             num_candidates: k of the data.
             needs_reference: whether the loss asks for one, which there is not.
             caching, weights: not for this adapter.
+            asked: names of all data that the losses ask for.
         Raises:
             UserError: no such model; a loss with a reference; a cache or tuned weights asked for.
         """
@@ -253,6 +259,8 @@ class StepRewardAdapter:
 
 class StepRewardPolicy:
     """An opened reward model in training: what the loop and the command line ask of an adapter."""
+
+    library: ClassVar[str] = "diffusers"
 
     def __init__(self, settings: StepRewardAdapter, device: torch.device, mixed_precision: str, seed: int) -> None:
         """Use `StepRewardAdapter.open`."""
@@ -309,6 +317,14 @@ class StepRewardPolicy:
     def latent_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of the latents of one image."""
         return self.images.latent_shape
+
+    def activations(self) -> float | None:
+        """Activation memory of a sample: not counted for reward models."""
+        return None
+
+    def notes(self, examples: Sequence[Example]) -> list[str]:
+        """Nothing beyond the plan."""
+        return []
 
     @property
     def num_encoder_parameters(self) -> int:

@@ -64,7 +64,7 @@ class DenoisingInputs:
         return self._measured(network)[0]
 
     def refer(self, network: Network, *, drift: bool = False) -> tuple[Measures, DenoisingInputs]:
-        """The reference's measures, without a graph, and these inputs, with its output kept in them where `drift` is asked for."""
+        """The reference's measures, without a graph, and these inputs, which keep its output where `drift` is asked for."""
         with torch.no_grad():
             output = self._output(network)
             logps, _ = self._logps_and_scale(output)

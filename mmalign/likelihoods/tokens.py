@@ -237,8 +237,8 @@ class TokenInputs:
         device: where the network is.
         pack: one row without padding, every context run once; else padded rows.
         multiple, pad: see `Tokens.padded`.
-        mismatched: prompts with answers of others, one a row, whose logps are the measure `mismatched`, without a gradient: what
-            KTO's anchor is made of.
+        mismatched: prompts with answers of others, one a row, whose logps are the measure `mismatched`, without a gradient:
+            KTO's anchor is made of them.
     """
 
     tokens: Tokens

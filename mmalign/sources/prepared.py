@@ -51,11 +51,13 @@ class Shape:
         num_candidates: k.
         side: side data of one example, by the names of the losses' data parameters.
         errors: whether log-likelihoods are denoising errors, on which beta has several conventions.
+        measures: what the likelihood can measure beside the logps.
     """
 
     num_candidates: int
     side: Mapping[str, Any]
     errors: bool = True
+    measures: frozenset[str] = frozenset()
 
 
 def check_samples(adapter: Any, source: str) -> None:

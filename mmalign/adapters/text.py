@@ -1,0 +1,163 @@
+"""The text adapter: prompts and answers -> log-likelihoods under a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+
+from mmalign.adapters.options import Lora
+from mmalign.adapters.text_policy import TextPolicy
+from mmalign.errors import UserError
+from mmalign.language.tiny import TINY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers written during training, always to the same prompts.
+
+    Args:
+        prompts: one answer each; users' messages where the tokenizer has a chat template.
+        max_new_tokens: of an answer.
+        temperature: 0 takes the likeliest token.
+        seed: of the sampler.
+    """
+
+    prompts: tuple[str, ...]
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail when the run is nearly over."""
+        if not self.prompts:
+            raise ValueError("prompts: got none, want one or more, or validation: null.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want 1 or more.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: got {self.temperature}, want 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAdapter:
+    """Settings of the text adapter.
+
+    Args:
+        model: a causal language model of transformers, folder or hub id, or `tiny`: random weights for smoke runs.
+        revision: of the hub's repository.
+        tokenizer: folder or hub id; None: the model's.
+        gguf_file: file in the model's folder or repository that holds the weights, to read a GGUF model.
+        chat_template: Jinja text, or a file of it, instead of the tokenizer's.
+        template, system_prompt, eos, max_prompt_length, max_response_length: see `language.chat.Encoder`.
+        score: response: all tokens of an answer. difference: from the first token on in which the answers of a row differ; what
+            they share cancels in differences of pairs.
+        lora: low-rank weights; None: full fine-tuning in float32.
+        quantization: frozen weights in 4 or 8 bits (QLoRA); needs lora, a GPU and bitsandbytes.
+        dtype: of the frozen weights; auto: that of the mixed precision. Full fine-tuning keeps float32.
+        attention: implementation of padded rows, as transformers names it; None: the model's own.
+        pack: auto: one row without padding, in which each prompt is run once for all its answers, where the architecture
+            allows; True: refuse an architecture that does not; False: padded rows.
+        group_by_length: padded rows: number of groups of like length, of which a step takes one; 1: none.
+        gradient_checkpointing: recompute activations in the backward pass.
+        mismatched: auto: KTO's anchor is measured on answers of other prompts, as published; False: on the batch itself.
+        cache: folder of reference log-probabilities, which `mmalign prepare` fills; None: a reference pass each step.
+        validation: answers written during training.
+        trust_remote_code: run code that comes with the model.
+        tiny: changes of the config of `model: tiny`.
+    """
+
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    gguf_file: str | None = None
+    chat_template: str | None = None
+    template: Literal["auto", "always"] = "auto"
+    system_prompt: str | None = None
+    eos: Literal["auto", "always", "never"] = "auto"
+    max_prompt_length: int | None = 1024
+    max_response_length: int | None = 1024
+    score: Literal["response", "difference"] = "response"
+    lora: Lora | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    attention: str | None = None
+    pack: Literal["auto"] | bool = "auto"
+    group_by_length: int = 8
+    gradient_checkpointing: bool = False
+    mismatched: Literal["auto"] | bool = "auto"
+    cache: str | None = None
+    validation: Answers | None = None
+    trust_remote_code: bool = False
+    tiny: dict[str, int] | None = None
+
+    measures: ClassVar[frozenset[str]] = frozenset({"shared", "joint", "agreement", "rationale", "exploration", "gold"})
+    side: ClassVar[tuple[str, ...]] = ("lengths", "draw")
+    errors: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is loaded."""
+        for name in ("max_prompt_length", "max_response_length"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ValueError(f"{name}: got {value}, want 2 or more, or null for no limit.")
+        if self.group_by_length < 1:
+            raise ValueError(f"group_by_length: got {self.group_by_length}, want 1 or more.")
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("quantization: got it without lora, and quantised weights cannot be trained. Set lora.")
+        if self.model == TINY and (self.quantization is not None or self.gguf_file is not None):
+            raise ValueError("model: got tiny with quantization or gguf_file, which want a real one.")
+        if self.tiny is not None and self.model != TINY:
+            raise ValueError(f"tiny: got changes for model {self.model}, which are for model: tiny.")
+
+    def check_sources(self, numbers: Mapping[int, str]) -> None:
+        """Refuse prompts with images; `numbers` as `records.Examples.sources` has them.
+
+        Raises:
+            UserError: names the first such row.
+        """
+        for number, where in numbers.items():
+            if number:
+                raise UserError(f"{where}: got a prompt with {number} images, which adapter: text does not see.")
+
+    def check_examples(self, kinds: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
+        """Refuse examples whose candidates have images; `kinds` as `records.Examples` has them.
+
+        Raises:
+            UserError: names the first such row.
+        """
+        for (_, images), where in kinds.items():
+            if any(images):
+                raise UserError(f"{where}: got candidates with images, want texts. Choose adapter: diffusion.")
+
+    def open(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        mixed_precision: str = "no",
+        seed: int = 0,
+        num_candidates: int = 2,
+        needs_reference: bool = False,
+        caching: int | None = None,
+        weights: Path | None = None,
+        asked: frozenset[str] = frozenset(),
+    ) -> TextPolicy:
+        """Load model and tokenizer.
+
+        Args:
+            device: where the model runs.
+            mixed_precision: no, fp16 or bf16.
+            seed: of the LoRA's first weights.
+            num_candidates: k of the data.
+            needs_reference: whether the loss asks for a reference.
+            caching: index of the process, to fill the cache; None: read it.
+            weights: tuned weights to start from, as a run left them.
+            asked: names of all data that the losses ask for.
+        Raises:
+            UserError: no such model, or one that does not go with the settings.
+        """
+        return TextPolicy(
+            self, torch.device(device), mixed_precision, seed, num_candidates, needs_reference, caching, weights, asked
+        )

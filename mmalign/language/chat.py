@@ -1,0 +1,222 @@
+"""From samples to token ids: chat templates, ends of turns, truncation, and where a prompt ends and its answer begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from mmalign.errors import UserError
+from mmalign.records import Content, Message, Sample
+
+Eos = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Samples as token ids.
+
+    Args:
+        contexts: distinct prompts.
+        continuations: one a sample: what follows its context.
+        context_of: of each sample, the index of its context.
+        given: of each continuation, how many of its first tokens are still prompt: they are run, not scored.
+        cut_prompts, cut_responses: how many were truncated.
+    """
+
+    contexts: tuple[tuple[int, ...], ...]
+    continuations: tuple[tuple[int, ...], ...]
+    context_of: tuple[int, ...]
+    given: tuple[int, ...]
+    cut_prompts: int = 0
+    cut_responses: int = 0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of scored tokens of each continuation."""
+        return tuple(len(ids) - given for ids, given in zip(self.continuations, self.given, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """How samples become token ids.
+
+    A prompt and its answer are tokenised as one text, as the model will see them; the answer begins at the first token that is
+    not also one of the prompt alone. Conversations go through the tokenizer's chat template; an answer that is a text follows
+    messages as the assistant's message. Samples with equal prompts share one context.
+
+    Source: TRL 1.16's conventions for the rows; the boundary is the longest common prefix, where TRL counts tokens.
+    Args:
+        tokenizer: of transformers.
+        template: auto: only messages go through the template. always: a prompt that is a text is taken for the user's message.
+        system_prompt: put before conversations that have no system message.
+        eos: auto: an answer that is a text and ends its turn gets the end-of-text token, messages end as their template ends
+            them. always: messages too, where it is not there yet. never: none is added.
+        max_prompt_length: tokens; longer prompts lose their beginning. None: no limit.
+        max_response_length: tokens; longer answers lose their end, and so the token that ends them. None: no limit.
+    """
+
+    tokenizer: Any
+    template: Literal["auto", "always"] = "auto"
+    system_prompt: str | None = None
+    eos: Eos = "auto"
+    max_prompt_length: int | None = None
+    max_response_length: int | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> Encoded:
+        """Token ids of samples, those of one prompt in one context.
+
+        Raises:
+            UserError: an empty answer; a template that refuses a conversation; images, which a text model does not see.
+        """
+        return self.all([samples])[0]
+
+    def all(self, rows: Sequence[Sequence[Sample]]) -> list[Encoded]:
+        """The same for several rows, in one call of the tokenizer."""
+        said = [[self._written(sample) for sample in row] for row in rows]
+        texts = list(dict.fromkeys(text for row in said for one in row for text in one[:2]))
+        ids = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        return [self._row([(ids[prompt], ids[whole], ends) for prompt, whole, ends in row]) for row in said]
+
+    def prompt(self, content: Content) -> list[int]:
+        """Token ids of a prompt alone, as the model begins its answer."""
+        text, started = self._prompt_text(content)
+        ids: list[int] = self.tokenizer([text], add_special_tokens=False)["input_ids"][0]
+        return self._cut_prompt(ids if started else [*self._beginning, *ids])[0]
+
+    @cached_property
+    def _beginning(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text."""
+        with_special, without = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+        for start in range(len(with_special) - len(without) + 1):
+            if with_special[start : start + len(without)] == without:
+                return tuple(with_special[:start])
+        return ()
+
+    def _written(self, sample: Sample) -> tuple[str, str, str]:
+        """(prompt, prompt and answer, how it ends: `templated`, `eos` or `open`) as texts."""
+        if sample.completion.is_empty():
+            raise UserError(f"{_shown(sample.prompt)}: got an empty answer, want a text. Write one or remove the row.")
+        prompt, started = self._prompt_text(sample.prompt, answer=sample.completion)
+        answer = sample.completion
+        if not started:
+            before = prompt + (sample.prefix or "")
+            return before, before + answer.words(), "eos" if sample.ends_turn else "plain"
+        before = prompt + (sample.prefix or "")
+        if sample.prefix is not None or not sample.ends_turn:
+            return before, before + answer.words(), "open"
+        messages = answer.messages or (Message(role="assistant", text=answer.text or ""),)
+        whole = self._rendered((*self._messages(sample.prompt), *messages), sample.prompt.tools, ends=True)
+        return before, whole, "templated"
+
+    def _row(self, samples: list[tuple[list[int], list[int], str]]) -> Encoded:
+        contexts: list[tuple[int, ...]] = []
+        owners: dict[tuple[int, ...], list[int]] = {}
+        for number, (prompt, _, _) in enumerate(samples):
+            owners.setdefault(tuple(prompt), []).append(number)
+        place = [0] * len(samples)
+        wholes: list[list[int]] = [[]] * len(samples)
+        given = [0] * len(samples)
+        cut_prompts = cut_responses = 0
+        for key, members in owners.items():
+            prompt, whole = self._bounded(list(key), [samples[n] for n in members])
+            kept, lost = self._cut_prompt(prompt)
+            cut_prompts += len(members) * (lost > 0)
+            for n, (ids, own) in zip(members, whole, strict=True):
+                limit = None if self.max_response_length is None else own + self.max_response_length
+                cut_responses += limit is not None and len(ids) > limit
+                place[n], wholes[n], given[n] = len(contexts), ids[:limit], own
+            contexts.append(tuple(kept))
+        return Encoded(tuple(contexts), tuple(map(tuple, wholes)), tuple(place), tuple(given), cut_prompts, cut_responses)
+
+    def _bounded(
+        self, prompt: list[int], samples: list[tuple[list[int], list[int], str]]
+    ) -> tuple[list[int], list[tuple[list[int], int]]]:
+        """The context that all samples of a prompt share, and of each what follows, with how much of that is prompt still."""
+        beginning = [] if samples[0][2] in ("templated", "open") else list(self._beginning)
+        own = [_common(prompt, whole) for _, whole, _ in samples]
+        shared = min(own)
+        context = beginning + prompt[:shared]
+        rest = [whole[shared:] for _, whole, _ in samples]
+        given = [length - shared for length in own]
+        if not context:  # nothing to predict the first token from
+            start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+            context = [start]
+        out = []
+        for (_, _, ends), ids, first in zip(samples, rest, given, strict=True):
+            out.append((self._ended(ids, ends), first))
+        return context, out
+
+    def _ended(self, ids: list[int], ends: str) -> list[int]:
+        last = self.tokenizer.eos_token_id
+        wanted = {"eos": self.eos != "never", "templated": self.eos == "always"}.get(ends, False)
+        there = last in ids[-2:]  # a template may write a line break behind it
+        return [*ids, last] if wanted and last is not None and not there else ids
+
+    def _cut_prompt(self, ids: list[int]) -> tuple[list[int], int]:
+        """The end of a prompt that is too long, behind the token that every text begins with."""
+        limit = self.max_prompt_length
+        if limit is None or len(ids) <= limit:
+            return ids, 0
+        beginning = list(self._beginning) if ids[: len(self._beginning)] == list(self._beginning) else []
+        kept = limit - len(beginning)
+        return beginning + ids[len(ids) - kept :], len(ids) - limit
+
+    def _prompt_text(self, content: Content, answer: Content | None = None) -> tuple[str, bool]:
+        """The prompt as the model sees it, and whether it went through the template."""
+        chat = bool(content.messages) or self.template == "always" or (answer is not None and bool(answer.messages))
+        if content.media():
+            raise UserError(f"{_shown(content)}: got images, which adapter: text does not see. Use a model of images.")
+        if not chat:
+            return content.text or "", False
+        messages = self._messages(content)
+        return self._rendered(messages, content.tools, ends=False), True
+
+    def _messages(self, content: Content) -> tuple[Message, ...]:
+        messages = content.messages or (Message(role="user", text=content.text or ""),)
+        if self.system_prompt is not None and messages[0].role != "system":
+            messages = (Message(role="system", text=self.system_prompt), *messages)
+        return messages
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any], *, ends: bool) -> str:
+        """A conversation as text; without `ends` up to where the assistant goes on."""
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                "adapter.chat_template: the tokenizer has none, and the data are conversations. Give one, or plain texts."
+            )
+        goes_on = not ends and messages[-1].role == "assistant"
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [_as_dict(message) for message in messages],
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=not ends and not goes_on,
+                continue_final_message=goes_on,
+            )
+        except Exception as fault:  # jinja's errors have no common base with those that templates raise
+            raise UserError(
+                f"adapter.chat_template: it refuses the conversation {_shown(Content(messages=tuple(messages)))} ({fault}). "
+                "Correct the roles, or give another template."
+            ) from fault
+        return text
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    out: dict[str, Any] = {"role": message.role, "content": message.text, **message.extra}
+    if message.name is not None:
+        out["name"] = message.name
+    if message.tool_calls:
+        out["tool_calls"] = list(message.tool_calls)
+    return out
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common prefix; at least one token of `second` is left."""
+    most = min(len(first), len(second) - 1)
+    return next((n for n in range(most) if first[n] != second[n]), most)
+
+
+def _shown(content: Content) -> str:
+    words = " ".join(content.words().split())
+    return f"prompt {words[:60]!r}" if words else "a prompt without words"
