@@ -131,11 +131,19 @@ class TokenNetwork(nn.Module):
         )
 
     def checkpoint_gradients(self, on: bool) -> None:
-        """Recompute activations layer by layer in the backward pass, or keep them."""
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        """Recompute activations layer by layer in the backward pass, or keep them.
+
+        Raises:
+            UserError: the architecture has no such thing.
+        """
+        if on and not self.model.supports_gradient_checkpointing:
+            raise UserError(
+                f"gradient_checkpointing: got true for {type(self.model).__name__}, which has none. Set it to false."
+            )
+        # transformers renamed both in 5.23.
+        new = hasattr(self.model, "activation_checkpointing_enable")
+        name = f"{'activation' if new else 'gradient'}_checkpointing_{'enable' if on else 'disable'}"
+        getattr(self.model, name)(*([{"use_reentrant": False}] if on else []))
 
     def _check_logits(self) -> None:
         """Compare the probe's log-probabilities with those of the model's own logits."""

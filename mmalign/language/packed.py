@@ -230,14 +230,11 @@ def _mask_function(segments: Sequence[Segment], length: int, window: int | None,
         context[part] = number if segment.after is None else segment.after
         position[part] = torch.arange(before, before + segment.stop - segment.start, device=device)
 
-    def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        related = (owner[q] == owner[k]) | (context[q] == owner[k])
-        near = position[q] >= position[k]
-        if window is not None:
-            near = near & (position[q] - position[k] < window)
-        return related & near
-
-    return seen
+    reach = length if window is None else window
+    # Nothing but tensor functions inside: FlexAttention traces it.
+    return lambda batch, head, q, k: (
+        ((owner[q] == owner[k]) | (context[q] == owner[k])) & (position[q] >= position[k]) & (position[q] - position[k] < reach)
+    )
 
 
 @functools.cache
@@ -259,12 +256,9 @@ def _flex(
     from torch.nn.attention.flex_attention import flex_attention
 
     cap = softcap or 1.0
-
-    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return torch.tanh(score / cap) * cap
-
+    capped = None if softcap is None else lambda score, batch, head, q, k: torch.tanh(score / cap) * cap
     key, value = (_repeated(states, query.shape[1] // states.shape[1]) for states in (key, value))
     run = _compiled_flex() if query.is_cuda else flex_attention
     mask = row.block_mask(window, query.device)
-    out: Tensor = run(query, key, value, score_mod=None if softcap is None else capped, block_mask=mask, scale=scaling)
+    out: Tensor = run(query, key, value, score_mod=capped, block_mask=mask, scale=scaling)
     return out
