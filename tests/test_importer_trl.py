@@ -299,6 +299,19 @@ def test_every_place_of_a_table_gives_the_same_rows(tmp_path, form, caplog):
         assert len(trl(path=str(path), split="test").dataset) == 1
 
 
+def test_a_part_of_a_data_set_is_named_by_its_card_or_its_folder(tmp_path):
+    from datasets import Dataset
+
+    card = "configs:\n" + "".join(f"- config_name: {n}\n  data_files: {n}/train.parquet\n" for n in ("short", "long"))
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    for name in ("short", "long"):
+        (tmp_path / name).mkdir()
+        Dataset.from_list([{"prompt": name, "chosen": "c", "rejected": "r"}]).to_parquet(tmp_path / name / "train.parquet")
+    for part in ({"subset": "long"}, {"folder": "long"}):
+        (row,) = trl(path=str(tmp_path), **part).dataset
+        assert comparison(row).prompt.text == "long"
+
+
 def test_tool_calls_and_tools_of_a_table_lose_the_keys_that_others_gave_them(tmp_path):
     from datasets import Dataset
 

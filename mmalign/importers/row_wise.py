@@ -36,7 +36,7 @@ LINE, ROW, PART = "mmalign_line", "mmalign_row", "mmalign_part"
 LINES = (".jsonl", ".jsonl.gz")
 
 
-def open_rows(path: str, split: str, folder: str | None = None) -> "datasets.Dataset":
+def open_rows(path: str, split: str, folder: str | None = None, subset: str | None = None) -> "datasets.Dataset":
     """Open a foreign table as `open_table` does; rows of local JSON and JSONL files stay lines, whatever their types.
 
     So a broken line is one faulty row, and rows need not have one schema.
@@ -59,7 +59,7 @@ def open_rows(path: str, split: str, folder: str | None = None) -> "datasets.Dat
         return Dataset.from_dict({LINE: [json.dumps(entry) for entry in json_list(place)]})
     if folder is not None and place.is_dir():
         path, folder = str(place / folder), None
-    return _undecoded(open_table(path, split, folder))
+    return _undecoded(open_table(path, split, folder, subset))
 
 
 def _undecoded(table: "datasets.Dataset") -> "datasets.Dataset":

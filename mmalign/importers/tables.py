@@ -46,11 +46,12 @@ class Imported:
         return f"; left out by rule: {', '.join(told)}" if told else ""
 
 
-def open_table(path: str, split: str, folder: str | None = None) -> "datasets.Dataset":
+def open_table(path: str, split: str, folder: str | None = None, subset: str | None = None) -> "datasets.Dataset":
     """Open a local file (Parquet, JSON, JSONL, CSV), a local folder of them or of `save_to_disk`, or a hub data set.
 
     Args:
         folder: the folder in a hub data set that holds the rows, for those of several parts.
+        subset: the name of one of its parts, where its card names them.
 
     Raises:
         UserError: there is none, it cannot be read, or it has no such split.
@@ -71,7 +72,7 @@ def open_table(path: str, split: str, folder: str | None = None) -> "datasets.Da
         if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
             table = load_from_disk(path)
         else:
-            table = load_dataset(path, data_dir=folder, split=split)
+            table = load_dataset(path, subset, data_dir=folder, split=split)
     except UserError:
         raise
     except (OSError, ValueError, DatasetsError) as fault:

@@ -34,6 +34,7 @@ def trl(
     path: str,
     split: str = "train",
     folder: str | None = None,
+    subset: str | None = None,
     step_separator: str = "\n",
     faulty: Faulty = "raise",
     verify: bool = False,
@@ -53,7 +54,7 @@ def trl(
     Args:
         path: hub id, JSONL, JSON, Parquet or CSV file, or a folder of them or of `save_to_disk`.
         split: of the data set.
-        folder: of a data set that has one for each of its parts.
+        folder, subset: the part of a data set that has several: its folder, or the name that its card gives it.
         step_separator: what TRL puts after each step.
         faulty: rows that are unusable, an empty completion among them: `raise`, or `drop` and report.
         verify, num_proc: as in `pick_a_pic`.
@@ -61,7 +62,7 @@ def trl(
     Raises:
         UserError: no such data set or split; faulty rows.
     """
-    table = open_rows(path, split, folder)
+    table = open_rows(path, split, folder, subset)
     _tell_unread(table.column_names)
     place = Path(local_path(path))
     root = place.parent if place.is_file() else place

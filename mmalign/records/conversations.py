@@ -110,7 +110,7 @@ def entry_of(message: Message, image: Callable[[Media], Any] | None = None) -> d
 
 def without_nulls(value: Any) -> Any:
     """Return JSON without the keys that have no value, at any depth: a table gives every row the keys of all rows."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
