@@ -151,8 +151,9 @@ class Run:
         if reference is not None:
             known_of = {"logps": reference["policy"], **inputs.readings(reference["policy"])}
             readings |= {f"{name}/ref": value for name, value in known_of.items()}
-        known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob")}
-        self.sums = metrics.add(self.sums, metrics.preference_metrics(result.losses, result.rewards, readings, **known))
+        known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob", "lengths")}
+        now = metrics.preference_metrics(result.losses, result.rewards, readings, **known, beta=self.objective.beta())
+        self.sums = metrics.add(self.sums, now)
         one = torch.ones((), dtype=torch.float64, device=logps.device)
         self.sums = metrics.add(self.sums, {name: (value * one, one) for name, value in prepared.notes.items()})
         return torch.isfinite(result.losses.detach()), prepared.ids
@@ -291,12 +292,10 @@ class Run:
 
     def log(self) -> dict[str, float]:
         """Write the metrics since the last call; the one collective and copy to the host they cost."""
-        names = sorted(self.sums)
-        table = torch.stack([torch.stack([v.to(torch.float64) for v in self.sums[name]]) for name in names])
+        table = metrics.table(self.sums)
         if self.accelerator.num_processes > 1:
             table = self.accelerator.reduce(table, reduction="sum")
-        rows = table.tolist()
-        values = {name: total / count for name, (total, count) in zip(names, rows, strict=True) if count}
+        values = metrics.averages(self.sums, table.tolist())
         before, then = self.since
         self.sums, self.since = {}, (self.step, time.perf_counter())
         seconds = self.since[1] - then

@@ -37,6 +37,12 @@ def pairs() -> tuple[Tensor, Tensor]:
     return tuple(torch.stack([stored[part + name] for name in names], 1) for part in ("", "ref_"))
 
 
+def pair_lengths() -> Tensor:
+    """Numbers of tokens of the eight pairs."""
+    stored = arrays("inputs_seq")
+    return torch.stack([stored["chosen_len"], stored["rejected_len"]], 1).double()
+
+
 def lists() -> tuple[Tensor, Tensor, Tensor]:
     """Summed logps of policy and reference, and scores, of four lists of four, best first."""
     stored = arrays("inputs_list")
