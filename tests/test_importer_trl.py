@@ -367,6 +367,20 @@ def test_what_is_written_for_trl_is_read_as_it_was(tmp_path, name):
         assert (one.margin, one.weight, one.prompt.tools) == (other.margin, other.weight, other.prompt.tools)
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_any_text_survives_the_way_to_trl_and_back(tmp_path, name):
+    texts = ["a b\n", "\r\nx", "\u2028 y", "\x85z\x0b", "日本 😀", '"\\', "<image>"]
+    rows = [
+        Comparison(
+            id=f"{n}", prompt=Content(text=text), candidates=(Content(text=f"{text}!"), Content(text="no")), ranks=(1, 2)
+        )
+        for n, text in enumerate(texts)
+    ]
+    written = to_trl([pair(row)[0] for row in rows], tmp_path / name)
+    again = [comparison(row) for row in trl(path=str(written)).dataset]
+    assert [told(c) for row in again for c in row.contents()] == [told(c) for row in rows for c in row.contents()]
+
+
 def test_texts_stay_texts_and_a_prefix_ends_the_prompt():
     row = Comparison(
         id="a", prompt=Content(text="p"), candidates=(Content(text="c"), Content(text="r")), prob=0.2, prefix=" s1"

@@ -1,5 +1,6 @@
 import io
 import json
+import random
 
 import pytest
 from PIL import Image
@@ -91,6 +92,51 @@ def test_conversations_round_trip_through_every_format(tmp_path, name):
     assert [whole(row) for row in again] == [whole(row) for row in rows]
     twice = [comparison(row) for row in read(write(again, tmp_path / f"again-{name}"))]
     assert [whole(row) for row in twice] == [whole(row) for row in rows]
+
+
+ALPHABET = ("a", " ", "\n", "\r\n", "\t", "é", "日", "😀", '"', "\\", "\u2028", "\x85", "\x0b", "<image>", "{", "\0")
+
+
+def any_text(draw):
+    return "".join(draw.choice(ALPHABET) for _ in range(draw.randint(0, 12)))
+
+
+def any_content(draw, role):
+    """A text or a conversation of any shape that is not empty."""
+    if draw.random() < 0.4:
+        return Content(text="x" + any_text(draw))
+    messages = []
+    for _ in range(draw.randint(1, 3)):
+        text = "x" + any_text(draw)
+        images = tuple(png(draw.randint(0, 255)) for _ in range(draw.randint(0, 2)))
+        places = tuple(sorted(draw.randint(0, len(text)) for _ in images))
+        calls = tuple({"function": {"name": any_text(draw), "n": draw.randint(0, 9)}} for _ in range(draw.randint(0, 2)))
+        extra = {"thinking": any_text(draw)} if draw.random() < 0.3 else {}
+        name = any_text(draw) if draw.random() < 0.3 else None
+        messages.append(Message(role, text, images, name, calls, places if any(places) else (), extra))
+    tools = tuple({"type": "function", "name": any_text(draw)} for _ in range(draw.randint(0, 2)))
+    return Content(messages=tuple(messages), tools=tools if role == "user" else ())
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.tar"])
+def test_any_conversation_round_trips(tmp_path, name):
+    draw = random.Random(0)
+    rows = []
+    for n in range(40):
+        k = draw.randint(2, 3)
+        rows.append(
+            Comparison(
+                id=f"{n}",
+                prompt=any_content(draw, "user"),
+                candidates=tuple(any_content(draw, "assistant") for _ in range(k)),
+                ranks=tuple(map(float, range(k))),
+                prompts=tuple(any_content(draw, "user") for _ in range(k)) if draw.random() < 0.3 else None,
+                prefix=any_text(draw) if draw.random() < 0.3 else None,
+                extras={"gold": any_content(draw, "assistant")} if draw.random() < 0.3 else {},
+            )
+        )
+    again = [comparison(row) for row in read(write(rows, tmp_path / name))]
+    assert [whole(row) for row in again] == [whole(row) for row in rows]
 
 
 def test_a_row_is_a_value_of_the_table_and_back():
