@@ -278,7 +278,9 @@ class TokenInputs:
             out["shared"] = self._candidates(both["logps"][:, 0])
         if "joint" in self.wanted:
             contexts = sums["logps"][parts * sequences :]
-            owners = torch.tensor(self.tokens.context_of[: self.batch * self.num_candidates]).to(contexts.device)
+            owners = torch.tensor(self.tokens.context_of[: self.batch * self.num_candidates], dtype=torch.long).to(
+                contexts.device
+            )
             out["joint"] = out["policy"] + contexts[owners].view(self.batch, self.num_candidates)
         scored = self.tokens.scored().clamp(min=1)
         for name in sorted(self.wanted & PER_TOKEN):
