@@ -75,7 +75,7 @@ ROOMS = (
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 SIDEWAYS = {
     "devices": {"errors"},
-    "curation": {"importers"},
+    "curation": {"importers", "language"},
     "digits_flow": {"digits"},
     "language": {"checkpoints"},
     "models": {"checkpoints", "families"},

@@ -75,7 +75,7 @@ VOTED = [
 
 
 def test_votes_turn_the_weakest_pairs_and_soften_all() -> None:
-    made = voting(VOTED, flip=0.34, label="soft", margin=True)
+    made = voting(VOTED, flip=0.34, labels="soft", margin=True)
     first, turned, doubt, half, tied = made.outcomes
     assert only(first).labels == {"ranks": (1.0, 2.0), "prob": pytest.approx(sigmoid(1.5)), "margin": 1.5}
     assert only(turned).labels == {"ranks": (2.0, 1.0), "prob": pytest.approx(sigmoid(-4.0)), "margin": 4.0}
@@ -94,7 +94,7 @@ def test_hard_votes_keep_the_label_and_give_a_margin() -> None:
 
 
 def test_a_soft_label_against_the_order_turns_it() -> None:
-    [edit] = voting(VOTED[1:2], label="soft").outcomes
+    [edit] = voting(VOTED[1:2], labels="soft").outcomes
     assert only(edit).labels == {"ranks": (2.0, 1.0), "prob": pytest.approx(sigmoid(-4.0))}
     value = edited(VOTED[1], only(edit), "voting")
     examples = pair(value)
@@ -193,7 +193,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_votes_on_disk(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "voted.parquet"
-    made = relabel(f"path={data}", "method={name: voting, label: soft, margin: true}", f"output={output}")
+    made = relabel(f"path={data}", "method={name: voting, labels: soft, margin: true}", f"output={output}")
     rows = rows_of(output)
     assert [one.prob for one in rows] == pytest.approx([sigmoid(2), sigmoid(-1), sigmoid(-1), sigmoid(1)])
     assert [one.margin for one in rows] == [2.0, 0.0, 0.0, 1.0]

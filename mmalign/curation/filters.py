@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from mmalign.curation.ideal_ranking import rankable as rankable_pairs
 from mmalign.curation.learnability import davir_scores, top_share
 from mmalign.curation.order import best_and_worst, check_judges, numbers_of
 from mmalign.curation.texts import normalised, spoken
 from mmalign.errors import UserError
+from mmalign.metrics import idealised_margin
 from mmalign.records import Comparison, Dropped
 
 Reasons = list[str | None]
@@ -171,8 +171,9 @@ def rankable(
             reasons.append(pair.reason if isinstance(pair, Dropped) else f"no {reference}")
             continue
         share = agreement if row.prob is None or row.prob in (0, 1) else max(row.prob, 1 - row.prob)
-        logps = torch.tensor([[row.scores[reference][place] for place in pair]], dtype=torch.float64)
-        can = bool(rankable_pairs(logps, beta=beta, agreement=share))
+        better, worse = (row.scores[reference][place] for place in pair)
+        margin = idealised_margin(torch.tensor(better - worse, dtype=torch.float64), beta=beta, agreement=share)
+        can = float(margin) > 0
         reasons.append(None if can != hard else "can be ranked" if hard else "cannot be ranked right from this reference")
     return reasons
 

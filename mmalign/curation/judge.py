@@ -181,7 +181,7 @@ def language_model(
     *,
     model: str,
     revision: str | None = None,
-    name: str | None = None,
+    label: str | None = None,
     template: str = TEMPLATE,
     options: tuple[str, str] = ("A", "B"),
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -197,7 +197,7 @@ def language_model(
     Args:
         model: folder or hub id; asked through its chat template where it has one.
         revision: of a hub id.
-        name: of the judge; None: the last part of `model`.
+        label: name of the judge; None: the last part of `model`.
         template: with {prompt}, {first}, {second}, and {A}, {B} for the options. Evidence, rules and examples go here.
         options: two texts that begin with different tokens.
         dtype: of the weights.
@@ -213,7 +213,7 @@ def language_model(
     if batch_size < 1:
         raise UserError(f"batch_size: got {batch_size}, want 1 or more.")
     return LanguageModelJudge(
-        name=name or model.rstrip("/").rpartition("/")[2],
+        name=label or model.rstrip("/").rpartition("/")[2],
         model=model,
         revision=revision,
         template=template,

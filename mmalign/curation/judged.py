@@ -1,7 +1,5 @@
 """Pairs labelled by a judge that sees each of them in both orders, with its verdicts on disk as they come."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +10,10 @@ from tqdm import tqdm
 from mmalign.config import Choice, Table, resolved
 from mmalign.curation.edits import Edit, Relabelled, order_labels
 from mmalign.curation.judging import PairJudge, Verdicts, both_orders
+from mmalign.curation.memory import Memory, key_of
 from mmalign.curation.texts import spoken
 from mmalign.errors import UserError
-from mmalign.records import Comparison, Dropped, Judgement, append_judgements, read_judgements
+from mmalign.records import Comparison, Dropped
 from mmalign.records.table import in_batches
 
 NOT_PART_OF_THE_VERDICT = ("batch_size", "device")  # settings that change speed only
@@ -51,23 +50,23 @@ def judged(
     if inconsistent not in ("drop", "tie") or group < 1:
         raise UserError(f"judge: got inconsistent {inconsistent} and group {group}, want drop or tie, and 1 or more.")
     asked: PairJudge = judge.build()
-    settings = _settings(judge)
+    memory = Memory(journal=journal, judge=asked.name, settings=_settings(judge))
     pairs = [row for row in rows if len(row.candidates) == 2]
-    known = {} if journal is None or not journal.exists() else _known(journal, asked.name, settings)
-    due = list({key: row for row in pairs if (key := _key(row)) not in known}.values())
+    known = memory.known()
+    due = list({key: row for row in pairs if (key := key_of(row)) not in known}.values())
     for some in tqdm(list(in_batches(due, group)), desc="judge", unit="group", disable=None):
         verdicts = _asked(asked, some)
-        if journal is not None:
-            append_judgements(journal, _judgements(some, verdicts, asked.name, settings))
-        for place, row in enumerate(some):
-            known[_key(row)] = float(verdicts.forward[place]), float(verdicts.backward[place])
+        both = zip(verdicts.forward.tolist(), verdicts.backward.tolist(), strict=True)
+        details = [{"forward": forward, "backward": backward} for forward, backward in both]
+        known |= memory.add(some, [(prob, 1 - prob) for prob in verdicts.prob.tolist()], details)
+    said = {key: (float(one["forward"]), float(one["backward"])) for key, one in known.items()}
     outcomes: list[tuple[Edit, ...] | Dropped] = []
     for row in rows:
         if len(row.candidates) != 2:
             outcomes.append(Dropped(f"{len(row.candidates)} candidates, want 2; `mmalign pairs` makes pairs of lists"))
         else:
-            outcomes.append(_outcome(asked.name, *known[_key(row)], soft=soft, inconsistent=inconsistent))
-    return Relabelled(outcomes=outcomes, told=_told(pairs, known, own, len(due)))
+            outcomes.append(_outcome(asked.name, *said[key_of(row)], soft=soft, inconsistent=inconsistent))
+    return Relabelled(outcomes=outcomes, told=_told(pairs, said, own, len(due)))
 
 
 def _asked(judge: PairJudge, rows: Sequence[Comparison]) -> Verdicts:
@@ -96,7 +95,7 @@ def _told(
 ) -> tuple[str, ...]:
     if not rows:
         return ()
-    numbers = torch.tensor([known[_key(row)] for row in rows], dtype=torch.float64)
+    numbers = torch.tensor([known[key_of(row)] for row in rows], dtype=torch.float64)
     verdicts = Verdicts(forward=numbers[:, 0], backward=numbers[:, 1])
     told = [
         f"{num_asked} pairs judged in both orders, {len(rows) - num_asked} kept from before",
@@ -124,36 +123,7 @@ def _bias(row: Comparison, prob: float, own: str) -> list[float]:
     return [prob - gold if models[0] == own else gold - prob]
 
 
-def _key(row: Comparison) -> str:
-    said = [spoken(row.prompt), *(candidate.words() for candidate in row.candidates)]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-
 def _settings(judge: Choice) -> dict[str, Any]:
     kept = {name: value for name, value in judge.settings.items() if name not in NOT_PART_OF_THE_VERDICT}
     plain: dict[str, Any] = resolved({"judge": judge.name, **kept})
     return plain
-
-
-def _judgements(rows: Sequence[Comparison], verdicts: Verdicts, name: str, settings: dict[str, Any]) -> list[Judgement]:
-    return [
-        Judgement(
-            comparison=row.id,
-            judge=name,
-            scores=(prob, 1 - prob),
-            details={"forward": forward, "backward": backward, "content": _key(row), "settings": settings},
-        )
-        for row, prob, forward, backward in zip(
-            rows, verdicts.prob.tolist(), verdicts.forward.tolist(), verdicts.backward.tolist(), strict=True
-        )
-    ]
-
-
-def _known(journal: Path, name: str, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Verdicts of an earlier run by this judge with these settings: key of what was judged -> forward, backward."""
-    every = (one for verdicts in read_judgements(journal).values() for one in verdicts)
-    return {
-        str(one.details["content"]): (float(one.details["forward"]), float(one.details["backward"]))
-        for one in every
-        if one.judge == name and one.details.get("settings") == settings
-    }

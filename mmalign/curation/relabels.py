@@ -12,6 +12,7 @@ from torch import Tensor
 from mmalign.curation.density_ratio import density_ratio as density_ratios
 from mmalign.curation.edits import Edit, Relabelled, order_labels
 from mmalign.curation.judged import judged
+from mmalign.curation.likelihood import likelihood
 from mmalign.curation.order import best_and_worst, check_judges, known_judges, numbers_of
 from mmalign.curation.reward_conditioning import GOAL, reward_conditioned
 from mmalign.curation.self_labels import confidence_threshold, implicit_rewards, label_probs
@@ -63,7 +64,7 @@ def voting(
     *,
     judges: tuple[str, ...] = (),
     flip: float = 0.0,
-    label: Literal["hard", "soft"] = "hard",
+    labels: Literal["hard", "soft"] = "hard",
     temperature: float = 1.0,
     margin: bool = False,
     standardise: bool = False,
@@ -78,7 +79,7 @@ def voting(
     Args:
         judges: who votes; none: all there are but the phi of `mmalign rank`.
         flip: share of all pairs, of lowest strength, that are turned where the judges lean against them. Published: about 0.2.
-        label: hard, or soft labels.
+        labels: hard, or soft.
         temperature: of soft labels, in the judges' units.
         margin: give every pair a margin.
         standardise: bring judges of different units to one: each divided by the standard deviation of its scores.
@@ -102,20 +103,20 @@ def voting(
     if standardise:
         votes = standardised(votes.flatten(1)).reshape(votes.shape)
     mean, deviation = preference_strength(_column(votes, pairs, 0), _column(votes, pairs, 1))
-    labels = denoised(mean.tolist(), flip=flip, label=label, temperature=temperature, margin=margin)
-    for place, one, mu, sd in zip(pairs, labels, mean.tolist(), deviation.tolist(), strict=True):
+    said = denoised(mean.tolist(), flip=flip, labels=labels, temperature=temperature, margin=margin)
+    for place, one, mu, sd in zip(pairs, said, mean.tolist(), deviation.tolist(), strict=True):
         first = (pairs[place][0] == 0) != one.flipped
         soft = None if one.prob is None else one.prob if first else 1 - one.prob
         new = {**order_labels(first if soft is None else soft > 0.5, soft), **({"margin": one.margin} if margin else {})}
         note = {"strength": mu, "deviation": sd, "flipped": one.flipped, "judges": list(names)}
         outcomes[place] = (Edit(labels=new, note=note),)
-    turned = sum(one.flipped for one in labels)
+    turned = sum(one.flipped for one in said)
     told = f"{len(pairs)} pairs voted on by {len(names)} judges, {turned} turned, {int((mean < 0).sum())} of negative strength"
     return Relabelled(outcomes=outcomes, told=(told,))
 
 
 def density_ratio(
-    rows: Sequence[Comparison], *, strong: str, weak: str, lengths: str | None = None, name: str = "density_ratio"
+    rows: Sequence[Comparison], *, strong: str, weak: str, lengths: str | None = None, label: str = "density_ratio"
 ) -> Relabelled:
     """Candidates ranked by log p_strong - log p_weak, which is kept as a judge's scores.
 
@@ -125,7 +126,7 @@ def density_ratio(
         strong, weak: names under which the rows have each response's summed log-probability by an aligned model and by its base
             or SFT checkpoint, nats.
         lengths: name of the number of tokens under the strong model; None: sums.
-        name: of the new judge.
+        label: name of the new judge.
     """
     wanted = [one for one in (strong, weak, lengths) if one is not None]
     check_judges(rows, wanted)
@@ -139,7 +140,7 @@ def density_ratio(
         scores = tuple(density_ratios(*columns).tolist())
         ranks = tuple(1.0 + sum(other > score for other in scores) for score in scores)
         note = {"strong": strong, "weak": weak}
-        outcomes.append((Edit(scores={name: scores}, labels={"ranks": ranks, "prob": None}, note=note),))
+        outcomes.append((Edit(scores={label: scores}, labels={"ranks": ranks, "prob": None}, note=note),))
     return Relabelled(outcomes=outcomes)
 
 
@@ -151,7 +152,7 @@ def self_labels(
     beta: float = 0.1,
     quantile: float = 0.1,
     smoothing: float = 0.1,
-    name: str = "implicit_reward",
+    label: str = "implicit_reward",
 ) -> Relabelled:
     """Pairs labelled by a policy's implicit rewards, softly where it is in doubt itself.
 
@@ -165,13 +166,13 @@ def self_labels(
         beta: published 0.1.
         quantile: share of pairs in doubt. Published: 0.1.
         smoothing: of their labels. Published: 0.1.
-        name: of the judge as whom the rewards are kept.
+        label: name of the judge as whom the rewards are kept.
     """
     confidence_threshold([0.0], quantile)  # settings are checked before rows
     label_probs([], 0.0, smoothing=smoothing)
     check_judges(rows, [policy, reference])
-    outcomes: list[Outcome] = [_self_rewarded(row, policy, reference, beta, name) for row in rows]
-    decided = {place: one[0].scores[name] for place, one in enumerate(outcomes) if not isinstance(one, Dropped)}
+    outcomes: list[Outcome] = [_self_rewarded(row, policy, reference, beta, label) for row in rows]
+    decided = {place: one[0].scores[label] for place, one in enumerate(outcomes) if not isinstance(one, Dropped)}
     if not decided:
         return Relabelled(outcomes=outcomes)
     margins = [abs(one - other) for one, other in decided.values()]
@@ -179,7 +180,7 @@ def self_labels(
     probs = label_probs(margins, threshold, smoothing=smoothing)
     for (place, (one, other)), prob, margin in zip(decided.items(), probs, margins, strict=True):
         edit = Edit(
-            scores={name: (one, other)},
+            scores={label: (one, other)},
             labels=order_labels(one > other, prob if one > other else 1 - prob),
             note={"margin": margin, "threshold": threshold, "policy": policy, "reference": reference},
         )
@@ -190,13 +191,13 @@ def self_labels(
     )
 
 
-def _self_rewarded(row: Comparison, policy: str, reference: str, beta: float, name: str) -> Outcome:
+def _self_rewarded(row: Comparison, policy: str, reference: str, beta: float, label: str) -> Outcome:
     lacking = [one for one in (policy, reference) if one not in row.scores]
     if lacking or len(row.candidates) != 2:
         return Dropped(f"no {', '.join(lacking)}" if lacking else f"{len(row.candidates)} candidates, want 2")
     logps = torch.tensor([row.scores[policy], row.scores[reference]], dtype=torch.float64)
     one, other = implicit_rewards(logps[:1], logps[1:], beta)[0].tolist()
-    return Dropped("tie") if one == other else (Edit(scores={name: (one, other)}),)
+    return Dropped("tie") if one == other else (Edit(scores={label: (one, other)}),)
 
 
 def ratings(rows: Sequence[Comparison], *, by: str, temperature: float = 1.0, margin: bool = False) -> Relabelled:
@@ -211,7 +212,7 @@ def ratings(rows: Sequence[Comparison], *, by: str, temperature: float = 1.0, ma
     """
     check_judges(rows, [by])
     plain = [replace(row, prob=None, ranks=None) for row in rows]
-    made = voting(plain, judges=(by,), label="soft", temperature=temperature, margin=margin, order=by)
+    made = voting(plain, judges=(by,), labels="soft", temperature=temperature, margin=margin, order=by)
     return replace(made, told=(f"mean prob of the better one {_mean_prob(made):.3f}",) if made.told else ())
 
 
@@ -241,4 +242,5 @@ RELABELS: dict[str, Callable[..., Relabelled]] = {
     "density_ratio": density_ratio,
     "self_labels": self_labels,
     "judge": judged,
+    "likelihood": likelihood,
 }

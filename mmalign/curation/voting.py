@@ -56,7 +56,7 @@ def denoised(
     strength: Sequence[float],
     *,
     flip: float = 0.0,
-    label: Literal["hard", "soft"] = "hard",
+    labels: Literal["hard", "soft"] = "hard",
     temperature: float = 1.0,
     margin: bool = False,
 ) -> list[Label]:
@@ -71,7 +71,7 @@ def denoised(
     Args:
         strength: mu of `preference_strength`.
         flip: share of all pairs, 0 to 1. Published: about 0.2.
-        label: hard, or soft.
+        labels: hard, or soft.
         temperature: of soft labels, in the judges' units.
         margin: give every pair an adaptive margin.
 
@@ -84,17 +84,17 @@ def denoised(
         raise UserError(f"temperature: got {temperature:g}, want a positive number, in the judges' units.")
     order = sorted(range(len(strength)), key=lambda place: (strength[place], place))
     turned = {place for place in order[: round(flip * len(strength))] if strength[place] < 0}
-    labels = []
+    said = []
     for place, given in enumerate(strength):
         mu = -given if place in turned else given
-        labels.append(
+        said.append(
             Label(
                 flipped=place in turned,
-                prob=sigmoid(mu / temperature) if label == "soft" else None,
+                prob=sigmoid(mu / temperature) if labels == "soft" else None,
                 margin=max(mu, 0.0) if margin else None,
             )
         )
-    return labels
+    return said
 
 
 def vote_diversity(first: Float[Tensor, "judges n"], second: Float[Tensor, "judges n"]) -> Float[Tensor, ""]:
