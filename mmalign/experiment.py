@@ -142,7 +142,7 @@ def seen_by_losses(config: TrainConfig, examples: Examples) -> Shape:
     """What the losses will see: what the source makes of the examples, and what the adapter adds."""
     shape: Shape = config.source.build().shape(examples)
     adapter = config.adapter.target
-    ones: dict[str, Any] = {"lengths": (1.0,) * shape.num_candidates, "draw": 0.5}
+    ones: dict[str, Any] = {"lengths": (1.0,) * shape.num_candidates, "gold_lengths": (1.0,), "mean_length": 1.0, "draw": 0.5}
     side = {**{name: ones[name] for name in adapter.side}, **shape.side}
     measures = adapter.measures if shape.errors or not adapter.errors else frozenset()
     return replace(shape, side=side, errors=shape.errors and adapter.errors, measures=measures)
@@ -160,7 +160,7 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
     _check_reference(config, objective, source)
     if config.adapter.settings.get("buckets") is not None and not isinstance(source, Offline):
         raise UserError(f"adapter.buckets: got them with source: {config.source.name}, want source: offline. Set it to null.")
-    return adapter.open(
+    policy = adapter.open(
         device=accelerator.device,
         mixed_precision=accelerator.mixed_precision,
         seed=config.seed,
@@ -169,6 +169,9 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
         asked=objective.asked,
         **more,
     )
+    if "mean_length" in objective.asked & set(adapter.side):
+        policy.survey(examples)
+    return policy
 
 
 def _check_reference(config: TrainConfig, objective: Objective, source: Any) -> None:

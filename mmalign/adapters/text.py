@@ -94,7 +94,7 @@ class TextAdapter:
     tiny: dict[str, int] | None = None
 
     measures: ClassVar[frozenset[str]] = frozenset({"shared", "joint", "agreement", "rationale", "exploration", "gold"})
-    side: ClassVar[tuple[str, ...]] = ("lengths", "draw")
+    side: ClassVar[tuple[str, ...]] = ("lengths", "gold_lengths", "mean_length", "draw")
     errors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

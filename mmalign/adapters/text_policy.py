@@ -156,6 +156,7 @@ class TextPolicy:
             max_response_length=settings.max_response_length,
         )
         self.reader = Reader(encoder, extras, "draw" in asked, seed)
+        self.mean_length: float | None = None
         self.cache: ReferenceBank | None = None
         if settings.cache is not None:
             if self.mismatched:
@@ -233,9 +234,12 @@ class TextPolicy:
             pad=self.tokenizer.pad_token_id or 0,
             mismatched=self._mismatched(encoded) if self.mismatched else None,
         )
-        lengths = tokens.scored()[: rows * k].view(rows, k)
+        scored = tokens.scored().to(self.device, non_blocking=True)
         side = {name: value.to(self.device, non_blocking=True) for name, value in batch["side"].items()}
-        side["lengths"] = lengths.to(self.device, non_blocking=True)
+        side["lengths"] = scored[: rows * k].view(rows, k)
+        side |= {f"{name}_lengths": scored[(k + n) * rows :][:rows, None] for n, name in enumerate(self.reader.extras)}
+        if self.mean_length is not None:
+            side["mean_length"] = torch.full_like(scored[:rows], self.mean_length)
         reference = None if self.cache is None or not self.cache.reading else self.cache.measures(inputs)
         samples = rows * (k + len(self.reader.extras))
         notes = {
@@ -244,6 +248,19 @@ class TextPolicy:
             "tokens/per_example": sum(map(len, (*tokens.contexts, *tokens.continuations))) / rows,
         }
         return Prepared(inputs=inputs, side=side, ids=batch["id"], reference=reference, notes=notes)
+
+    def survey(self, examples: Sequence[Example]) -> None:
+        """Take the mean number of tokens of the best answers, of at most the first thousands of examples, for `mean_length`.
+
+        One number for the whole run: a mean over tokens then depends on neither micro-batch nor process.
+        """
+        looked = [examples[i].samples[:1] for i in range(min(len(examples), SURVEYED))]
+        lengths = [
+            one.lengths[0]
+            for start in range(0, len(looked), 256)
+            for one in self.reader.encoder.all(looked[start : start + 256])
+        ]
+        self.mean_length = sum(lengths) / len(lengths)
 
     def groups(self, examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
         """Examples of like length, by characters, where rows are padded; packed rows need none."""
