@@ -40,8 +40,9 @@ def nll(
         policy: summed logps, best first; the other columns are not used.
         lengths: number of scored tokens of each candidate; needed for `sequence`.
         mean_length: mean over rows of the best candidate's number of tokens, one number for many rows; needed for `token`.
+            `adapter: text` gives that of the whole data.
         weight: factor of each row's loss.
-        reduction: see above. Published weight of the term: 1 with `sequence` (RPO), 0.0005 with `sum` (0.005 * beta 0.1).
+        reduction: see above. Published weight of the term: 1 with `sequence` (RPO), 5e-5 with `sum` (0.005 * beta 0.01).
     Raises:
         ValueError: the lengths that the reduction divides by are missing.
     """
