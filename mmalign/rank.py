@@ -241,8 +241,10 @@ def _usable(tables: Sequence["datasets.Dataset"], faults: list[Fault]) -> list[R
         for place, entry in enumerate(outline_rows(table)):
             try:
                 outline = comparison(entry)
-                images = comparison(table[place]).prompt.images if outline.prompt.images else ()
-                prompt = (outline.prompt.text or "", *(image.key() for image in images))
+                whole = (
+                    comparison(table[place]) if any(p.media() for p in (outline.prompt, *(outline.prompts or ()))) else outline
+                )
+                prompt = _prompt_key(whole)
             except UserError as error:
                 where = entry.get("where") or f"row {place + 1}"
                 faults.append(Fault(where, str(error).removeprefix(f"{where}: ")))
@@ -251,6 +253,14 @@ def _usable(tables: Sequence["datasets.Dataset"], faults: list[Fault]) -> list[R
     for fault in faults:
         logger.warning("%s", fault)
     return rows
+
+
+def _prompt_key(row: Comparison) -> tuple[str, ...]:
+    """Return what is equal for rows whose candidates answer one prompt: its words and images, and where answers begin."""
+    prompts = [row.prompt.text or "", *(image.key() for image in row.prompt.images)]
+    if row.prompt.messages or row.prompt.tools:
+        prompts = [row.prompt.key()]
+    return (*prompts, *([] if row.prefix is None else ["prefix", row.prefix]), *(p.key() for p in row.prompts or ()))
 
 
 def _judges(config: RankConfig, rows: Sequence[Row], faults: Sequence[Fault]) -> tuple[str, ...]:
@@ -367,6 +377,7 @@ def _merged(plan: Plan, tables: Sequence["datasets.Dataset"]) -> Comparison:
     """The row to be written, with its media."""
     sources = [comparison(tables[row.table][row.place]) for row in plan.rows]
     candidates = [candidate for source in sources for candidate in source.candidates]
+    own = [source.prompt_of(n) for source in sources for n in range(len(source.candidates))]
     origins = [origin for source in sources for origin in source.provenance or ({},) * len(source.candidates)]
     judges = [judge for judge in sources[0].scores if judge != PHI and all(judge in source.scores for source in sources)]
     scores = {judge: [score for source in sources for score in source.scores[judge]] for judge in judges}
@@ -375,6 +386,7 @@ def _merged(plan: Plan, tables: Sequence["datasets.Dataset"]) -> Comparison:
         sources[0],
         id=plan.id,
         candidates=tuple(candidates[i] for i in plan.kept),
+        prompts=None if sources[0].prompts is None else tuple(own[i] for i in plan.kept),
         scores=kept if plan.phi is None else {**kept, PHI: plan.phi},
         ranks=plan.ranks,
         prob=None,

@@ -18,6 +18,7 @@ from mmalign.records import (
     Content,
     Examples,
     Media,
+    Message,
     best,
     comparison,
     pair,
@@ -318,3 +319,35 @@ def test_rank_from_the_command_line_takes_several_files(
     assert "5 rows, judged by x: 3 ranked lists" in told
     assert "data.view=ranked" in told
     assert command_line(RankConfig, main, [*words, "--rank-by", "z"]) == 2
+
+
+def test_answers_to_one_conversation_are_one_list_and_to_others_not(tmp_path: Path) -> None:
+    def said(role: str, text: str) -> Content:
+        return Content(messages=(Message(role, text),))
+
+    def answers(name: str, question: str, low: float, **more: str) -> Comparison:
+        candidates = (said("assistant", f"{name} a"), said("assistant", f"{name} b"))
+        return Comparison(id=name, prompt=said("user", question), candidates=candidates, scores={"x": (low, low + 1)}, **more)
+
+    rows = [
+        answers("r1", "one?", 0.0),
+        answers("r2", "two?", 0.0),
+        answers("r3", "one?", 5.0),
+        answers("r4", "one?", 0.0, prefix="so"),
+    ]
+    data = write(rows, tmp_path / "rows.jsonl")
+    made = rows_of(rank(f"data={data}", f"output={tmp_path / 'out.jsonl'}").output)
+    assert [[c.words() for c in one.candidates] for one in made] == [
+        ["r1 a", "r1 b", "r3 a", "r3 b"],
+        ["r2 a", "r2 b"],
+        ["r4 a", "r4 b"],
+    ]
+
+
+def test_joint_rows_keep_the_prompt_of_each_candidate(tmp_path: Path) -> None:
+    prompts = (Content(text="p1"), Content(text="p2"))
+    candidates = (Content(text="a1"), Content(text="a2"))
+    row = Comparison(id="j", prompt=prompts[0], prompts=prompts, candidates=candidates, scores={"x": (0.0, 1.0)})
+    data = write([row], tmp_path / "rows.jsonl")
+    (made,) = rows_of(rank(f"data={data}", f"output={tmp_path / 'out.jsonl'}").output)
+    assert [(p.text, c.text) for p, c in zip(made.prompts or (), made.candidates, strict=True)] == [("p1", "a1"), ("p2", "a2")]
