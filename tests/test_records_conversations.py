@@ -24,6 +24,7 @@ from mmalign.records import (
     read,
     to_dataset,
     to_row,
+    unpaired,
     write,
 )
 
@@ -299,3 +300,14 @@ def test_an_empty_completion_in_a_file_is_a_fault_with_its_row(tmp_path):
     assert len(imported.dataset) == 1 and str(imported.faults[0]).startswith(f"{tmp_path}/x.jsonl:2: candidate 2: got an empty")
     with pytest.raises(UserError, match="empty completion"):
         comparisons(path=str(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_answers_judged_alone_are_kept_where_the_importer_is_told(tmp_path, name):
+    alone = Comparison(id="a", prompt=Content(text="p"), candidates=(Content(text="c"),), scores={"label": (1.0,)})
+    path = str(write([alone, plain()], tmp_path / name))
+    assert len(comparisons(path=path, least=1).dataset) == 2
+    left = comparisons(path=path, faulty="drop")
+    assert len(left.dataset) == 1 and "got 1 candidate" in left.faults[0].problem
+    examples = Examples(comparisons(path=path, least=1).dataset.select([0]), unpaired)
+    assert examples[0].side == {"labels": 1.0}

@@ -31,7 +31,7 @@ ROWS_IN_MEMORY = 10_000
 SHOWN_FAULTS = 5
 
 
-def read(path: str | Path, *, faults: list[Fault] | None = None) -> "datasets.Dataset":
+def read(path: str | Path, *, faults: list[Fault] | None = None, least: int = 2) -> "datasets.Dataset":
     """Read a table of comparisons; the format is told from the path. Images are not opened.
 
     `x.jsonl`, `x.parquet`, `x.tar`, or a folder with Parquet files, one JSONL file, `metadata.jsonl` (imagefolder), tar
@@ -41,6 +41,7 @@ def read(path: str | Path, *, faults: list[Fault] | None = None) -> "datasets.Da
         path: file or folder.
         faults: where unusable rows of JSONL, imagefolder and shards are noted, and left out. None: they are an error.
             Rows of Parquet and Arrow tables are checked when they are used.
+        least: candidates that a row must have, where rows are checked.
 
     Raises:
         UserError: nothing there, no known format, or unusable rows (the first few are named).
@@ -51,16 +52,18 @@ def read(path: str | Path, *, faults: list[Fault] | None = None) -> "datasets.Da
             f"{place}: got no such file or folder, want comparisons. Check the path: it counts from the folder you are in."
         )
     reader, files = _format_of(place)
-    return reader(files, faults)
+    return reader(files, faults, least)
 
 
-def collect(rows: Iterable[Mapping[str, Any] | Fault], place: str | Path, faults: list[Fault] | None) -> "datasets.Dataset":
+def collect(
+    rows: Iterable[Mapping[str, Any] | Fault], place: str | Path, faults: list[Fault] | None, least: int = 2
+) -> "datasets.Dataset":
     """Check rows one by one and gather the good ones in a table; tell or note the others.
 
     Args:
         rows: rows of our schema with `where` set, or faults found on the way.
         place: what is read, for the message.
-        faults: as in `read`.
+        faults, least: as in `read`.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -70,7 +73,7 @@ def collect(rows: Iterable[Mapping[str, Any] | Fault], place: str | Path, faults
         for row in rows:
             if isinstance(row, Fault):
                 found.append(row)
-            elif fault := fault_of(row):
+            elif fault := fault_of(row, least):
                 found.append(fault)
             else:
                 yield {name: row.get(name) for name in COLUMNS}
@@ -94,11 +97,15 @@ def raise_faults(faults: list[Fault], place: str | Path) -> None:
         raise UserError("\n".join(str(f) for f in faults[:SHOWN_FAULTS]) + more)
 
 
-def fault_of(row: Mapping[str, Any]) -> Fault | None:
-    """Return what is wrong with a row of our schema, missing image files included; None when it is good."""
+def fault_of(row: Mapping[str, Any], least: int = 2) -> Fault | None:
+    """Return what is wrong with a row of our schema, missing image files included; None when it is good.
+
+    Args:
+        least: candidates it must have.
+    """
     where = row["where"]
     try:
-        value = comparison(row, where)
+        value = comparison(row, where, least)
     except UserError as error:
         return Fault(where, str(error).removeprefix(f"{where}: "))
     for content in value.contents():
@@ -108,7 +115,7 @@ def fault_of(row: Mapping[str, Any]) -> Fault | None:
     return None
 
 
-Reader = Callable[[list[Path], list[Fault] | None], "datasets.Dataset"]
+Reader = Callable[[list[Path], list[Fault] | None, int], "datasets.Dataset"]
 
 
 def _format_of(place: Path) -> tuple[Reader, list[Path]]:
@@ -133,7 +140,7 @@ def _format_of(place: Path) -> tuple[Reader, list[Path]]:
     )
 
 
-def _read_parquet(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+def _read_parquet(files: list[Path], faults: list[Fault] | None, least: int) -> "datasets.Dataset":
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import load_dataset
@@ -149,7 +156,7 @@ def _read_parquet(files: list[Path], faults: list[Fault] | None) -> "datasets.Da
     return _complete(table, where)
 
 
-def _read_arrow(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+def _read_arrow(files: list[Path], faults: list[Fault] | None, least: int) -> "datasets.Dataset":
     from datasets import load_from_disk
 
     table = load_from_disk(str(files[0]))
@@ -180,7 +187,7 @@ def _complete(table: "datasets.Dataset", where: list[str]) -> "datasets.Dataset"
     return table if table.features in (features(), features(conversations=False)) else table.cast(features())
 
 
-def _read_jsonl(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+def _read_jsonl(files: list[Path], faults: list[Fault] | None, least: int) -> "datasets.Dataset":
     def rows() -> Iterator[Mapping[str, Any] | Fault]:
         for file in files:
             for where, entry in json_lines(file):
@@ -190,10 +197,10 @@ def _read_jsonl(files: list[Path], faults: list[Fault] | None) -> "datasets.Data
                     number = where.rpartition(":")[2]
                     yield row_of(entry, where, f"{file.stem}-{number}", _beside(file))
 
-    return collect(rows(), files[0].parent if len(files) > 1 else files[0], faults)
+    return collect(rows(), files[0].parent if len(files) > 1 else files[0], faults, least)
 
 
-def _read_imagefolder(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+def _read_imagefolder(files: list[Path], faults: list[Fault] | None, least: int) -> "datasets.Dataset":
     def rows() -> Iterator[Mapping[str, Any] | Fault]:
         for where, entry in json_lines(files[0]):
             if not isinstance(entry, Fault):
@@ -204,7 +211,7 @@ def _read_imagefolder(files: list[Path], faults: list[Fault] | None) -> "dataset
                 number = where.rpartition(":")[2]
                 yield row_of(entry, where, f"{files[0].parent.name}-{number}", _beside(files[0]))
 
-    return collect(rows(), files[0], faults)
+    return collect(rows(), files[0], faults, least)
 
 
 def metadata_entry(entry: dict[str, Any], where: str) -> dict[str, Any] | Fault:
@@ -223,7 +230,7 @@ def metadata_entry(entry: dict[str, Any], where: str) -> dict[str, Any] | Fault:
     return {**rest, "prompt": prompt or "", "candidates": [{"image": name} for name in names]}
 
 
-def _read_shards(files: list[Path], faults: list[Fault] | None) -> "datasets.Dataset":
+def _read_shards(files: list[Path], faults: list[Fault] | None, least: int) -> "datasets.Dataset":
     def rows() -> Iterator[Mapping[str, Any] | Fault]:
         for shard in files:
             try:
@@ -231,7 +238,7 @@ def _read_shards(files: list[Path], faults: list[Fault] | None) -> "datasets.Dat
             except tarfile.TarError as fault:
                 raise UserError(f"{shard}: got no plain tar file ({fault}), want an uncompressed one.") from fault
 
-    return collect(rows(), files[0].parent if len(files) > 1 else files[0], faults)
+    return collect(rows(), files[0].parent if len(files) > 1 else files[0], faults, least)
 
 
 def _shard_rows(shard: Path) -> Iterator[Mapping[str, Any] | Fault]:
