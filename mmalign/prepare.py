@@ -1,7 +1,8 @@
 """`mmalign prepare`: encode each distinct image and prompt of a run's data once, into the cache that training reads.
 
-Takes the very config of the run; what it fills is `adapter.cache`. With `adapter.draws` and a loss that asks for a reference it
-also computes the reference's logps of every seeded draw, and training needs no reference pass.
+Takes the very config of the run; what it fills is `adapter.cache`. For a loss that asks for a reference it also computes the
+reference's logps, and training needs no reference pass: of texts token by token, of images for every seeded draw of
+`adapter.draws`.
 """
 
 from __future__ import annotations
@@ -33,19 +34,17 @@ class PreparedData:
     """
 
     folder: Path
-    num_images: int
-    num_prompts: int
     num_references: int
     num_bytes: int
+    num_images: int = 0
+    num_prompts: int = 0
     passes_made: int = 0
     passes_saved: int = 0
 
     def __str__(self) -> str:
+        encoded = f"{self.num_images} images, {self.num_prompts} prompts, " if self.num_prompts else ""
         size = f"{self.num_bytes / 2**20:.1f} MB"
-        return (
-            f"cache      {self.folder}: {self.num_images} images, {self.num_prompts} prompts, "
-            f"reference logps of {self.num_references} examples, {size}{self._saving()}"
-        )
+        return f"cache      {self.folder}: {encoded}reference logps of {self.num_references} examples, {size}{self._saving()}"
 
     def _saving(self) -> str:
         if not self.passes_made:
@@ -73,31 +72,25 @@ def main(config: TrainConfig) -> PreparedData:
     policy = open_policy(config, examples, objective, accelerator, caching=accelerator.process_index)
     if accelerator.is_main_process:
         logger.info("data       %s", summary)
-    share = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    share = _Share(examples, range(accelerator.process_index, len(examples), accelerator.num_processes))
+    k = len(examples[0].samples)
+    cache, references = policy.cache, objective.needs_reference and policy.keeps_references
     try:
-        policy.cache.fill(policy, _progress(_Share(examples, share), "encode", accelerator))
+        cache.fill(policy, _progress(share, "encode", accelerator))
         accelerator.wait_for_everyone()
-        references = 0
-        if objective.needs_reference and config.adapter.settings.get("draws") is not None:
-            policy.cache.fill_references(
-                policy,
-                _progress(_Share(examples, share), "reference", accelerator),
-                len(examples[0].samples),
-                accelerator.autocast,
-            )
+        if references:
+            cache.fill_references(policy, _progress(share, "reference", accelerator), k, accelerator.autocast)
             accelerator.wait_for_everyone()
-            references = len(examples)
     finally:
-        policy.cache.close()
-    training, k = config.training, len(examples[0].samples)
+        cache.close()
+    training = config.training
     per_step = training.batch_size * training.accumulation * accelerator.num_processes
     return PreparedData(
-        folder=policy.cache.folder,
-        num_images=len(policy.cache.images),
-        num_prompts=len(policy.cache.prompts),
-        num_references=references,
-        num_bytes=policy.cache.num_bytes,
-        passes_made=references * k * (config.adapter.settings.get("draws") or 0),
+        folder=cache.folder,
+        **cache.counts(),
+        num_references=len(examples) if references else 0,
+        num_bytes=cache.num_bytes,
+        passes_made=len(examples) * k * (config.adapter.settings.get("draws") or 1) if references else 0,
         passes_saved=k * per_step * training.num_steps(len(examples), per_step) if references else 0,
     )
 

@@ -126,6 +126,10 @@ class Cache:
         self.frames = self._frames
         policy.reader = replace(policy.reader, frames=self._frames)
 
+    def counts(self) -> dict[str, int]:
+        """How much is there beside reference logps."""
+        return {"num_images": len(self.images), "num_prompts": len(self.prompts)}
+
     def fill_references(self, policy: DiffusionPolicy, examples: Iterable[Example], num_candidates: int, autocast: Any) -> None:
         """Compute the reference's logps of every seeded draw of every example that lacks them."""
         draws = self.settings.draws

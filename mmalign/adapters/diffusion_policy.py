@@ -223,6 +223,11 @@ class DiffusionPolicy:
         """(channels, height, width) of the latents of one image; (channels, frames, height, width) of a video."""
         return self.encoding.latent_shape(self.settings.size)
 
+    @property
+    def keeps_references(self) -> bool:
+        """Whether the cache holds the reference's logps of a bank of draws."""
+        return self.settings.cache is not None and self.settings.draws is not None
+
     def activations(self) -> float | None:
         """GB of activations per image in bf16, or None for a network that was not counted."""
         lora = self.settings.lora is not None

@@ -67,9 +67,15 @@ class ReferenceBank:
         measured = replace(inputs, wanted=inputs.wanted & {"shared", "joint"}).of_slots({"logps": sums})
         return {name: value.to(inputs.device, non_blocking=True) for name, value in measured.items()}
 
-    def fill(self, policy: TextPolicy, examples: Iterable[Example], autocast: Any) -> int:
-        """Add what is missing of these examples; returns the number of sequences that were run."""
-        added = 0
+    def counts(self) -> dict[str, int]:
+        """There is nothing beside reference logps."""
+        return {}
+
+    def fill(self, policy: TextPolicy, examples: Iterable[Example]) -> None:
+        """Texts are tokenised when they are read: there is nothing to encode ahead."""
+
+    def fill_references(self, policy: TextPolicy, examples: Iterable[Example], num_candidates: int, autocast: Any) -> None:
+        """Add what is missing of these examples."""
         with policy.reference() as network, self.store:
             for group in _groups(examples, BATCH):
                 batch = policy.collate([policy.item(example, 0) for example in group])
@@ -82,8 +88,6 @@ class ReferenceBank:
                 with torch.no_grad(), autocast():
                     values = network(token_by_token(layout).to(inputs.device))["logps"].float().cpu()
                 self._write(tokens, values)
-                added += len(chosen)
-        return added
 
     def close(self) -> None:
         """Give the lock of a writer back."""

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 FULL = "model"  # the folder, in a run's output, that a full fine-tune is saved to
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 EXTRAS = ("rationale", "exploration", "gold")
+LEAST_IN_GROUP = 32  # examples of like length
 SURVEYED = 4096  # examples that are tokenised before a run, to tell lengths and what is cut
 
 
@@ -264,8 +265,8 @@ class TextPolicy:
 
     def groups(self, examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
         """Examples of like length, by characters, where rows are padded; packed rows need none."""
-        count = min(self.settings.group_by_length, len(examples))
-        if self.network.packs or count == 1:
+        count = min(self.settings.group_by_length, len(examples) // LEAST_IN_GROUP)
+        if self.network.packs or count <= 1:
             return ()
         sizes = [len(e.samples[0].prompt.words()) + max(len(s.completion.words()) for s in e.samples) for e in examples]
         order = sorted(range(len(sizes)), key=lambda i: sizes[i])
@@ -333,6 +334,11 @@ class TextPolicy:
     def num_encoder_parameters(self) -> int:
         """There are no frozen encoders beside the model."""
         return 0
+
+    @property
+    def keeps_references(self) -> bool:
+        """Whether there is a cache: the reference's logps are all it holds."""
+        return self.cache is not None
 
     def activations(self) -> float | None:
         """Activation memory of a sample: not known beforehand for texts."""
