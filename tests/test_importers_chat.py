@@ -216,7 +216,6 @@ def test_a_data_set_is_named_in_dataset_info(tmp_path):
             "file_name": "mine.json", "ranking": True, "formatting": "sharegpt",
             "columns": {"messages": "dialogue", "chosen": "good", "rejected": "bad"}, "tags": {"user_tag": "person"},
         },
-        "part": {"file_name": "mine.json", "subset": "x"},
         "nowhere": {"script_url": "x"},
     }  # fmt: skip
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
@@ -230,10 +229,8 @@ def test_a_data_set_is_named_in_dataset_info(tmp_path):
         imported = llama_factory(path=str(path), dataset="mine")
         assert [turns(r.prompt) for r in rows_of(imported)] == [[("user", "Why?")]] * 2
     assert rows_of(imported)[1].where == f"{tmp_path / 'mine.json'}:2"
-    with pytest.raises(UserError, match="got no data set 'theirs', want one of mine, part, nowhere"):
+    with pytest.raises(UserError, match="got no data set 'theirs', want one of mine, nowhere"):
         llama_factory(path=str(tmp_path), dataset="theirs")
-    with pytest.raises(UserError, match="part names the subset 'x'"):
-        llama_factory(path=str(tmp_path), dataset="part")
     with pytest.raises(UserError, match="nowhere has neither file_name nor hf_hub_url"):
         llama_factory(path=str(tmp_path), dataset="nowhere")
     with pytest.raises(UserError, match="columns: got winner, want names of LLaMA-Factory"):

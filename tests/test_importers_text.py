@@ -299,6 +299,12 @@ def test_each_fault_of_a_nectar_row_is_told(row, fault):
         nectar_row(row)
 
 
+def test_an_answer_alone_is_a_fault_where_answers_are_compared(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", [{"prompt": "\n\nHuman: Why?\n\nAssistant:", "answers": nectar_answers(1.0)}])
+    with pytest.raises(UserError, match=r"x\.jsonl:1: got 1 candidate, want at least 2"):
+        imported_by("nectar", path=path)
+
+
 # --- OASST ---------------------------------------------------------------------------------------------------------
 
 

@@ -72,11 +72,11 @@ def llama_factory(
         UserError: no such data set, name or column; a data set of a kind that is not read here; faulty rows.
     """
     entry: dict[str, Any] = {}
-    root, folder = Path(local_path(path)), None
+    root, part = Path(local_path(path)), dict[str, Any]()
     if dataset is not None:
         path, entry, root = _described(root, dataset)
-        folder, split = entry.get("folder"), entry.get("split", split)
-        formatting = entry.get("formatting", formatting)
+        part = {name: entry.get(name) for name in ("folder", "subset")}
+        split, formatting = entry.get("split", split), entry.get("formatting", formatting)
     base = Path(images).expanduser() if images is not None else root if root.is_dir() else root.parent
     convert = partial(
         llama_factory_row,
@@ -85,9 +85,9 @@ def llama_factory(
         tags=_known({**entry.get("tags", {}), **(tags or {})}, TAGS, "tags"),
         images=base,
     )
-    table = open_rows(path, split, folder)
+    table = open_rows(path, split, **part)
     return import_rows(
-        table, convert, name="llama_factory", path=path, split=split, faulty=faulty, verify=verify, num_proc=num_proc
+        table, convert, name="llama_factory", path=path, split=split, faulty=faulty, verify=verify, num_proc=num_proc, least=1
     )
 
 
@@ -101,8 +101,6 @@ def _described(place: Path, dataset: str) -> tuple[str, dict[str, Any], Path]:
     if not isinstance(entries, dict) or not isinstance(entries.get(dataset), dict):
         raise UserError(f"{file}: got no data set {dataset!r}, want one of {', '.join(entries)}. Set dataset.")
     entry = entries[dataset]
-    if entry.get("subset"):
-        raise UserError(f"{file}: {dataset} names the subset {entry['subset']!r}, want a file or a folder. Download it.")
     named = entry.get("hf_hub_url") or entry.get("file_name")
     if not isinstance(named, str):
         raise UserError(f"{file}: {dataset} has neither file_name nor hf_hub_url, want one of them. Download the data.")

@@ -59,6 +59,7 @@ def ms_swift(
         faulty=faulty,
         verify=verify,
         num_proc=num_proc,
+        least=1,
     )
 
 

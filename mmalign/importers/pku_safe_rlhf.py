@@ -18,7 +18,7 @@ def pku_safe_rlhf(
     *,
     path: str,
     split: str = "train",
-    folder: str | None = None,
+    subset: str | None = None,
     faulty: Faulty = "raise",
     axis: Axis = "better",
     disagreement: Disagreement = "keep",
@@ -33,7 +33,7 @@ def pku_safe_rlhf(
 
     Args:
         path, split: as in `ultrafeedback`; `PKU-Alignment/PKU-SafeRLHF`, train or test.
-        folder: the folder of a hub data set that holds one of its parts. None: all.
+        subset: the name of one of its parts, `alpaca-7b` for one. None: all.
         faulty: rows without a response or a verdict: `raise`, or `drop` and report.
         axis: which verdict orders the pair: `better` (helpful) or `safer`.
         disagreement: of the two verdicts. `keep`: the axis decides; `drop`: the row is left out, counted; `safe_first`: where
@@ -49,13 +49,14 @@ def pku_safe_rlhf(
     columns = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
     verdicts = () if unpaired else ("better_response_id", "safer_response_id")
     return import_rows(
-        open_rows(path, split, folder),
+        open_rows(path, split, subset=subset),
         convert,
         name="pku_safe_rlhf",
         path=path,
         split=split,
         columns=(*columns, *verdicts),
         faulty=faulty,
+        least=1 if unpaired else 2,
     )
 
 

@@ -106,7 +106,7 @@ def import_rows(
     path: str,
     split: str,
     columns: Sequence[str] = (),
-    least: int = 1,
+    least: int = 2,
     faulty: Faulty,
     admit: Admit | None = None,
     verify: bool = False,
@@ -121,7 +121,7 @@ def import_rows(
         name: of the format, for ids and messages.
         path, split: what is imported, for messages.
         columns: those a table must have; rows of JSON say themselves what they lack.
-        least: candidates a row must have.
+        least: candidates a row must have; 1 where answers may stand alone with a label.
         faulty, verify, num_proc: as in `pick_a_pic`.
         admit: a row that converted -> a reason to leave it out, or None. May count.
 
