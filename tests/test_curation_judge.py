@@ -136,7 +136,7 @@ def test_braces_in_a_response_stay_what_they_are(model: Path) -> None:
 def test_a_model_is_opened_when_it_is_asked() -> None:
     judge = JUDGES["language_model"](model="nowhere/at-all")
     assert judge([], [], []).tolist() == [], "nothing was asked"
-    with pytest.raises(UserError, match="judge at-all: nowhere/at-all cannot be opened"):
+    with pytest.raises(UserError, match="judge at-all: cannot open nowhere/at-all"):
         judge(["p"], ["a"], ["b"])
 
 

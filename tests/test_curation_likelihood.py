@@ -120,3 +120,27 @@ def test_davir_selects_by_two_models(data: Path, tmp_path: Path, models: tuple[P
     select_main(read_config(SelectConfig, None, [f"path={tmp_path / 'two.jsonl'}", filters, f"output={tmp_path / 'o.jsonl'}"]))
     assert [one.id for one in rows_of(tmp_path / "o.jsonl")] == [max(scores, key=lambda id: scores[id])]
     assert len(rows[0].provenance[0]["curation"]) == 2, "each step of the way is told"
+
+
+def test_candidates_are_ranked_by_the_follow_ups_that_a_model_expects(
+    data: Path, tmp_path: Path, models: tuple[Path, Path]
+) -> None:
+    pleased, displeased = ["Thanks.", "Good!"], ["No."]
+    method = json.dumps({"name": "followups", "model": str(models[0]), "positive": pleased, "negative": displeased})
+    output = tmp_path / "out.jsonl"
+    relabel_main(read_config(RelabelConfig, None, [f"path={data}", f"method={method}", f"output={output}"]))
+    text, talk, _ = rows_of(output)
+    before = "<|im_start|>user\nAdd 1 and 1.<|im_end|>\n<|im_start|>assistant\n{}"
+    after = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    for row, prompt, turn in ((text, "Say hi: {}\n\n", "{}" + END), (talk, before, after)):
+        rewards = []
+        for candidate in row.candidates:
+            sums = {
+                said: by_hand(models[0], prompt.format(candidate.text), turn.format(said))[0]
+                for said in (*pleased, *displeased)
+            }
+            rewards.append((sums["Thanks."] + sums["Good!"]) / 2 - sums["No."])
+        assert row.scores["followups"] == pytest.approx(rewards, rel=1e-3, abs=1e-3), row.id
+        assert row.ranks == ((1.0, 2.0) if rewards[0] > rewards[1] else (2.0, 1.0))
+    made = relabel_main(read_config(RelabelConfig, None, [f"path={data}", f"method={method}", f"output={output}"]))
+    assert "0 rows read by" in made.told[0] and "3 known before" in made.told[0]

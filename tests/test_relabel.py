@@ -280,8 +280,9 @@ def test_a_dry_run_writes_no_rows(data: Path, capsys: pytest.CaptureFixture[str]
         ("{name: voting, judges: [rmm]}", "got no scores by rmm.*Did you mean rm"),
         ("{name: reward_augmented, by: rm, template: Good}", "want a text with"),
         ("{name: self_labels, policy: rm, reference: rm, smoothing: 1}", "smoothing: got 1"),
-        ("{name: judge, judge: {name: language_model, model: nowhere/none}}", "nowhere/none cannot be opened"),
+        ("{name: judge, judge: {name: language_model, model: nowhere/none}}", "judge none: cannot open nowhere/none"),
         ("{name: judge, judge: {name: language_modl}}", "Did you mean language_model"),
+        ("{name: followups, model: tiny, positive: []}", "got 0 positive and 4 negative"),
     ],
 )
 def test_relabel_says_what_it_cannot_do(data: Path, method: str, message: str) -> None:

@@ -34,7 +34,7 @@ def r3_reward(
         prompt, response: texts.
         relevance: (prompt, response) -> dot product of a retriever's embeddings.
         mode: open-ended questions, or closed ones, which have an answer.
-        shape: F, of closed questions. None published in text that we have: the identity.
+        shape: F, of closed questions; the identity unless given.
     """
     found = relevance(prompt, response)
     if mode == "open":

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.devices import torch_device
+from mmalign.curation.reader import opened
 from mmalign.errors import UserError
-from mmalign.scorers.checkpoints import check_keys, first_line
 
 TEMPLATE = """Two answers to the same request follow. Decide which of them serves the person who asked better.
 
@@ -92,21 +91,7 @@ class LanguageModelJudge:
 
     def _open(self) -> tuple[Any, Any]:
         if self._opened is None:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            device = torch_device(self.device)
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
-                network, loaded = AutoModelForCausalLM.from_pretrained(
-                    self.model, revision=self.revision, dtype=getattr(torch, self.dtype), output_loading_info=True
-                )
-            except (OSError, ValueError) as fault:
-                raise UserError(
-                    f"judge {self.name}: {self.model} cannot be opened ({first_line(fault)}). Want a folder or hub id of "
-                    "a causal language model with its tokeniser."
-                ) from fault
-            check_keys("judge.model", missing=loaded["missing_keys"], unexpected=(), misshapen={})
-            self._opened = network.eval().to(device), tokenizer
+            self._opened = opened(f"judge {self.name}", self.model, self.revision, self.dtype, self.device)
         return self._opened
 
 

@@ -4,18 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mmalign.curation.edits import Edit, Relabelled
 from mmalign.curation.memory import Memory, key_of
-from mmalign.devices import torch_device
+from mmalign.curation.reader import Reader
 from mmalign.errors import UserError
-from mmalign.language.chat import Encoded, Encoder
-from mmalign.language.network import TokenNetwork
-from mmalign.language.opening import load_weights, open_model, open_tokenizer
-from mmalign.likelihoods import Tokens
+from mmalign.language.chat import Encoded
 from mmalign.records import Comparison, Dropped, Sample
 from mmalign.records.table import in_batches
 
@@ -57,39 +52,27 @@ def likelihood(
     """
     if batch_size < 1:
         raise UserError(f"batch_size: got {batch_size}, want 1 or more.")
-    settings = {"model": model, "weights": weights, "revision": revision, "dtype": dtype, "system_prompt": system_prompt}
+    settings: dict[str, Any] = {
+        "model": model,
+        "weights": weights,
+        "revision": revision,
+        "dtype": dtype,
+        "system_prompt": system_prompt,
+    }
     memory = Memory(journal=journal, judge=label, settings={"judge": "likelihood", **settings})
     known = memory.known()
     due = {key: row for row in rows if (key := key_of(row)) not in known}
-    too_long: set[str] = set()
+    encoded: dict[str, Encoded] = {}
     if due:
-        network, encoder = _opened(model, weights, revision, system_prompt, dtype, device)
-        limit = max_length or getattr(network.model.config, "max_position_embeddings", None)
-        encoded = dict(zip(due, encoder.all([_samples(row) for row in due.values()]), strict=True))
-        too_long = {key for key, one in encoded.items() if limit is not None and _longest(one) > limit}
-        order = sorted(encoded.keys() - too_long, key=lambda key: (-_longest(encoded[key]), key))  # what needs most comes first
-        for keys in tqdm(list(in_batches(order, batch_size)), desc="likelihood", unit="batch", disable=None):
-            sums = _sums(network, [encoded[key] for key in keys])
+        reader = Reader.open("likelihood", **settings, max_length=max_length, device=device)
+        encoded = reader.encode({key: _samples(row) for key, row in due.items()})
+        for keys in tqdm(list(in_batches(encoded, batch_size)), desc="likelihood", unit="batch", disable=None):
             told = [{"tokens": list(encoded[key].lengths)} for key in keys]
-            known |= memory.add([due[key] for key in keys], sums, told)
+            known |= memory.add([due[key] for key in keys], reader.sums([encoded[key] for key in keys]), told)
     return Relabelled(
         outcomes=[_outcome(known.get(key_of(row)), label, mean) for row in rows],
-        told=(f"{len(due) - len(too_long)} rows read by {model}, {len(rows) - len(due)} known before",),
+        told=(f"{len(encoded)} rows read by {model}, {len(rows) - len(due)} known before",),
     )
-
-
-def _opened(
-    model: str, weights: str | None, revision: str | None, system_prompt: str | None, dtype: str, device: str
-) -> tuple[TokenNetwork, Encoder]:
-    where = torch_device(device)
-    try:
-        opened = open_model(model, revision=revision, dtype=getattr(torch, dtype), device=where)
-        tokenizer = open_tokenizer(model, revision=revision)
-    except UserError as fault:
-        raise UserError(f"likelihood: {str(fault).partition(': ')[2]}") from fault
-    if weights is not None:
-        load_weights(opened, Path(weights).expanduser())
-    return TokenNetwork(opened), Encoder(tokenizer=tokenizer, system_prompt=system_prompt)
 
 
 def _samples(row: Comparison) -> list[Sample]:
@@ -97,27 +80,6 @@ def _samples(row: Comparison) -> list[Sample]:
         Sample(prompt=row.prompt_of(n), completion=one, prefix=row.prefix, ends_turn=row.prefix is None)
         for n, one in enumerate(row.candidates)
     ]
-
-
-def _longest(row: Encoded) -> int:
-    return max(len(row.contexts[c]) + len(ids) for c, ids in zip(row.context_of, row.continuations, strict=True))
-
-
-@torch.no_grad()
-def _sums(network: TokenNetwork, rows: Sequence[Encoded]) -> list[tuple[float, ...]]:
-    """Summed log-probability of every candidate of every row."""
-    contexts, continuations, owners, weights = list[Tensor](), list[Tensor](), list[int](), list[Tensor]()
-    for row in rows:
-        owners += [len(contexts) + owner for owner in row.context_of]
-        contexts += [torch.tensor(ids) for ids in row.contexts]
-        continuations += [torch.tensor(ids) for ids in row.continuations]
-        weights += [(torch.arange(len(ids)) >= given).float() for ids, given in zip(row.continuations, row.given, strict=True)]
-    tokens = Tokens(
-        contexts=tuple(contexts), continuations=tuple(continuations), context_of=tuple(owners), weights=tuple(weights)
-    )
-    layout = tokens.packed() if network.packs else tokens.padded()
-    sums = iter(network(layout.to(next(network.parameters()).device))["logps"].double().tolist())
-    return [tuple(next(sums) for _ in row.continuations) for row in rows]
 
 
 def _outcome(known: Mapping[str, Any] | None, label: str, mean: bool) -> tuple[Edit, ...] | Dropped:

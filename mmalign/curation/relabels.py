@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmalign.curation.density_ratio import density_ratio as density_ratios
 from mmalign.curation.edits import Edit, Relabelled, order_labels
+from mmalign.curation.followup_labels import followups
 from mmalign.curation.judged import judged
 from mmalign.curation.likelihood import likelihood
 from mmalign.curation.order import best_and_worst, check_judges, known_judges, numbers_of
@@ -243,4 +244,5 @@ RELABELS: dict[str, Callable[..., Relabelled]] = {
     "self_labels": self_labels,
     "judge": judged,
     "likelihood": likelihood,
+    "followups": followups,
 }

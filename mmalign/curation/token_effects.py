@@ -29,6 +29,7 @@ def token_weights(
     """Weights of token log-probs: `high` where the history makes the token likelier by more than the threshold, else `low`.
 
     Their mean over a response's tokens is 1, so that a weighted sum stays in the units of the plain one; 0 off the mask.
+    `likelihoods.Tokens.weights` takes them.
 
     Source: NextQuill, published code, whose weights sum to 1 over a batch instead, for a weighted mean.
 
