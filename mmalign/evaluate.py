@@ -1,4 +1,4 @@
-"""`mmalign evaluate`: images made before and after training on the same prompts and seeds, compared by several judges."""
+"""`mmalign evaluate`: images or videos made before and after training on the same prompts and seeds, compared by judges."""
 
 import json
 import logging
@@ -8,17 +8,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL.Image import Image
 
+from mmalign.clips import Images, OpenedLate, seen_frames
 from mmalign.config import Choice, check_folder, command_line, write_resolved
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
-from mmalign.records import Comparison, Media, comparison, read
+from mmalign.records import Comparison, Content, comparison, read
 from mmalign.report import (
     Checkpoint,
     Curve,
@@ -36,10 +37,6 @@ from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    Images = Sequence[Image]
-else:
-    Images = Sequence  # items are decoded when asked for, which a check of types must not do
 IMAGES_AT_ONCE = 64  # opened together; a scorer's own batch_size may be smaller
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -47,6 +44,9 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What `mmalign evaluate` compares, who judges, and where the report goes.
+
+    A judge's score of a video is its mean over at most 8 frames, evenly spaced; the report shows the first frame, and diversity
+    and contrast are those of first frames.
 
     Args:
         before, after: comparisons from `mmalign generate` with the same prompts and seeds; candidates carry their seed.
@@ -109,28 +109,6 @@ class EvaluateResult:
         grids = ("grid.png", "checkpoints.png") if self.evaluation.checkpoints else ("grid.png",)
         files = (self.output / name for name in ("report.html", *grids, "results.json"))
         return "\n".join([str(self.evaluation), "", *map(str, files)])
-
-
-class OpenedLate(Sequence[Image]):
-    """Images that are decoded when asked for, so that thousands of them need no memory."""
-
-    def __init__(self, media: Sequence[Media]) -> None:
-        """Keep the media; nothing is read."""
-        self.media = media
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.media)
-
-    @overload
-    def __getitem__(self, index: int) -> Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Image]: ...
-    def __getitem__(self, index: int | slice) -> Image | list[Image]:
-        """Decode one image, or those of a slice. Raises UserError where one cannot be read."""
-        if isinstance(index, slice):
-            return [media.open() for media in self.media[index]]
-        return self.media[index].open()
 
 
 def main(config: EvaluateConfig) -> EvaluateResult:
@@ -268,21 +246,28 @@ def _change(
 
 
 def _scores(scorer: Scorer, prompts: Sequence[str], images: Images, side: str) -> torch.Tensor:
-    parts = []
-    for start in range(0, len(prompts), IMAGES_AT_ONCE):
-        part = slice(start, start + IMAGES_AT_ONCE)
-        places = [f"{side}, image {start + index + 1} ({prompt!r})" for index, prompt in enumerate(prompts[part])]
-        parts.append(finite_scores(scorer, prompts[part], images[part], places))
-    return torch.cat(parts).double()
+    """The score of each image; of each video its mean over the frames that scorers see."""
+    parts: list[torch.Tensor] = []
+    counts: list[int] = []
+    waiting: list[tuple[str, Image, str]] = []
+    for index, prompt in enumerate(prompts):
+        frames = seen_frames(images, index)
+        counts.append(len(frames))
+        waiting += [(prompt, frame, f"{side}, image {index + 1} ({prompt!r})") for frame in frames]
+        if len(waiting) >= IMAGES_AT_ONCE or index == len(prompts) - 1:
+            texts, opened, places = zip(*waiting, strict=True)
+            parts.append(finite_scores(scorer, texts, opened, places))
+            waiting = []
+    return torch.stack([score.mean() for score in torch.split(torch.cat(parts).double(), counts)])
 
 
-def checkpoint_images(before: Sequence[Comparison], found: dict[str, list[Comparison]]) -> list[tuple[int, list[Media]]]:
+def checkpoint_images(before: Sequence[Comparison], found: dict[str, list[Comparison]]) -> list[tuple[int, list[Content]]]:
     """(step, images paired with `before`) of each checkpoint, in the order of the steps.
 
     Raises:
         UserError: images that no checkpoint-N made, a step given twice, or images that cannot be paired.
     """
-    series: dict[int, list[Media]] = {}
+    series: dict[int, list[Content]] = {}
     for place, rows in found.items():
         step = _step_of(rows)
         if step is None:
@@ -305,8 +290,8 @@ def _step_of(rows: Sequence[Comparison]) -> int | None:
 
 def paired_images(
     before: Iterable[Comparison], after: Iterable[Comparison], *, name: str = "after"
-) -> tuple[list[str], list[Media], list[Media]]:
-    """Prompts and images of both sides, paired by prompt and seed, in the order of `before`; `name` is what to call `after`.
+) -> tuple[list[str], list[Content], list[Content]]:
+    """Prompts, and images or videos of both sides, by prompt and seed in the order of `before`; `name` is what to call `after`.
 
     Raises:
         UserError: an image without a seed, a prompt and seed given twice, or one that the other side lacks.
@@ -323,8 +308,8 @@ def paired_images(
     return [prompt for prompt, _ in old], list(old.values()), [new[key] for key in old]
 
 
-def _by_prompt_and_seed(comparisons: Iterable[Comparison]) -> dict[tuple[str, Any], Media]:
-    found: dict[tuple[str, Any], Media] = {}
+def _by_prompt_and_seed(comparisons: Iterable[Comparison]) -> dict[tuple[str, Any], Content]:
+    found: dict[tuple[str, Any], Content] = {}
     for row in comparisons:
         origins = row.provenance or ({},) * len(row.candidates)
         for number, (candidate, origin) in enumerate(zip(row.candidates, origins, strict=True), 1):
@@ -335,14 +320,11 @@ def _by_prompt_and_seed(comparisons: Iterable[Comparison]) -> dict[tuple[str, An
                 )
             if not candidate.images or not row.prompt.text:
                 raise UserError(f"{place}: got no image or no prompt text, want both. Evaluate compares images of prompts.")
-            if len(candidate.images) > 1:
-                raise UserError(
-                    f"{place}: got {len(candidate.images)} frames, want one image. Compare videos by `mmalign score`."
-                )
             key = (row.prompt.text, origin["seed"])
             if key in found:
                 raise UserError(f"{place}: got prompt {key[0]!r} with seed {key[1]} again, want it once. Remove the copy.")
-            found[key] = candidate.images[0] if candidate.images[0].where else replace(candidate.images[0], where=place)
+            images = tuple(one if one.where else replace(one, where=place) for one in candidate.images)
+            found[key] = replace(candidate, images=images)
     return found
 
 
