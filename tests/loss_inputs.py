@@ -20,6 +20,11 @@ NUM_CANDIDATES = {
 }
 # The others are penalties on further measures of the network.
 ON_LOGPS = [name for name, loss in LOSSES.items() if "policy" in inspect.signature(loss).parameters]
+# Where a loss is trained on its like: images in test_adapter_diffusion.py, texts in test_text_objectives.py.
+OF_IMAGES = {"dro", "mapo", "spo", "rank_dpo", "output_anchor"}
+OF_SCORES = {"bradley_terry", "gpm"}  # a model's scores, not its logps
+OF_A_TEACHER = {"dckd", "adpa"}  # measured by a second model
+OF_TEXTS = sorted(LOSSES.keys() - OF_IMAGES - OF_SCORES - OF_A_TEACHER)
 # What a loss is given though its signature has a default for it. Without an anchor KTO takes the mean over the batch: the
 # rules for single rows are tested with the anchor given. NLL and CPO divide by the length; ODPO and RPO ask for a gap.
 GIVEN = {"kto": {"anchor"}, "nll": {"lengths"}, "cpo": {"lengths"}, "odpo": {"scores"}, "rpo": {"scores"}}

@@ -200,6 +200,15 @@ def test_of_a_list_every_ordered_pair_is_ranked() -> None:
     assert "ranking/flipped" not in got  # nothing to flip
 
 
+def test_the_candidates_are_ranked_too_where_the_rewards_are_of_a_further_completion() -> None:
+    logps = rows((-1.0, -3.0), (-5.0, -3.0))
+    got = values(
+        preference_metrics(torch.zeros(2), rows((0.5,), (1.5,)), {"logps": logps, "logps/ref": logps}, lengths=logps.abs())
+    )
+    assert (got["rewards/chosen"], got["ranking/accuracy"], got["ranking/accuracy_mean"]) == (1.0, 0.5, 0.5)
+    assert not any(name.startswith(("rewards/m", "rewards/a")) for name in got)
+
+
 def test_measures_of_another_width_are_reported_too() -> None:
     got = values(preference_metrics(torch.zeros(2), rows((1.0, 0.0), (1.0, 0.0)), {"rationale": rows((-4.0,), (-2.0,))}))
     assert got["rationale/chosen"] == -3.0

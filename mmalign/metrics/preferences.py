@@ -20,9 +20,9 @@ def preference_metrics(
     rewards: Float[Tensor, "batch k"],
     readings: Mapping[str, Float[Tensor, "batch _"]],
     labels: Float[Tensor, " batch"] | None = None,
-    scores: Float[Tensor, "batch k"] | None = None,
+    scores: Float[Tensor, "batch m"] | None = None,
     prob: Float[Tensor, " batch"] | None = None,
-    lengths: Float[Tensor, "batch k"] | None = None,
+    lengths: Float[Tensor, "batch m"] | None = None,
     beta: float | None = None,
 ) -> Sums:
     """Sums and counts of every metric of one batch, on its device: no synchronisation until they are read.
@@ -44,7 +44,7 @@ def preference_metrics(
     - `lengths/chosen`, `lengths/rejected`, `lengths/difference`: scored tokens.
 
     Args:
-        losses, rewards: what the loss returned.
+        losses, rewards: what the loss returned; the rewards may be of a further completion, k = 1 beside more candidates.
         readings: further quantities of every candidate, e.g. `logps` of the policy, `logps/ref` of the reference, errors.
         labels: unpaired data, k = 1: 1 is counted as chosen, 0 as rejected.
         scores: ranked data: candidates are in order where the scores are; without them column i is better than j > i.
@@ -55,31 +55,36 @@ def preference_metrics(
     sums: Sums = {"loss": masked_sum(losses.detach())}
     columns = {"rewards": rewards, **readings}
     policy, reference = readings.get("logps"), readings.get("logps/ref")
+    chosen = torch.ones_like(losses, dtype=torch.bool) if labels is None else labels > 0.5
     if lengths is not None:
         columns["lengths"] = lengths
     if policy is not None and reference is not None:
-        columns["logps/ratio"] = policy - reference
+        columns["logps/ratio"] = ratio = policy - reference
         sums["kl/k3"] = masked_sum(k3(policy.detach(), reference))
-    chosen = torch.ones_like(losses, dtype=torch.bool) if labels is None else labels > 0.5
-    if "logps/ratio" in columns:
-        sums["logps/chosen_falling"] = masked_sum((columns["logps/ratio"][:, 0] < 0).double(), chosen)
+        sums["logps/chosen_falling"] = masked_sum((ratio[:, 0] < 0).double(), chosen)
     for name, values in columns.items():
-        sums[_named(name, "chosen")] = masked_sum(values[:, 0], chosen)
-        if labels is not None:
-            sums[_named(name, "rejected")] = masked_sum(values[:, 0], ~chosen)
-        elif values.shape[1] > 1:
-            sums[_named(name, "rejected")] = masked_sum(values[:, -1])
-    if labels is None and rewards.shape[1] > 1:
-        decided = torch.ones_like(chosen) if prob is None else prob != 0.5
-        order = torch.ones_like(rewards).cumsum(1).neg() if scores is None else scores
-        ordered = (_margins(order) > 0) & decided[:, None, None]
-        sums |= _of_rewards(rewards, ordered, decided)
-        if policy is not None and policy.shape == rewards.shape:
-            sums |= _of_ranking(policy, reference, ordered, beta)
-            if lengths is not None:
-                sums["ranking/accuracy_mean"] = masked_sum(_in_order(policy / lengths), ordered)
+        sums |= _of_column(name, values, chosen, paired=labels is None)
+    if labels is not None:
+        return sums
+    decided = torch.ones_like(chosen) if prob is None else prob != 0.5
+    if rewards.shape[1] > 1:
+        sums |= _of_rewards(rewards, _ordered(rewards, scores, decided), decided)
+    if policy is not None and policy.shape[1] > 1:  # rewards of a term on one further completion are no ranking of these
+        ordered = _ordered(policy, scores, decided)
+        sums |= _of_ranking(policy, reference, ordered, beta)
         if lengths is not None:
+            sums["ranking/accuracy_mean"] = masked_sum(_in_order(policy / lengths), ordered)
             sums["lengths/difference"] = masked_sum(lengths[:, 0] - lengths[:, -1])
+    return sums
+
+
+def _of_column(name: str, values: Float[Tensor, "batch m"], chosen: Bool[Tensor, " batch"], *, paired: bool) -> Sums:
+    """The best candidate's values and the worst's, or those of desirable rows and of undesirable ones."""
+    sums = {_named(name, "chosen"): masked_sum(values[:, 0], chosen)}
+    if not paired:
+        sums[_named(name, "rejected")] = masked_sum(values[:, 0], ~chosen)
+    elif values.shape[1] > 1:
+        sums[_named(name, "rejected")] = masked_sum(values[:, -1])
     return sums
 
 
@@ -109,6 +114,14 @@ def _of_ranking(
         sums["ranking/flip_satisfied"] = masked_sum(satisfied, ordered)
         sums["ranking/flipped"] = masked_sum(satisfied, ordered & (margins < 0))
     return sums
+
+
+def _ordered(
+    values: Float[Tensor, "batch k"], scores: Float[Tensor, "batch m"] | None, decided: Bool[Tensor, " batch"]
+) -> PairMask:
+    """Which candidate is better than which."""
+    order = torch.ones_like(values).cumsum(1).neg() if scores is None else scores
+    return (_margins(order) > 0) & decided[:, None, None]
 
 
 def _margins(values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch k k"]:
