@@ -8,7 +8,7 @@ import torch
 from loss_inputs import tensor
 from text_golden import arrays, assert_equal, case, leaf, lists, pairs
 
-from mmalign.losses import apo_zero_unpaired, bco, dpo, gpo, kto, nca
+from mmalign.losses import apo_zero_unpaired, bco, dpo, gpo, kto, nca, sppo
 
 
 def unpaired() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,11 +147,16 @@ def test_gpo_repeats_the_derived_numbers(beta: float) -> None:
     assert_equal(torch.cat(alone), expected["per_response"])
 
 
-def test_gpo_on_win_rates_less_one_half_is_sppo() -> None:
+def test_sppo_of_a_list_repeats_the_derived_numbers_and_gpo_on_win_rates_less_one_half_is_sppo() -> None:
     expected = case("derived_list", "sppo_K4_b0.1")
     policy, reference, _ = lists()
-    result = gpo(policy[:1], reference[:1], expected["p_mean"][None] - 0.5)
-    assert_equal(result.losses[0], expected["loss"])
+    wins = expected["p_mean"][None]
+    for loss, data, settings in ((sppo, wins, {"beta": 0.1, "target": "scores"}), (gpo, wins - 0.5, {"beta": 0.1})):
+        logps = leaf(policy[:1])
+        result = loss(logps, reference[:1], scores=data, **settings)
+        result.losses.mean().backward()
+        assert_equal(result.losses[0], expected["loss"])
+        assert_equal(logps.grad[0], expected["grad"])
 
 
 # Refusals
