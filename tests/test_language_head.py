@@ -175,9 +175,9 @@ def test_no_logits_of_all_tokens_are_made_by_a_network() -> None:
         assert counted.largest == 5000 * 16  # the weights of the output layer; 20 scored tokens have 100,000 logits
 
 
-def test_tiles_hold_64_to_1024_tokens_of_32_mebibytes_on_a_cpu() -> None:
+def test_tiles_hold_128_to_1024_tokens_of_64_mebibytes_on_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert [tile_rows(vocab, cpu) for vocab in (100, 32_000, 128_000, 1_000_000)] == [1024, 262, 65, 64]
+    assert [tile_rows(vocab, cpu) for vocab in (100, 32_000, 128_000, 1_000_000)] == [1024, 524, 131, 128]
     assert tile_rows(128_000, torch.device("cuda")) == 524
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = {"cpu": 2**25, "cuda": 2**28}  # of one tile of logits, see `tile_rows`
+TILE_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of one tile of logits, see `tile_rows`
 PER_TOKEN, SHARED = (0, 3), (1, 2, 4)  # of the inputs of _Sums: those with a row a token, and those that all tokens share
 
 
@@ -88,8 +88,8 @@ def slot_sums(
 
 
 def tile_rows(vocab: int, device: torch.device) -> int:
-    """Tokens whose float32 logits fill 32 MiB (CPU) or 256 MiB (CUDA), but 64 to 1024."""
-    return max(64, min(1024, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * vocab)))
+    """Tokens whose float32 logits fill 64 MiB (CPU) or 256 MiB (CUDA), but 128 to 1024."""
+    return max(128, min(1024, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * vocab)))
 
 
 @dataclass(frozen=True, kw_only=True)

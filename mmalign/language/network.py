@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,8 @@ from mmalign.likelihoods import Layout, Tokens
 logger = logging.getLogger(__name__)
 
 # Nats that the probe's sums may differ by: what rounding makes of them; transformers' norms compute in float32.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -68,7 +70,8 @@ class TokenNetwork(nn.Module):
     @property
     def backbone(self) -> Any:
         """The model without its output layer."""
-        return self.model.base_model
+        inner = self.model.base_model
+        return self.model.model if inner is self.model else inner  # Llama 4's text model names another part as its base
 
     def forward(self, layout: Layout, wanted: frozenset[str] = frozenset()) -> dict[str, Float[Tensor, " slots"]]:
         """Sums over the scored tokens of every slot.
@@ -127,7 +130,7 @@ class TokenNetwork(nn.Module):
             inner=inner,
             outer=outer,
             scale=getattr(self.model, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None)), None),
         )
 
     def checkpoint_gradients(self, on: bool) -> None:
@@ -164,7 +167,7 @@ class TokenNetwork(nn.Module):
 
     def _try_packing(self) -> str:
         """Set the model's attention to the packed one and compare; why it may not be, with the attention set back, or ""."""
-        reason = _static_reason(self.model)
+        reason = _static_reason(self.model, self.backbone)
         if reason or self._is_meta():
             return reason
         before = self.model.config._attn_implementation
@@ -182,32 +185,22 @@ class TokenNetwork(nn.Module):
             padded = self(tokens.padded().to(self._device()))["logps"]
             layout = tokens.packed().to(self._device())
             arguments = packed.row_arguments(layout)
-            row = arguments[packed.NAME]
             try:
                 self.backbone(input_ids=layout.ids, use_cache=False, position_ids=layout.positions, **arguments)
-                together = self(layout)["logps"]
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
                 return f"its layers do not take a packed row ({str(error).splitlines()[0][:200]})"
-        config = self.model.config.get_text_config()
-        if len(row.windows) != config.num_hidden_layers:
-            return f"{len(row.windows)} of its {config.num_hidden_layers} layers attend as mmalign can steer"
-        kinds = getattr(config, "layer_types", None)
-        sliding = None if kinds is None else kinds.count("sliding_attention")
-        if sliding is not None and sliding != sum(window is not None for window in row.windows):
-            return "its layers do not tell their sliding windows"
+            reason = _strange_windows(arguments[packed.NAME].windows, self.model.config.get_text_config())
+            if reason:
+                return reason
+            together = self(layout)["logps"]
         off = float((together - padded).abs().max())
         if not off <= self._tolerance():
             return f"{type(self.model).__name__} makes of a packed row what is {off:.3g} nats off"
         return ""
 
     def _tolerance(self) -> float:
-        return TOLERANCE.get(self.head_dtype, TOLERANCE[torch.bfloat16])
-
-    @property
-    def head_dtype(self) -> torch.dtype:
-        """Of the output layer's weights."""
-        dtype: torch.dtype = next(self.model.get_output_embeddings().parameters()).dtype
-        return dtype
+        """Of the least precise weights; quantised ones compute in bfloat16."""
+        return max(TOLERANCE.get(parameter.dtype, TOLERANCE[torch.bfloat16]) for parameter in self.model.parameters())
 
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_input_embeddings().weight.device
@@ -250,7 +243,7 @@ def _low_rank(layer: Any, states: Tensor) -> tuple[Tensor | None, Tensor | None]
     return torch.cat(inner, 1), torch.cat(outer, 1)
 
 
-def _static_reason(model: Any) -> str:
+def _static_reason(model: Any, backbone: Any) -> str:
     """Why the architecture cannot be packed, as far as its class and config tell; or ""."""
     config = model.config.get_text_config()
     if getattr(model, "_is_stateful", False):
@@ -262,8 +255,18 @@ def _static_reason(model: Any) -> str:
         return f"it has layers of {', '.join(strange)}"
     if not model._can_set_attn_implementation() or not model._supports_attention_backend:
         return f"{type(model).__name__} has an attention of its own"
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{type(model).__name__} takes no positions"
+    return ""
+
+
+def _strange_windows(windows: Sequence[int | None], config: Any) -> str:
+    """What is wrong with the windows that the layers asked for, one a layer; or ""."""
+    if len(windows) != config.num_hidden_layers:
+        return f"{len(windows)} of its {config.num_hidden_layers} layers attend as mmalign can steer"
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds.count("sliding_attention") != sum(window is not None for window in windows):
+        return "its layers do not tell their sliding windows"
     return ""
 
 
