@@ -3,7 +3,8 @@
     python benchmarks/methods.py --methods dpo mapo --seeds 0
     python benchmarks/methods.py --out benchmarks/results/methods_cpu.json                     # all, about a quarter of an hour
 
-Each run is `mmalign train` on a config, in a process of its own. Seconds are CPU seconds on one thread.
+Each run is `mmalign train` on a config, in a process of its own. Seconds are CPU seconds on one thread. The controls, labels
+that are turned or drawn at random, are run at the first seed only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
@@ -32,11 +33,22 @@ from mmalign.digits import Base, Pretraining, default_cache, pretrained
 from mmalign.digits_flow import FlowPretraining, pretrained_flow
 from mmalign.models.quiet import quiet_libraries
 
+OPENED = (  # what every process would spend half its time on
+    "method_outcomes",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "accelerate",
+    "datasets",
+    "peft",
+    "sklearn.datasets",
+    "sklearn.linear_model",
+    "sklearn.svm",
+)
 COLUMNS = ("method", "labels", "win rate", "correct", "gain", "diversity", "steps", "CPU s", "peak MB")
 
 
 def measured(bed: Bed, name: str, labels: str, folder: Path) -> dict[str, Any]:
-    """One run as a row. In a process of its own, so that the most memory it had is its own; imports count."""
+    """One run as a row. In a process of its own, so that the most memory it had is its own; what is imported counts."""
     with quiet_libraries():
         found = run(bed, METHODS[name], folder, labels=labels)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -54,7 +66,8 @@ def rows(
     methods: Sequence[str], labels: Sequence[str], seeds: Sequence[int], work: Path, cache: Path
 ) -> Iterator[dict[str, Any]]:
     """Every run, one after another, each in a new process."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(OPENED))
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as alone:
         for seed in seeds:
             bases = {"unet": pretrained(Pretraining(), seed=seed, cache=cache)}
@@ -65,14 +78,14 @@ def rows(
             for kind in kinds:
                 beds[kind] = alone.submit(bed_of, kind, bases[kind], work / f"{kind}-{seed}", seed).result()
             for name in methods:
-                for told in labels:
+                for told in labels if seed == seeds[0] else [told for told in labels if told == "true"]:
                     folder = work / f"{name}-{told}-{seed}"
                     yield alone.submit(measured, beds[METHODS[name].kind], name, told, folder).result()
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """One line a method and kind of label, means over seeds, in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = heading(COLUMNS)
     for name, told in dict.fromkeys((row["method"], row["labels"]) for row in found):
         some = [row for row in found if (row["method"], row["labels"]) == (name, told)]
 
@@ -87,6 +100,22 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gains(found: Sequence[dict[str, Any]]) -> str:
+    """One line a method: its gain at every seed, on true labels, in Markdown."""
+    seeds = list(dict.fromkeys(row["seed"] for row in found))
+    lines = heading(("method", *(f"seed {seed}" for seed in seeds)))
+    for name in dict.fromkeys(row["method"] for row in found):
+        by_seed = {row["seed"]: row for row in found if (row["method"], row["labels"]) == (name, "true")}
+        cells = [f"{by_seed[seed]['correct_after'] - by_seed[seed]['correct_before']:+.3f}" for seed in seeds]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def heading(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a table in Markdown."""
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write; exit status 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,19 +126,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file with every run and what it ran on")
     given = parser.parse_args(arguments)
     found = []
+    load = [os.getloadavg()]
     with tempfile.TemporaryDirectory() as work:
         for row in rows(given.methods, given.labels, given.seeds, Path(work), given.cache):
             found.append(row)
             sys.stderr.write(f"{row['method']} {row['labels']} seed {row['seed']}: {row['correct_after']:.3f}\n")
             if given.out is not None:
-                _write(given.out, found)
+                load.append(os.getloadavg())
+                _write(given.out, found, load)
     sys.stdout.write(table(found) + "\n")
+    if len(given.seeds) > 1 and "true" in given.labels:
+        sys.stdout.write("\n" + gains(found) + "\n")
     return 0
 
 
-def _write(file: Path, found: Sequence[dict[str, Any]]) -> None:
+def _write(file: Path, found: Sequence[dict[str, Any]], load: Sequence[tuple[float, float, float]]) -> None:
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-    setting = {"cores": os.cpu_count(), "threads": 1, "python": platform.python_version(), "packages": packages}
+    minutes = sorted(one[0] for one in load)
+    setting = {
+        "device": "CPU",
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load_average_1_min": {"lowest": minutes[0], "median": median(minutes), "highest": minutes[-1]},
+        "python": platform.python_version(),
+        "packages": packages,
+    }
     recipes = {name: dict(METHODS[name].settings) for name in dict.fromkeys(row["method"] for row in found)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"setting": setting, "recipes": recipes, "rows": found}, indent=1) + "\n", encoding="utf-8")
