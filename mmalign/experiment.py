@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,10 @@ class TrainConfig:
         """Refuse what only several keys together tell."""
         if not self.loss:
             raise ValueError("loss: got an empty list, want at least one loss.")
+        try:
+            Objective(_terms(self.loss), self.auto_beta).try_settings()
+        except UserError as fault:
+            raise ValueError(str(fault)) from fault
         if getattr(self.source.target, "online", False) and self.training.epochs is not None:
             raise ValueError(
                 f"training.epochs: got {self.training.epochs} with source {self.source.name}, whose pairs have no "
@@ -121,10 +126,7 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
         UserError: a loss needs data that the view does not give, wants another number of candidates, would pass over soft
             labels or margins, or has a setting that it refuses.
     """
-    terms = [
-        Term(name=one.name, loss=one.target, settings=one.settings, weight=one.extra.get("weight", 1.0)) for one in config.loss
-    ]
-    objective = Objective(terms, config.auto_beta)
+    objective = Objective(_terms(config.loss), config.auto_beta)
     shape = seen_by_losses(config, examples)
     objective.check(shape.side, shape.num_candidates)
     known = shape.measures
@@ -136,6 +138,10 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
         )
     objective.try_out(shape.side, shape.num_candidates)
     return objective
+
+
+def _terms(losses: Sequence[Choice]) -> list[Term]:
+    return [Term(name=one.name, loss=one.target, settings=one.settings, weight=one.extra.get("weight", 1.0)) for one in losses]
 
 
 def seen_by_losses(config: TrainConfig, examples: Examples) -> Shape:

@@ -8,14 +8,14 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import UserError
-from mmalign.losses import MEASURES, STATISTICS, PreferenceLoss
+from mmalign.losses import LOSSES, MEASURES, STATISTICS, PreferenceLoss
 
 REFERENCE = "reference_"  # before the name of a measure: the reference's
 Gather = Callable[[Tensor], Tensor]
@@ -181,6 +181,23 @@ class Objective:
                     "Correct its settings."
                 )
 
+    def try_settings(self) -> None:
+        """Compute every term that is ours on made-up data: settings that no data would go with are told with the config.
+
+        Raises:
+            UserError: the loss refuses its settings.
+        """
+        for term in self.terms:
+            if LOSSES.get(term.name) is term.loss:
+                k = term.num_candidates or 2
+                known = {name: required for name, required in term.data.items() if not _measured(name)}
+                needed, everything = ({name for name in known if known[name] or more} for more in (False, True))
+                trial = Objective([term], self.auto_beta)
+                try:
+                    trial.try_out({name: self._made_up(term, name, k) for name in needed}, k)
+                except UserError:
+                    trial.try_out({name: self._made_up(term, name, k) for name in everything - {"prob"}}, k)
+
     def __call__(
         self,
         measured: Mapping[str, Float[Tensor, "batch m"]],
@@ -224,6 +241,15 @@ class Objective:
         """Go on from a checkpoint."""
         self.mean_abs_delta = float(state["mean_abs_delta"])
         self.memory = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["memory"].items()}
+
+    @staticmethod
+    def _made_up(term: Term, name: str, num_candidates: int) -> float | tuple[float, ...]:
+        """Side data of one example: scores that fall, ones elsewhere."""
+        annotation = inspect.signature(term.loss, eval_str=True).parameters[name].annotation
+        shapes = [one.dim_str for one in (annotation, *get_args(annotation)) if hasattr(one, "dim_str")]
+        axes = (shapes or ["batch"])[0].split()
+        falling = tuple(1 - n / num_candidates for n in range(num_candidates))
+        return 1.0 if len(axes) < 2 else falling if name == "scores" else (1.0,) * num_candidates
 
     def _settings(self, term: Term) -> dict[str, Any]:
         settings = dict(term.settings)

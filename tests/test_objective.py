@@ -121,3 +121,23 @@ def test_an_automatic_beta_goes_on_from_its_state_and_passes_over_nan() -> None:
 def test_an_automatic_beta_without_meaning_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"got .*, want"):
         AutoBeta(**settings)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_defaults_of_every_loss_are_accepted_before_there_are_data(name: str) -> None:
+    Objective([term(name)]).try_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("robust", {"label_smoothing": 0.5}, r"loss\.robust\.label_smoothing: got 0\.5"),
+        ("dpo", {"beta": -1.0}, r"loss\.dpo\.beta: got -1\.0"),
+        ("spo", {"clip": 2.0}, r"loss\.spo\.clip: got 2\.0"),
+    ],
+)
+def test_settings_that_no_data_go_with_are_refused_before_there_are_data(
+    name: str, settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Objective([term(name, **settings)]).try_settings()
