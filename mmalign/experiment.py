@@ -149,7 +149,7 @@ def seen_by_losses(config: TrainConfig, examples: Examples) -> Shape:
     shape: Shape = config.source.build().shape(examples)
     adapter = config.adapter.target
     ones: dict[str, Any] = {"lengths": (1.0,) * shape.num_candidates, "gold_lengths": (1.0,), "mean_length": 1.0, "draw": 0.5}
-    side = {**{name: ones[name] for name in adapter.side}, **shape.side}
+    side = {**{name: ones.get(name, (1.0,)) for name in adapter.side}, **shape.side}
     measures = adapter.measures if shape.errors or not adapter.errors else frozenset()
     return replace(shape, side=side, errors=shape.errors and adapter.errors, measures=measures)
 
