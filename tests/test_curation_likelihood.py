@@ -10,6 +10,7 @@ import torch
 
 from mmalign.config import read_config
 from mmalign.errors import UserError
+from mmalign.language.opening import add_lora, open_model, save_lora
 from mmalign.language.tiny import tiny_model, tiny_tokenizer
 from mmalign.records import Comparison, Content, Message, comparison, read, write
 from mmalign.relabel import RelabelConfig
@@ -88,6 +89,21 @@ def test_the_column_is_the_log_probability_of_each_response(
         [done] = row.provenance[0]["curation"]
         assert done["tokens"] == [count for _, count in values]
         assert row.ranks == (1.0, 2.0), "labels stay as they are"
+
+
+def test_the_model_that_a_run_has_tuned_reads_with_its_weights(data: Path, tmp_path: Path, models: tuple[Path, Path]) -> None:
+    model = open_model(str(models[0]))
+    add_lora(model, rank=2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.3)
+    run = save_lora(model, tmp_path / "run", str(models[0])).parent
+    likelihood(data, tmp_path / "out.jsonl", models[0], "tuned", weights=str(run))
+    text = rows_of(tmp_path / "out.jsonl")[0]
+    expected = [by_hand(run, "Say hi: ", answer + END)[0] for answer in ("hi", "no, go")]
+    assert text.scores["tuned"] == pytest.approx(expected, rel=1e-4)
+    assert expected[0] != pytest.approx(by_hand(models[0], "Say hi: ", "hi" + END)[0], rel=1e-2)
 
 
 def test_a_second_run_asks_no_model_and_writes_the_same_bytes(data: Path, tmp_path: Path, models: tuple[Path, Path]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -25,7 +25,7 @@ def judged(
     *,
     judge: Annotated[Choice, Table("mmalign.curation:JUDGES")],
     soft: bool = False,
-    inconsistent: str = "drop",
+    inconsistent: Literal["drop", "tie"] = "drop",
     own: str | None = None,
     group: int = 64,
 ) -> Relabelled:
@@ -47,8 +47,8 @@ def judged(
     Raises:
         UserError: settings without a meaning, a model that cannot be opened or asked, a journal that cannot be read.
     """
-    if inconsistent not in ("drop", "tie") or group < 1:
-        raise UserError(f"judge: got inconsistent {inconsistent} and group {group}, want drop or tie, and 1 or more.")
+    if group < 1:
+        raise UserError(f"group: got {group}, want 1 or more.")
     asked: PairJudge = judge.build()
     memory = Memory(journal=journal, judge=asked.name, settings=_settings(judge))
     pairs = [row for row in rows if len(row.candidates) == 2]
