@@ -248,9 +248,11 @@ class Objective:
         annotation = inspect.signature(term.loss, eval_str=True).parameters[name].annotation
         shapes = [one.dim_str for one in (annotation, *get_args(annotation)) if hasattr(one, "dim_str")]
         axes = (shapes or ["batch"])[0].split()
+        if len(axes) < 2:
+            return 1.0
         columns = int(axes[-1]) if axes[-1].isdigit() else num_candidates
         falling = tuple(1 - n / columns for n in range(columns))
-        return 1.0 if len(axes) < 2 else falling if name == "scores" else (1.0,) * columns
+        return falling if name == "scores" else (1.0,) * columns
 
     def _settings(self, term: Term) -> dict[str, Any]:
         settings = dict(term.settings)
