@@ -149,7 +149,9 @@ def token_by_token(layout: Layout) -> Layout:
 def _keys(tokens: Tokens, number: int) -> list[str]:
     """Of the records of a continuation; those of tokens that are not scored differ, because they are kept as 0."""
     context, ids = tokens.contexts[tokens.context_of[number]], tokens.continuations[number]
-    scored = "" if tokens.weights is None else (tokens.weights[number] != 0).numpy().tobytes().hex()
+    left_out = None if tokens.weights is None else tokens.weights[number] == 0
+    # Whether weights are told depends on the other rows of a batch; the key must not.
+    scored = "" if left_out is None or not left_out.any() else (~left_out).numpy().tobytes().hex()
     chunks = -(-len(ids) // CHUNK)
     return [content_key("answer", _bytes(context), _bytes(ids), scored, chunk) for chunk in range(chunks)]
 

@@ -1,25 +1,23 @@
-"""A language model in training with preferences: reads examples, prepares the inputs of a step, holds policy and reference."""
+"""A language model in training with preferences: prepares the inputs of a step, holds policy and reference, saves."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmalign.adapters.side import side_tensors
 from mmalign.adapters.text_cache import ReferenceBank
+from mmalign.adapters.text_lengths import groups_of_like_length, length_note, mean_length
+from mmalign.adapters.text_reading import Reader
+from mmalign.adapters.text_tokens import mismatched_of, tokens_of
 from mmalign.cache import weights_fingerprint
 from mmalign.errors import UserError
-from mmalign.language.chat import Encoded, Encoder
+from mmalign.language.chat import Encoder
 from mmalign.language.generation import generate_texts
 from mmalign.language.network import TokenNetwork
 from mmalign.language.opening import (
@@ -34,70 +32,16 @@ from mmalign.language.opening import (
     save_lora,
 )
 from mmalign.language.tiny import TINY, tiny_folder
-from mmalign.likelihoods import TokenInputs, Tokens
-from mmalign.likelihoods.tokens import first_difference, shared_heads
+from mmalign.likelihoods import TokenInputs
 from mmalign.records import Content, Example
 from mmalign.sources import Prepared
 
 if TYPE_CHECKING:
     from mmalign.adapters.text import TextAdapter
 
-logger = logging.getLogger(__name__)
-
 FULL = "model"  # the folder, in a run's output, that a full fine-tune is saved to
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 EXTRAS = ("rationale", "exploration", "gold")
-LEAST_IN_GROUP = 32  # examples of like length
-SURVEYED = 4096  # examples that are tokenised before a run, to tell lengths and what is cut
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Examples -> items, for worker processes; holds a tokenizer and no model."""
-
-    encoder: Encoder
-    extras: tuple[str, ...]
-    draws: bool
-    seed: int
-
-    def item(self, example: Example, epoch: int) -> dict[str, Any]:
-        """Token ids of an example's candidates and of the further completions that the losses ask for.
-
-        Raises:
-            UserError: a candidate is empty, a completion is missing, or the template refuses the conversation.
-        """
-        missing = [name for name in self.extras if name not in example.extras]
-        if missing:
-            raise UserError(f"{example.id}: has no {missing[0]}, which the loss asks for. Add it, or filter the rows.")
-        samples = (*example.samples, *(example.extras[name] for name in self.extras))
-        try:
-            encoded = self.encoder(samples)
-        except UserError as fault:
-            raise UserError(f"{example.id}: {fault}") from fault
-        side = dict(example.side)
-        if self.draws:
-            digest = hashlib.sha256(f"{self.seed} {epoch} {example.id}".encode()).digest()
-            side["draw"] = int.from_bytes(digest[:6], "big") / 2**48
-        return {"id": example.id, "encoded": encoded, "side": side, "k": len(example.samples)}
-
-    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Several items as one micro-batch.
-
-        Raises:
-            UserError: the items differ in their number of candidates or in their side data.
-        """
-        counts = {item["k"] for item in items}
-        if len(counts) > 1:
-            raise UserError(
-                f"data: got {sorted(counts)} candidates in one batch, want one number. "
-                "Set data.view.num_candidates, or filter the rows."
-            )
-        return {
-            "id": [item["id"] for item in items],
-            "encoded": [item["encoded"] for item in items],
-            "side": side_tensors([item["side"] for item in items]),
-            "k": next(iter(counts)),
-        }
 
 
 class TextPolicy:
@@ -130,7 +74,8 @@ class TextPolicy:
         frozen = DTYPES[mixed_precision] if settings.dtype == "auto" else getattr(torch, settings.dtype)
         model = self._opened(frozen if settings.lora is not None else torch.float32)
         weights_key = weights_fingerprint(model) if settings.cache is not None else ""
-        reference = frozen_copy(model, frozen) if settings.lora is None and needs_reference else None
+        copied = settings.lora is None and needs_reference and (settings.cache is None or caching is not None)
+        reference = frozen_copy(model, frozen) if copied else None
         if weights is not None:
             load_weights(model, weights)
         elif settings.lora is not None:
@@ -223,7 +168,9 @@ class TextPolicy:
         """Token sequences of a step, lengths, and what is known of the reference."""
         encoded, k = batch["encoded"], batch["k"]
         rows = len(encoded)
-        tokens = self._tokens(encoded, k)
+        tokens = tokens_of(
+            encoded, k, len(self.reader.extras), wanted=self.wanted, from_difference=self.settings.score == "difference"
+        )
         inputs = TokenInputs(
             tokens=tokens,
             num_candidates=k,
@@ -233,7 +180,7 @@ class TextPolicy:
             device=self.device,
             pack=self.network.packs,
             pad=self.tokenizer.pad_token_id or 0,
-            mismatched=self._mismatched(encoded) if self.mismatched else None,
+            mismatched=mismatched_of(encoded) if self.mismatched else None,
         )
         scored = tokens.scored().to(self.device, non_blocking=True)
         side = {name: value.to(self.device, non_blocking=True) for name, value in batch["side"].items()}
@@ -251,27 +198,15 @@ class TextPolicy:
         return Prepared(inputs=inputs, side=side, ids=batch["id"], reference=reference, notes=notes)
 
     def survey(self, examples: Sequence[Example]) -> None:
-        """Take the mean number of tokens of the best answers, of at most the first thousands of examples, for `mean_length`.
+        """Take the mean number of tokens of the best answers for `mean_length`.
 
         One number for the whole run: a mean over tokens then depends on neither micro-batch nor process.
         """
-        looked = [examples[i].samples[:1] for i in range(min(len(examples), SURVEYED))]
-        lengths = [
-            one.lengths[0]
-            for start in range(0, len(looked), 256)
-            for one in self.reader.encoder.all(looked[start : start + 256])
-        ]
-        self.mean_length = sum(lengths) / len(lengths)
+        self.mean_length = mean_length(self.reader.encoder, examples)
 
     def groups(self, examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
-        """Examples of like length, by characters, where rows are padded; packed rows need none."""
-        count = min(self.settings.group_by_length, len(examples) // LEAST_IN_GROUP)
-        if self.network.packs or count <= 1:
-            return ()
-        sizes = [len(e.samples[0].prompt.words()) + max(len(s.completion.words()) for s in e.samples) for e in examples]
-        order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-        bounds = [round(n * len(order) / count) for n in range(count + 1)]
-        return tuple(tuple(sorted(order[a:b])) for a, b in pairwise(bounds))
+        """Examples of like length, where rows are padded; packed rows need none."""
+        return () if self.network.packs else groups_of_like_length(examples, self.settings.group_by_length)
 
     def save(self, folder: Path) -> None:
         """LoRA: a PEFT adapter; full: the folder `model`. The tokenizer lies with both."""
@@ -313,22 +248,8 @@ class TextPolicy:
         return f"{type(self.model).__name__}, {how}: {share}; {rows}"
 
     def notes(self, examples: Sequence[Example]) -> list[str]:
-        """Lengths of prompts and answers, and how many are cut, of at most the first thousands of examples."""
-        looked = [examples[i] for i in range(min(len(examples), SURVEYED))]
-        prompts: list[int] = []
-        answers: list[int] = []
-        cut = [0, 0]
-        for start in range(0, len(looked), 256):
-            encoded = self.reader.encoder.all([e.samples for e in looked[start : start + 256]])
-            for one in encoded:
-                prompts += [len(one.contexts[c]) for c in one.context_of]
-                answers += one.lengths
-                cut = [cut[0] + one.cut_prompts, cut[1] + one.cut_responses]
-        of = "" if len(looked) == len(examples) else f" (of the first {len(looked)} examples)"
-        return [
-            f"tokens     prompts {_spread(prompts)}, answers {_spread(answers)}; cut: {cut[0]} prompts to "
-            f"{self.settings.max_prompt_length}, {cut[1]} answers to {self.settings.max_response_length}{of}"
-        ]
+        """Lengths of prompts and answers, and how many are cut."""
+        return [length_note(self.reader.encoder, examples)]
 
     @property
     def num_encoder_parameters(self) -> int:
@@ -355,55 +276,6 @@ class TextPolicy:
         """Where a saved LoRA finds its base."""
         return str(tiny_folder(self.settings.tiny)) if self.settings.model == TINY else self.settings.model
 
-    def _tokens(self, encoded: Sequence[Encoded], k: int) -> Tokens:
-        """Candidates of all rows, then the further completions, name by name."""
-        contexts: list[Tensor] = []
-        sequences: list[list[tuple[Tensor, int, int]]] = []  # of each row: (ids, context, tokens that are still prompt)
-        for one in encoded:
-            first = len(contexts)
-            contexts += [torch.tensor(ids) for ids in one.contexts]
-            sequences.append(
-                [
-                    (torch.tensor(ids), first + owner, given)
-                    for ids, owner, given in zip(one.continuations, one.context_of, one.given, strict=True)
-                ]
-            )
-        chosen = [sequence for row in sequences for sequence in row[:k]]
-        chosen += [row[k + n] for n in range(len(self.reader.extras)) for row in sequences]
-        skipped = [given for _, _, given in chosen]
-        if self.settings.score == "difference" and k > 1:
-            for number, row in enumerate(sequences):
-                common = first_difference([ids for ids, _, _ in row[:k]])
-                for i in range(number * k, number * k + k):
-                    skipped[i] = max(skipped[i], min(common, len(chosen[i][0]) - 1))
-        heads = None
-        if "shared" in self.wanted:
-            scored = [len(ids) - skip for (ids, _, _), skip in zip(chosen, skipped, strict=True)]
-            rows = [scored[i * k : i * k + k] for i in range(len(encoded))]
-            heads = (*shared_heads(rows), *scored[len(encoded) * k :])
-            heads = tuple(head + skip for head, skip in zip(heads, skipped, strict=True))
-        weights = None
-        if any(skipped):
-            weights = tuple((torch.arange(len(ids)) >= skip).float() for (ids, _, _), skip in zip(chosen, skipped, strict=True))
-        joint = tuple(torch.ones(len(context) - 1) for context in contexts) if "joint" in self.wanted else None
-        return Tokens(
-            contexts=tuple(contexts),
-            continuations=tuple(ids for ids, _, _ in chosen),
-            context_of=tuple(owner for _, owner, _ in chosen),
-            weights=weights,
-            context_weights=joint,
-            heads=heads,
-        )
-
-    def _mismatched(self, encoded: Sequence[Encoded]) -> Tokens:
-        """Each prompt with the answer of the next row, for KTO's anchor."""
-        following = [*encoded[1:], encoded[0]]
-        return Tokens(
-            contexts=tuple(torch.tensor(one.contexts[0]) for one in encoded),
-            continuations=tuple(torch.tensor(one.continuations[0]) for one in following),
-            context_of=tuple(range(len(encoded))),
-        )
-
 
 def asked_measures(asked: frozenset[str]) -> frozenset[str]:
     """The measures of one pass that these names of data ask for, beside the logps and the further completions."""
@@ -425,8 +297,3 @@ def _text_or_file(value: str) -> str:
         return Path(value).read_text(encoding="utf-8")
     except OSError as fault:
         raise UserError(f"adapter.chat_template: cannot read {value} ({fault}). Give a file, or Jinja text.") from fault
-
-
-def _spread(values: Sequence[int]) -> str:
-    ordered = sorted(values)
-    return f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})"

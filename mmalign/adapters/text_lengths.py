@@ -1,0 +1,63 @@
+"""How long the texts of a data set are, in tokens: told before a run, and examples of like length for padded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from mmalign.language.chat import Encoded, Encoder
+from mmalign.records import Example, Sample
+
+LEAST_IN_GROUP = 32  # examples of like length
+SURVEYED = 4096  # examples that are tokenised before a run, to tell lengths and what is cut
+AT_ONCE = 256  # examples in one call of the tokenizer
+
+
+def mean_length(encoder: Encoder, examples: Sequence[Example]) -> float:
+    """Mean number of tokens of the best answers, of at most the first thousands of examples."""
+    lengths = [one.lengths[0] for one in _encoded(encoder, [e.samples[:1] for e in _looked_at(examples)])]
+    return sum(lengths) / len(lengths)
+
+
+def length_note(encoder: Encoder, examples: Sequence[Example]) -> str:
+    """Lengths of prompts and answers, and how many are cut, of at most the first thousands of examples."""
+    looked = _looked_at(examples)
+    prompts: list[int] = []
+    answers: list[int] = []
+    cut_prompts = cut_responses = 0
+    for one in _encoded(encoder, [e.samples for e in looked]):
+        prompts += [len(one.contexts[c]) + given for c, given in zip(one.context_of, one.given, strict=True)]
+        answers += one.lengths
+        cut_prompts += one.cut_prompts
+        cut_responses += one.cut_responses
+    of = "" if len(looked) == len(examples) else f" (of the first {len(looked)} examples)"
+    cut = (
+        f"{cut_prompts} of {len(prompts)} prompts to {encoder.max_prompt_length}, "
+        f"{cut_responses} answers to {encoder.max_response_length}"
+    )
+    return f"tokens     prompts {_spread(prompts)}, answers {_spread(answers)}; cut: {cut}{of}"
+
+
+def groups_of_like_length(examples: Sequence[Example], count: int) -> tuple[tuple[int, ...], ...]:
+    """Indices of examples in up to `count` groups of like length, by characters; none where groups would be small."""
+    count = min(count, len(examples) // LEAST_IN_GROUP)
+    if count <= 1:
+        return ()
+    sizes = [len(e.samples[0].prompt.words()) + max(len(s.completion.words()) for s in e.samples) for e in examples]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    bounds = [round(n * len(order) / count) for n in range(count + 1)]
+    return tuple(tuple(sorted(order[a:b])) for a, b in pairwise(bounds))
+
+
+def _looked_at(examples: Sequence[Example]) -> list[Example]:
+    return [examples[i] for i in range(min(len(examples), SURVEYED))]
+
+
+def _encoded(encoder: Encoder, rows: Sequence[Sequence[Sample]]) -> Iterator[Encoded]:
+    for start in range(0, len(rows), AT_ONCE):
+        yield from encoder.all(rows[start : start + AT_ONCE])
+
+
+def _spread(values: Sequence[int]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})"

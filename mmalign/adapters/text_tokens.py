@@ -1,0 +1,89 @@
+"""Encoded rows of a micro-batch as the sequences that a language model runs, and which of their tokens are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmalign.errors import UserError
+from mmalign.language.chat import Encoded
+from mmalign.likelihoods import Tokens
+from mmalign.likelihoods.tokens import first_difference, shared_heads
+
+
+def tokens_of(
+    rows: Sequence[Encoded], num_candidates: int, num_extras: int = 0, *, wanted: frozenset[str], from_difference: bool = False
+) -> Tokens:
+    """Candidates of all rows, then the further completions, name by name.
+
+    Args:
+        rows: of each the candidates first, then its further completions.
+        num_candidates: k.
+        num_extras: further completions of each row.
+        wanted: measures; `shared` asks for heads, `joint` for scored contexts.
+        from_difference: leave out the tokens that all candidates of a row begin with, where they answer one prompt.
+    """
+    contexts: list[Tensor] = []
+    sequences: list[list[tuple[Tensor, int, int]]] = []  # of each row: (ids, context, first tokens that are not scored)
+    for row in rows:
+        first = len(contexts)
+        contexts += [torch.tensor(ids) for ids in row.contexts]
+        members = zip(row.continuations, row.context_of, row.given, strict=True)
+        sequences.append([(torch.tensor(ids), first + owner, given) for ids, owner, given in members])
+        if from_difference:
+            sequences[-1] = _from_difference(sequences[-1], num_candidates)
+    chosen = [sequence for row in sequences for sequence in row[:num_candidates]]
+    chosen += [row[num_candidates + n] for n in range(num_extras) for row in sequences]
+    joint = tuple(torch.ones(len(context) - 1) for context in contexts) if "joint" in wanted else None
+    return Tokens(
+        contexts=tuple(contexts),
+        continuations=tuple(ids for ids, _, _ in chosen),
+        context_of=tuple(owner for _, owner, _ in chosen),
+        weights=_weights(chosen),
+        context_weights=joint,
+        heads=_heads(chosen, len(rows), num_candidates) if "shared" in wanted else None,
+    )
+
+
+def mismatched_of(rows: Sequence[Encoded]) -> Tokens:
+    """Each prompt with the answer of another row, for KTO's anchor: that of the row before, the first with the last one's.
+
+    Source: TRL's KTOTrainer, which shifts the answers of a batch by one place.
+    Raises:
+        UserError: one row, whose answer would be its own.
+    """
+    if len(rows) < 2:
+        raise UserError(
+            "training.batch_size: got 1, want 2 or more: KTO's anchor pairs each prompt of a micro-batch with the answer of "
+            "another. Or set adapter.mismatched to false."
+        )
+    answers = [rows[-1], *rows[:-1]]
+    scored = [answer.continuations[0][answer.given[0] :] for answer in answers]
+    return Tokens(
+        contexts=tuple(torch.tensor(row.contexts[0] + row.continuations[0][: row.given[0]]) for row in rows),
+        continuations=tuple(torch.tensor(ids) for ids in scored),
+        context_of=tuple(range(len(rows))),
+    )
+
+
+def _from_difference(row: list[tuple[Tensor, int, int]], k: int) -> list[tuple[Tensor, int, int]]:
+    """The row with what all its candidates begin with not scored; at least one token of each stays."""
+    if k < 2 or len({owner for _, owner, _ in row[:k]}) > 1:
+        return row
+    common = first_difference([ids for ids, _, _ in row[:k]])
+    return [(ids, owner, max(given, min(common, len(ids) - 1))) for ids, owner, given in row[:k]] + row[k:]
+
+
+def _weights(chosen: Sequence[tuple[Tensor, int, int]]) -> tuple[Tensor, ...] | None:
+    if not any(skip for _, _, skip in chosen):
+        return None
+    return tuple((torch.arange(len(ids)) >= skip).float() for ids, _, skip in chosen)
+
+
+def _heads(chosen: Sequence[tuple[Tensor, int, int]], num_rows: int, k: int) -> tuple[int, ...]:
+    """As many scored tokens as the row's shortest candidate has; further completions are all head."""
+    scored = [len(ids) - skip for ids, _, skip in chosen]
+    heads = (*shared_heads([scored[i * k : i * k + k] for i in range(num_rows)]), *scored[num_rows * k :])
+    return tuple(head + skip for head, (_, _, skip) in zip(heads, chosen, strict=True))
