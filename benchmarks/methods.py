@@ -27,7 +27,7 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
 
-from method_outcomes import KINDS, LABELS, METHODS, Bed, make_bed, run
+from method_outcomes import LABELS, METHODS, Bed, make_bed, run
 
 from mmalign.digits import Base, Pretraining, default_cache, pretrained
 from mmalign.digits_flow import FlowPretraining, pretrained_flow
@@ -70,17 +70,17 @@ def rows(
     context.set_forkserver_preload(list(OPENED))
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as alone:
         for seed in seeds:
-            bases = {"unet": pretrained(Pretraining(), seed=seed, cache=cache)}
-            kinds = [kind for kind in KINDS if any(METHODS[name].kind == kind for name in methods)]
-            if "flow" in kinds:
-                bases["flow"] = pretrained_flow(FlowPretraining(), bases["unet"], seed=seed, cache=cache)
-            beds = {}
-            for kind in kinds:
-                beds[kind] = alone.submit(bed_of, kind, bases[kind], work / f"{kind}-{seed}", seed).result()
+            base = pretrained(Pretraining(), seed=seed, cache=cache)
+            beds: dict[str, Bed] = {}
             for name in methods:
+                kind = METHODS[name].kind
+                if kind not in beds:
+                    flow = kind == "flow"
+                    drawn = pretrained_flow(FlowPretraining(), base, seed=seed, cache=cache) if flow else base
+                    beds[kind] = alone.submit(bed_of, kind, drawn, work / f"{kind}-{seed}", seed).result()
                 for told in labels if seed == seeds[0] else [told for told in labels if told == "true"]:
                     folder = work / f"{name}-{told}-{seed}"
-                    yield alone.submit(measured, beds[METHODS[name].kind], name, told, folder).result()
+                    yield alone.submit(measured, beds[kind], name, told, folder).result()
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
