@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -46,7 +46,8 @@ class Encoder:
     not also one of the prompt alone. Conversations go through the tokenizer's chat template; an answer that is a text follows
     messages as the assistant's message. Samples with equal prompts share one context.
 
-    Source: TRL 1.16's conventions for the rows; the boundary is the longest common prefix, where TRL counts tokens.
+    Source: TRL 1.16's conventions; there all answers of a prompt are scored from where the first of them departs from it, here
+        each from where it departs itself, so that its score does not depend on what it is compared with.
     Args:
         tokenizer: of transformers.
         template: auto: only messages go through the template. always: a prompt that is a text is taken for the user's message.
@@ -83,7 +84,7 @@ class Encoder:
         """Token ids of a prompt alone, as the model begins its answer."""
         text, started = self._prompt_text(content)
         ids: list[int] = self.tokenizer([text], add_special_tokens=False)["input_ids"][0]
-        return self._cut_prompt(ids if started else [*self._beginning, *ids])[0]
+        return self._cut_prompt(self._begun(ids, started))[0]
 
     @cached_property
     def _beginning(self) -> tuple[int, ...]:
@@ -98,17 +99,21 @@ class Encoder:
         """(prompt, prompt and answer, how it ends: `templated`, `eos` or `open`) as texts."""
         if sample.completion.is_empty():
             raise UserError(f"{_shown(sample.prompt)}: got an empty answer, want a text. Write one or remove the row.")
-        prompt, started = self._prompt_text(sample.prompt, answer=sample.completion)
         answer = sample.completion
-        if not started:
-            before = prompt + (sample.prefix or "")
-            return before, before + answer.words(), "eos" if sample.ends_turn else "plain"
+        prompt, started = self._prompt_text(sample.prompt, answer=answer)
         before = prompt + (sample.prefix or "")
-        if sample.prefix is not None or not sample.ends_turn:
+        if not started:
+            return before, before + answer.words(), "eos" if sample.ends_turn else "plain"
+        if not sample.ends_turn:
             return before, before + answer.words(), "open"
-        messages = answer.messages or (Message(role="assistant", text=answer.text or ""),)
-        whole = self._rendered((*self._messages(sample.prompt), *messages), sample.prompt.tools, ends=True)
-        return before, whole, "templated"
+        said = self._messages(sample.prompt)
+        answers = answer.messages or (Message(role="assistant", text=answer.text or ""),)
+        if answers[0].role == "assistant":  # it goes on where the prompt and the prefix stop
+            begun = sample.prefix or ""
+            if _goes_on(said):
+                begun, said = (said[-1].text or "") + begun, said[:-1]
+            answers = (replace(answers[0], text=begun + (answers[0].text or "")), *answers[1:])
+        return before, self._rendered((*said, *answers), sample.prompt.tools, ends=True), "templated"
 
     def _row(self, samples: list[tuple[list[int], list[int], str]]) -> Encoded:
         contexts: list[tuple[int, ...]] = []
@@ -134,19 +139,30 @@ class Encoder:
         self, prompt: list[int], samples: list[tuple[list[int], list[int], str]]
     ) -> tuple[list[int], list[tuple[list[int], int]]]:
         """The context that all samples of a prompt share, and of each what follows, with how much of that is prompt still."""
-        beginning = [] if samples[0][2] in ("templated", "open") else list(self._beginning)
         own = [_common(prompt, whole) for _, whole, _ in samples]
         shared = min(own)
-        context = beginning + prompt[:shared]
+        context = self._begun(prompt[:shared], samples[0][2] in ("templated", "open"))
         rest = [whole[shared:] for _, whole, _ in samples]
         given = [length - shared for length in own]
-        if not context:  # nothing to predict the first token from
-            start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-            context = [start]
         out = []
         for (_, _, ends), ids, first in zip(samples, rest, given, strict=True):
             out.append((self._ended(ids, ends), first))
         return context, out
+
+    def _begun(self, ids: list[int], templated: bool) -> list[int]:
+        """A prompt behind what every text begins with; never nothing, from which no first token could be predicted."""
+        beginning = list(self._beginning)
+        if not templated and ids[: len(beginning)] != beginning:
+            ids = beginning + ids
+        if ids:
+            return ids
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        if start is None:
+            raise UserError(
+                "adapter.tokenizer: got an empty prompt, and the tokenizer has no token that begins or ends a text. Give "
+                "prompts, or another tokenizer."
+            )
+        return [start]
 
     def _ended(self, ids: list[int], ends: str) -> list[int]:
         last = self.tokenizer.eos_token_id
@@ -159,8 +175,9 @@ class Encoder:
         limit = self.max_prompt_length
         if limit is None or len(ids) <= limit:
             return ids, 0
-        beginning = list(self._beginning) if ids[: len(self._beginning)] == list(self._beginning) else []
-        kept = limit - len(beginning)
+        beginning = list(self._beginning) or [self.tokenizer.bos_token_id]
+        beginning = beginning if ids[: len(beginning)] == beginning else []
+        kept = max(limit - len(beginning), 0)
         return beginning + ids[len(ids) - kept :], len(ids) - limit
 
     def _prompt_text(self, content: Content, answer: Content | None = None) -> tuple[str, bool]:
@@ -185,7 +202,7 @@ class Encoder:
             raise UserError(
                 "adapter.chat_template: the tokenizer has none, and the data are conversations. Give one, or plain texts."
             )
-        goes_on = not ends and messages[-1].role == "assistant"
+        goes_on = not ends and _goes_on(messages)
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [_as_dict(message) for message in messages],
@@ -202,8 +219,13 @@ class Encoder:
         return text
 
 
+def _goes_on(messages: Sequence[Message]) -> bool:
+    """Whether an answer continues the last message: the assistant's, which is no call of a tool."""
+    return messages[-1].role == "assistant" and not messages[-1].tool_calls
+
+
 def _as_dict(message: Message) -> dict[str, Any]:
-    out: dict[str, Any] = {"role": message.role, "content": message.text, **message.extra}
+    out: dict[str, Any] = {"role": message.role, "content": message.text or "", **message.extra}
     if message.name is not None:
         out["name"] = message.name
     if message.tool_calls:
