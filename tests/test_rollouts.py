@@ -225,6 +225,14 @@ def test_a_run_starts_at_ln_2_and_moves(tmp_path: Path, name: str) -> None:
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[1]["loss"] != rows[0]["loss"]
     assert 0 < rows[0]["rollout/valid"] <= 1 and math.isfinite(rows[0]["rollout/score"])
+    assert rows[0]["rollout/epoch"] > 0
+
+
+def test_the_passes_over_the_prompts_are_counted_by_rounds_and_not_by_pairs(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, prompts_per_round=4)
+    for number in (1, 2):
+        opened.round()
+        assert opened.stream.notes["rollout/epoch"] == number * 4 / len(opened.stream.examples)
 
 
 def test_step_aware_and_latent_judges_work_in_a_run(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ WITHOUT_MEANING = (
 class Rollouts:
     """SPO's source: sample with the policy, and make pairs of the best and worst of several successors of one x_t.
 
+    Logged: `rollout/valid`, the share of transitions that gave a pair; `rollout/score`, the mean over all candidates;
+    `rollout/epoch`, passes over the prompts.
+
     At each step in the window `num_candidates` successors are drawn; the scorer judges what each of them leads to; the best and
     the worst become a pair if softmax([s_best, s_worst]) differs by more than `threshold`; one of them, at random, goes on.
 
@@ -235,7 +238,11 @@ class RolloutStream:
         self.round += 1
         self.fruitless = 0 if every else self.fruitless + 1
         attempts = self.settings.prompts_per_round * self.segments.num_transitions
-        self.notes = {"rollout/valid": len(every) / attempts, "rollout/score": math.fsum(all_scores) / len(all_scores)}
+        self.notes = {
+            "rollout/valid": len(every) / attempts,
+            "rollout/score": math.fsum(all_scores) / len(all_scores),
+            "rollout/epoch": self.round * self.settings.prompts_per_round / len(self.examples),
+        }
         logger.info("round %d: %d pairs, mean score %.4g", self.round, len(every), self.notes["rollout/score"])
         if self.fruitless == FRUITLESS_ROUNDS:
             raise UserError(
