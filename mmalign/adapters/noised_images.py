@@ -173,8 +173,10 @@ class ScoringInputs:
         """The scores, by the name of the losses' data parameter."""
         return {"policy": self.logps(network)}
 
-    def refer(self, network: Callable[..., Tensor], *, drift: bool = False) -> tuple[Float[Tensor, "batch k"], ScoringInputs]:
-        """Scores of other weights of the same network, without a graph, and these inputs.
+    def refer(
+        self, network: Callable[..., Tensor], *, drift: bool = False
+    ) -> tuple[dict[str, Float[Tensor, "batch k"]], ScoringInputs]:
+        """The measures of other weights of the same network, without a graph, and these inputs.
 
         Raises:
             ValueError: `drift` is asked for, which scores do not have.
@@ -182,7 +184,7 @@ class ScoringInputs:
         if drift:
             raise ValueError("drift: is not defined for scores. Leave the loss that asks for it out.")
         with torch.no_grad():
-            return self.logps(network), self
+            return self.measures(network), self
 
     def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
         """Other names under which these scores are logged: none."""
