@@ -225,7 +225,7 @@ def _goes_on(messages: Sequence[Message]) -> bool:
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    out: dict[str, Any] = {"role": message.role, "content": message.text or "", **message.extra}
+    out: dict[str, Any] = {"role": message.role, "content": message.text, **message.extra}
     if message.name is not None:
         out["name"] = message.name
     if message.tool_calls:
