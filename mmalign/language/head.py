@@ -65,7 +65,7 @@ def slot_sums(
         weight: w; None: 1.
         wanted: of "agreement" and "entropy".
         rows: tokens in a tile; None: see `tile_rows`.
-        accumulators: slots up to which a trainable output layer is passed once; 0: never.
+        accumulators: slots up to which a trainable output layer is passed once, where memory allows it; 0: never.
     """
     dtype = _compute_dtype(hidden, head.weight)
     job = _Job(
@@ -175,7 +175,7 @@ class _Sums(torch.autograd.Function):
         *tensors, job = inputs
         needed = tuple(number for number in range(5) if job.graph and ctx.needs_input_grad[number])
         shared = any(number in SHARED for number in needed)
-        once = bool(needed) and (not shared or len(job.counts) <= job.accumulators)
+        once = bool(needed) and (not shared or _has_room(tensors, needed, job))
         gradients = _Gradients.empty(tensors, needed, job, merged=False) if once else None
         out = _sweep(tensors, job, job.factor, gradients, job.wanted)
         ctx.job, ctx.needed, ctx.gradients = job, needed, gradients
@@ -206,6 +206,18 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(hidden.device.type) and own != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     return own
+
+
+def _has_room(tensors: Any, needed: tuple[int, ...], job: _Job) -> bool:
+    """Whether a total a slot may be held: as many as `accumulators` allows, in a quarter of what is free on CUDA."""
+    if len(job.counts) > job.accumulators:
+        return False
+    device = job.target.device
+    if device.type != "cuda":
+        return True
+    size = len(job.counts) * job.exact.itemsize * sum(tensors[number].numel() for number in needed if number in SHARED)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return bool(size <= (torch.cuda.mem_get_info(device)[0] + cached) / 4)
 
 
 def _like(found: Tensor | None, kind: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
