@@ -51,6 +51,7 @@ HEADS = {
     "mapo": "MaPO, one pair",
     "rank_dpo": "RankDPO, one list of 4",
     "spo": "SPO's training phase, pairs of successors of one x_t, guidance",
+    "spo sampling": "SPO's sampling phase, a prompt, with decoding and a step-aware CLIP",
     "dro": "Diffusion-DRO, one micro-step with its sampling",
     "dro sampling": "Diffusion-DRO, the sampling of own states alone",
 }
@@ -67,9 +68,10 @@ DISCLOSED = (
     "DRO: the draws of the micro-batch are the first seed's whose own states stop after about 10.5 of 20 steps on average, as "
     "draws do; both sides sample 4 states at once, where mmalign may take a whole update's (64 published) together",
     "DRO: a step is one micro-batch here; published, the sampling policy stays for 16 of them: nothing else per micro-batch",
-    "DRO: `syncs` of mmalign are those of its sampling, at each step which rows go on",
-    "SPO: both sides have their prompts encoded ahead. In its sampling phase the public structure forwards no state twice "
-    "either; there mmalign only saves the scorer's text tower, which it runs once a prompt (about 1 % of a round)",
+    "DRO: mmalign's sampling reads once where its rows end (`.tolist()`, which `syncs` cannot see on a CPU), and waits no more",
+    "SPO: both sides have their prompts encoded ahead. In its sampling phase (a prompt, 4 successors, 20 steps) the public "
+    "structure forwards no state twice either: mmalign only saves the scorer's text tower, once a prompt instead of once an "
+    "image, and decodes one image at a time, so that no batch changes a number, where the peer decodes all at once",
     "SD3's toy reads a prompt longer than its image, and no public script trains MaPO or RankDPO on it",
     "RankDPO's beta (20), MaPO's slope (100) and the distance of SPO's policy from its reference (no ratio is clamped) are "
     "chosen so that float32 can pass the gate; they cost no time",

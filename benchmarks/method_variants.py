@@ -21,6 +21,7 @@ from method_peers import (
     rank_dpo_loss,
     spo_loss,
 )
+from method_sampling import SpoSampler, our_round, public_round, save_scorer
 from method_toys import Toy, lists
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from mmalign.adapters.options import Lora
 from mmalign.config import Choice
 from mmalign.loop import Run
 from mmalign.losses import LOSSES
+from mmalign.models.step_aware import open_step_aware
 from mmalign.models.step_scorers import STEP_SCORERS
 from mmalign.objective import Objective, Term
 from mmalign.optimisers import OPTIMISERS
@@ -231,9 +233,23 @@ def spo_side(how: Opening) -> Side:
 
     loss = functools.partial(spo_loss, guidance_scale=GUIDANCE)
     public = [_public_transitions(policy, stream, group) for group in groups]
-    variants: dict[str, Any] = dict(how.peers(policy, public, loss, reference="copy"))
-    variants[OURS] = OurStep(policy, micro_batch, ("spo", {}), how.work)
-    return Side(variants=variants, num_batches=len(groups))
+    peers = how.peers(policy, public, loss, reference="copy")
+    ours = OurStep(policy, micro_batch, ("spo", {}), how.work)
+    apart = {"sampling": _spo_sampling(how, policy, ours, peers)} if how.toy.family == "sd15" else {}
+    return Side(variants={**peers, OURS: ours}, num_batches=len(groups), apart=apart)
+
+
+def _spo_sampling(how: Opening, policy: DiffusionPolicy, ours: OurStep, peers: Mapping[str, PublicStep]) -> dict[str, Any]:
+    """One prompt, 4 successors a step, all of which are scored; no gap is too small for a pair."""
+    folder = save_scorer(how.work / "scorer")
+    scorer = Choice(name="step_aware", target=STEP_SCORERS["step_aware"], settings={"path": str(folder)})
+    settings = Rollouts(scorer=scorer, guidance_scale=GUIDANCE, threshold=0.0)
+    stream = settings.open(lists(how.toy, 1, 1), policy, accelerator=ours.run.accelerator, seed=0)
+    prompts = ["red cat 1"]
+    given, keys = public_round(stream, prompts)
+    network, reads = open_step_aware(str(folder))
+    sampler = SpoSampler(given, network, reads, GUIDANCE)
+    return {PEER: functools.partial(sampler, peers[PEER]), OURS: functools.partial(our_round, stream, prompts, keys)}
 
 
 def dro_side(how: Opening) -> Side:
@@ -323,7 +339,7 @@ def transitions(policy: DiffusionPolicy, stream: RolloutStream, count: int, numb
     pairs = []
     for place in range(count):
         prompt, step = f"red cat {number} {place}", stream.segments.parts[(7 * number + 3 * place) % 16][0]
-        guided = Guided(policy.denoiser, policy.conditions([prompt]), policy.conditions([""]), GUIDANCE)
+        guided = Guided(policy.denoiser, policy.conditions([prompt]), policy.unconditional(1), GUIDANCE)
         noisy = torch.randn(1, *policy.latent_shape, generator=generator)
         with torch.no_grad():
             output = guided(noisy, policy.schedule.network_timestep(stream.grid.timesteps[step]))
@@ -351,7 +367,7 @@ def _public_transitions(policy: DiffusionPolicy, stream: RolloutStream, pairs: S
         timestep=stream.grid.timesteps[steps],
         previous=stream.grid.previous[steps],
         condition=policy.conditions([pair.prompt for pair in pairs]),
-        unconditional=policy.conditions([""] * len(pairs)),
+        unconditional=policy.unconditional(len(pairs)),
     )
 
 

@@ -38,6 +38,7 @@ def test_mmalign_computes_what_the_public_structure_computes(
         assert gaps["loss_gap"] <= 2e-5 and gaps["gradient_gap"] <= 5e-5
     if method == "spo":
         assert abs(checked[steps.PEER]["loss"] - 0.6931) > 1e-3, "at policy = reference the comparison would prove little"
+        assert 0 < checked[steps.OURS]["states_gap"] <= 5e-5, "the pairs of a whole round of sampling"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def test_the_quick_mode_shows_and_writes_every_row_with_gate_ratio_limit_and_mem
     assert steps.main(command, show=shown.append) == 0
     written = json.loads((tmp_path / "results" / "fine.json").read_text())
     assert {"benchmark", "size", "rounds", "clock", "versions", "machine", "disclosed", "rows"} <= written.keys()
-    timed = {row["variant"]: row for row in written["rows"]}
+    timed = {row["variant"]: row for row in written["rows"] if row["suite"] == "spo"}
+    sampled = {row["variant"]: row for row in written["rows"] if row["suite"] == "spo sampling"}
+    assert sampled.keys() == {steps.PEER, steps.OURS} and 1 < sampled[steps.OURS]["flop_limit"] < 1.1
     assert timed.keys() == {steps.PEER, "public structure, the same twice", steps.OURS}
     for row in timed.values():
         assert {"goal", "ratio", "low", "high", "spread", "reliable", "cpu_seconds", "flop_limit", "gate"} <= row.keys()
