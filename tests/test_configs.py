@@ -14,13 +14,23 @@ from PIL import Image
 from mmalign.config import read_config, resolved
 from mmalign.experiment import TrainConfig
 from mmalign.families import FAMILIES, Family
+from mmalign.language.tiny import tiny_folder as text_folder
 from mmalign.models.tiny import tiny_folder
 from mmalign.train import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def _adapter(path: Path) -> str:
+    return str(yaml.safe_load(path.read_text())["adapter"]["name"])
+
+
 TRAINING = sorted(path for path in CONFIGS.glob("*.yaml"))
-# Reward models make no images: tests/test_step_reward.py trains and loads those.
-SMOKE = sorted(path for path in CONFIGS.glob("smoke_*.yaml") if "_reward_" not in path.name)
+# Reward models make nothing themselves: tests/test_step_reward.py and the like train and load those.
+SMOKE = {
+    adapter: [path for path in TRAINING if path.name.startswith("smoke_") and _adapter(path) == adapter]
+    for adapter in ("diffusion", "text")
+}
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +53,7 @@ def test_accelerate_config_is_one_that_the_installed_accelerate_reads(path: Path
     assert load(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
 
 
-@pytest.mark.parametrize("path", SMOKE, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SMOKE["diffusion"], ids=lambda p: p.stem)
 def test_smoke_config_trains_and_its_weights_load_in_stock_diffusers(
     path: Path, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +69,25 @@ def test_smoke_config_trains_and_its_weights_load_in_stock_diffusers(
     after = _image(family, _stock_pipeline(result.loading.splitlines()))
     assert after.shape[-3:] == (32, 32, 3)
     assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("path", SMOKE["text"], ids=lambda p: p.stem)
+def test_smoke_config_of_texts_trains_and_its_weights_load_in_stock_transformers(
+    path: Path, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.chdir(CONFIGS.parent)
+    result = main(read_config(TrainConfig, path, [f"output={tmp_path / 'run'}"]))
+    losses = [yaml.safe_load(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    names: dict[str, Any] = {"transformers": importlib.import_module("transformers")}
+    exec(result.loading, names)  # the very lines that the run prints
+    base = names["transformers"].AutoModelForCausalLM.from_pretrained(text_folder())
+    ids = names["tokenizer"](["a word"], return_tensors="pt")
+    with torch.no_grad():
+        difference = (names["model"](**ids).logits - base(**ids).logits).abs().max()
+    assert difference > 1e-4
 
 
 def _stock_pipeline(lines: list[str]) -> Any:
