@@ -110,6 +110,8 @@ def add_lora(
     targets: Sequence[str] | None = None,
     dropout: float = 0.0,
     seed: int = 0,
+    task: str = "CAUSAL_LM",
+    whole: Sequence[str] = (),
 ) -> None:
     """Freeze the model and put trainable low-rank weights beside its layers: W x + (alpha / rank) B A x.
 
@@ -121,6 +123,8 @@ def add_lora(
         targets: names of layers, matched at the end of the module path. None: every linear layer but the output layer.
         dropout: on the input of A; keep 0 for preference training.
         seed: of A; the global generator is left as it was.
+        task: PEFT's name for what the model does.
+        whole: names of layers that are trained as they are, and saved beside the low-rank weights: a new head.
     Raises:
         UserError: a rank below 1, or a target that no layer bears.
     """
@@ -134,7 +138,8 @@ def add_lora(
         lora_alpha=rank if alpha is None else alpha,
         target_modules="all-linear" if targets is None else list(targets),
         lora_dropout=dropout,
-        task_type="CAUSAL_LM",
+        task_type=task,
+        modules_to_save=list(whole) or None,
     )
     model.requires_grad_(False)
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
@@ -146,10 +151,11 @@ def add_lora(
 
 
 def take_up_lora(model: Any) -> None:
-    """Train the low-rank weights, in float32, and nothing else."""
+    """Train the low-rank weights and layers that are trained whole, in float32, and nothing else."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if "lora_" in name:
+        trained = "lora_" in name or "modules_to_save" in name
+        parameter.requires_grad_(trained)
+        if trained:
             parameter.data = parameter.data.float()
 
 
@@ -208,7 +214,6 @@ def load_weights(model: Any, folder: Path) -> None:
 def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
     """The reference for full fine-tuning: a copy that takes no gradient."""
     twin = copy.deepcopy(model).requires_grad_(False).eval()
-    twin.gradient_checkpointing_disable()
     return twin.to(dtype)
 
 

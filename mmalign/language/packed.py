@@ -93,8 +93,8 @@ def row_arguments(layout: Layout, kernel: Literal["sdpa", "flex"] = "sdpa") -> d
 def attention(
     module: torch.nn.Module,
     query: Float[Tensor, "rows heads length dim"],
-    key: Float[Tensor, "rows kv_heads length dim"],
-    value: Float[Tensor, "rows kv_heads length dim_v"],
+    key: Float[Tensor, "rows kv_heads keys dim"],
+    value: Float[Tensor, "rows kv_heads keys dim_v"],
     attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,
