@@ -148,6 +148,8 @@ def seen_by_losses(config: TrainConfig, examples: Examples) -> Shape:
     """What the losses will see: what the source makes of the examples, and what the adapter adds."""
     shape: Shape = config.source.build().shape(examples)
     adapter = config.adapter.target
+    if hasattr(adapter, "num_scores"):
+        shape = replace(shape, num_candidates=config.adapter.build().num_scores(shape.num_candidates))
     ones: dict[str, Any] = {"lengths": (1.0,) * shape.num_candidates, "gold_lengths": (1.0,), "mean_length": 1.0, "draw": 0.5}
     side = {**{name: ones.get(name, (1.0,)) for name in adapter.side}, **shape.side}
     measures = adapter.measures if shape.errors or not adapter.errors else frozenset()

@@ -33,13 +33,17 @@ def write_card(
         loading: stock code that loads the result.
         lora: whether the result is low-rank weights.
         library: whose code loads it: diffusers or transformers.
-        reward: whether it is a reward model for the noisy states of the base model.
+        reward: whether it is a reward model: of texts, or for the noisy states of a base model of images.
     """
     losses = " + ".join(f"{one.get('weight', 1.0):g} * {one['name']}" for one in config["loss"])
     header = yaml.safe_dump(
         {
             "base_model": base_model,
-            "library_name": "mmalign" if reward else "peft" if lora and library == "transformers" else library,
+            "library_name": "mmalign"
+            if reward and library == "diffusers"
+            else "peft"
+            if lora and library == "transformers"
+            else library,
             **({} if reward else {"pipeline_tag": TASKS[library]}),
             "tags": [
                 "mmalign",
@@ -51,7 +55,8 @@ def write_card(
         sort_keys=False,
     )
     tuned = f"{'Low-rank weights (LoRA)' if lora else 'A full fine-tune'} of `{base_model}`, aligned with human preferences"
-    what = f"A reward model for the sampling steps of `{base_model}`, trained on human preferences" if reward else tuned
+    judged = "A reward model of texts on" if library == "transformers" else "A reward model for the sampling steps of"
+    what = f"{judged} `{base_model}`, trained on human preferences" if reward else tuned
     text = f"""---
 {header}---
 

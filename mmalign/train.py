@@ -13,6 +13,7 @@ from typing import Any
 
 from mmalign import checkpoints
 from mmalign.adapters.step_reward import StepRewardPolicy
+from mmalign.adapters.text_reward import TextRewardPolicy
 from mmalign.config import command_line, resolved, write_resolved
 from mmalign.errors import UserError
 from mmalign.experiment import (
@@ -31,6 +32,7 @@ from mmalign.model_card import write_card
 from mmalign.models.lora import LORA_FILES
 from mmalign.noise import beta_conventions
 from mmalign.objective import Objective
+from mmalign.scorers.preference import HEAD_FILES
 from mmalign.sources import OfflineStream, Shape
 from mmalign.training import start
 
@@ -136,7 +138,7 @@ def main(config: TrainConfig) -> Trained:
             loading=loading,
             lora=adapter.get("lora") is not None,
             library=policy.library,
-            reward=isinstance(policy, StepRewardPolicy),
+            reward=isinstance(policy, StepRewardPolicy | TextRewardPolicy),
         )
     return Trained(config.output, loading, told=accelerator.is_main_process, library=policy.library)
 
@@ -220,7 +222,13 @@ def _clear(output: Path) -> None:
     for path in output.glob("*"):
         if path.name.startswith("checkpoint-") or path.name in FOLDERS:
             shutil.rmtree(path)
-        elif path.name in (METRICS, "README.md", *TOKENIZER_FILES, *(name for names in LORA_FILES.values() for name in names)):
+        elif path.name in (
+            METRICS,
+            "README.md",
+            *TOKENIZER_FILES,
+            *HEAD_FILES,
+            *(name for names in LORA_FILES.values() for name in names),
+        ):
             path.unlink()
 
 

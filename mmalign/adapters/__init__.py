@@ -3,11 +3,13 @@
 from mmalign.adapters.diffusion import DiffusionAdapter
 from mmalign.adapters.step_reward import StepRewardAdapter
 from mmalign.adapters.text import TextAdapter
+from mmalign.adapters.text_reward import TextRewardAdapter
 
-ADAPTERS: dict[str, type[DiffusionAdapter] | type[StepRewardAdapter] | type[TextAdapter]] = {
+ADAPTERS: dict[str, type[DiffusionAdapter] | type[StepRewardAdapter] | type[TextAdapter] | type[TextRewardAdapter]] = {
     "diffusion": DiffusionAdapter,
     "step_reward": StepRewardAdapter,
     "text": TextAdapter,
+    "text_reward": TextRewardAdapter,
 }
 
 __all__ = ["ADAPTERS"]

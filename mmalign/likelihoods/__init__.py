@@ -6,7 +6,20 @@ step can be replayed. One `.logps` is one call of the network, the candidates fo
 
 from mmalign.likelihoods.denoising import DenoisingInputs, winner_guard
 from mmalign.likelihoods.networks import Measures
+from mmalign.likelihoods.scores import ScoreInputs, Texts, padded_texts
 from mmalign.likelihoods.tokens import Layout, Segment, TokenInputs, Tokens
 from mmalign.likelihoods.transitions import TransitionInputs
 
-__all__ = ["DenoisingInputs", "Layout", "Measures", "Segment", "TokenInputs", "Tokens", "TransitionInputs", "winner_guard"]
+__all__ = [
+    "DenoisingInputs",
+    "Layout",
+    "Measures",
+    "ScoreInputs",
+    "Segment",
+    "Texts",
+    "TokenInputs",
+    "Tokens",
+    "TransitionInputs",
+    "padded_texts",
+    "winner_guard",
+]
