@@ -52,10 +52,10 @@ def files_of(maker: Maker) -> dict[str, str | None]:
     from mmalign.models.sampling import lora_file
     from mmalign.snapshots import is_checkpoint, weights_file
 
-    found = {"files of model": _fingerprint(Path(str(maker.model)).expanduser())}
+    found = {"files of model": fingerprint(Path(str(maker.model)).expanduser())}
     if maker.lora is not None:
         place = Path(maker.lora).expanduser()
-        found["files of lora"] = _fingerprint(weights_file(place) if is_checkpoint(place) else lora_file(maker.lora))
+        found["files of lora"] = fingerprint(weights_file(place) if is_checkpoint(place) else lora_file(maker.lora))
     return found
 
 
@@ -126,7 +126,7 @@ def _revision(maker: Maker) -> dict[str, str]:
     return {"revision": folder.name} if folder.parent.name == "snapshots" else {}
 
 
-def _fingerprint(place: Path, *, pieces: int = 16, length: int = 4096) -> str | None:
+def fingerprint(place: Path, *, pieces: int = 16, length: int = 4096) -> str | None:
     """A hash of names, sizes and evenly spaced pieces of the files: a retrained model at the same path differs.
 
     None for a hub id, which its revision names.

@@ -40,7 +40,8 @@ def write_stock_weights(checkpoint: Path | str, folder: Path) -> bool:
     if not path.is_file():
         raise UserError(f"{place}: got no {path}, want the checkpoint in the folder of its run. Copy the run's config.yaml.")
     config = read_config(TrainConfig, path)
-    adapter = config.adapter.with_settings(cache=None, validation=None, winner_guard=None)
+    unused = {name: None for name in ("cache", "validation", "winner_guard") if name in config.adapter.settings}
+    adapter = config.adapter.with_settings(**unused)
     policy = adapter.build().open(seed=config.seed, needs_reference=False)
     saved = load_file(place / TRAINABLE)
     trained = {name: parameter for name, parameter in policy.network.named_parameters() if parameter.requires_grad}

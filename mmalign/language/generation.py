@@ -54,6 +54,36 @@ class Nucleus:
         return scores.masked_fill(kept == -torch.inf, -torch.inf)
 
 
+class NeverEmpty:
+    """A logits processor under which an answer does not end before it has a visible character.
+
+    Args:
+        tokenizer: tells what is visible; special tokens are not.
+        ends: tokens that end an answer.
+        start: where the answers begin in the rows of ids.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int], start: int) -> None:
+        """Keep the settings; which rows have begun is remembered."""
+        self.tokenizer, self.ends, self.start = tokenizer, list(ends), start
+        self.begun: set[int] = set()
+
+    def __call__(
+        self, input_ids: Int[Tensor, "rows length"], scores: Float[Tensor, "rows vocabulary"]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Logits with -inf for the ends, in rows that are still empty."""
+        silent = [row for row in range(len(input_ids)) if row not in self.begun]
+        for row in list(silent):
+            if self.tokenizer.decode(input_ids[row, self.start :].tolist(), skip_special_tokens=True).strip():
+                self.begun.add(row)
+                silent.remove(row)
+        if not silent or not self.ends:
+            return scores
+        held = scores.clone()
+        held[torch.tensor(silent, device=scores.device)[:, None], torch.tensor(self.ends, device=scores.device)] = -torch.inf
+        return held
+
+
 @torch.no_grad()
 def generate_ids(
     model: Any,
@@ -66,6 +96,7 @@ def generate_ids(
     top_k: int = 0,
     top_p: float = 1.0,
     seeds: Sequence[int] = (),
+    never_empty: Any = None,
 ) -> list[list[int]]:
     """Token ids that follow each prompt, up to and with the one that ends the text.
 
@@ -77,6 +108,7 @@ def generate_ids(
         temperature: 0 takes the likeliest token.
         top_k, top_p: see `Nucleus`.
         seeds: one a prompt, for a temperature above 0.
+        never_empty: a tokenizer: `NeverEmpty` holds.
     """
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
@@ -85,7 +117,7 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, longest - len(prompt) :] = 1
-    processors: list[Any] = []
+    processors: list[Any] = [] if never_empty is None else [NeverEmpty(never_empty, eos, longest)]
     if temperature > 0:
         if top_k or top_p < 1:
             processors.append(Nucleus(top_k, top_p, temperature))

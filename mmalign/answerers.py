@@ -1,0 +1,217 @@
+"""One language model that answers prompts: how it is sampled, opened, and told apart from another of the same name."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mmalign.config import read_config, resolved
+from mmalign.config.writing import environment
+from mmalign.errors import UserError
+from mmalign.makers import Dtype, fingerprint
+from mmalign.snapshots import is_checkpoint, weights_file, write_stock_weights
+
+INHERITED = ("model", "revision", "gguf_file", "tokenizer", "chat_template", "template", "system_prompt", "tiny")
+LORA, FULL = "adapter_model.safetensors", "model"  # what a run leaves in its output folder
+NOT_TOLD = ("name", "first", "num_candidates", "batch_size", "trust_remote_code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answerer:
+    """One model and how it is sampled; its answers to a prompt are numbered from `first`."""
+
+    name: str
+    first: int
+    model: str | None
+    tuned: str | None
+    revision: str | None
+    gguf_file: str | None
+    tokenizer: str | None
+    chat_template: str | None
+    template: Literal["auto", "always"] | None
+    system_prompt: str | None
+    num_candidates: int
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+    max_prompt_length: int | None
+    batch_size: int
+    dtype: Dtype
+    trust_remote_code: bool
+    tiny: dict[str, int] | None = None
+
+    def check(self, where: str) -> None:
+        """Refuse what the types do not tell. Raises ValueError, its message beginning with `where`."""
+        if self.model is None and self.tuned is None:
+            raise ValueError(f"{where}model: got neither model nor tuned, want one. Set it, or give it to each of generators.")
+        for name in ("num_candidates", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{where}{name}: got {getattr(self, name)}, want 1 or more.")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"{where}temperature, top_k, top_p: got {self.temperature}, {self.top_k}, {self.top_p}, want 0 or more, 0 or "
+                "more, and above 0 to 1."
+            )
+        if self.temperature == 0 and self.num_candidates > 1:
+            raise ValueError(
+                f"{where}num_candidates: got {self.num_candidates} with temperature 0, which gives equal answers, want 1. "
+                "Set a temperature above 0."
+            )
+        if self.max_prompt_length is not None and self.max_prompt_length < 2:
+            raise ValueError(f"{where}max_prompt_length: got {self.max_prompt_length}, want 2 or more, or null for no limit.")
+
+
+def completed(answerer: Answerer) -> Answerer:
+    """The same with what it leaves out: of a tuned model, as its run was trained.
+
+    Raises:
+        UserError: `tuned` is no run of the text adapter, or one that left no weights.
+    """
+    if answerer.tuned is None:
+        return replace(answerer, template=answerer.template or "auto")
+    settings = _adapter_of(answerer.tuned)
+    _weights_of(answerer.tuned)
+    if answerer.model is not None and answerer.model != settings["model"]:
+        settings = {**settings, "revision": None, "gguf_file": None, "tiny": None}
+    missing = {name: settings[name] for name in INHERITED if getattr(answerer, name) is None}
+    return replace(answerer, **missing)
+
+
+def files_of(answerer: Answerer) -> dict[str, str | None]:
+    """Fingerprints of the files behind the names; None for what lies on the hub."""
+    found = {"files of model": fingerprint(Path(str(answerer.model)).expanduser())}
+    if answerer.tuned is not None:
+        found["files of tuned"] = fingerprint(_weights_of(answerer.tuned))
+    if answerer.tokenizer is not None:
+        found["files of tokenizer"] = fingerprint(Path(answerer.tokenizer).expanduser())
+    if answerer.chat_template is not None:
+        found["files of chat_template"] = _short_hash(_template_text(answerer.chat_template))
+    return found
+
+
+def opened_encoder(answerer: Answerer) -> Any:
+    """`language.chat.Encoder` with the tokenizer.
+
+    Raises:
+        UserError: no tokenizer, or no such file of a template.
+    """
+    from mmalign.language.chat import Encoder
+    from mmalign.language.opening import open_tokenizer
+
+    with _own_words():
+        tokenizer = open_tokenizer(
+            answerer.tokenizer or str(answerer.model),
+            revision=answerer.revision if answerer.tokenizer is None else None,
+            trust_remote_code=answerer.trust_remote_code,
+            **({} if answerer.gguf_file is None or answerer.tokenizer else {"gguf_file": answerer.gguf_file}),
+        )
+    if answerer.chat_template is not None:
+        tokenizer.chat_template = _template_text(answerer.chat_template)
+    return Encoder(
+        tokenizer=tokenizer,
+        template=answerer.template or "auto",
+        system_prompt=answerer.system_prompt,
+        max_prompt_length=answerer.max_prompt_length,
+    )
+
+
+def opened_model(answerer: Answerer, device: Any) -> Any:
+    """The model with its tuned weights.
+
+    Raises:
+        UserError: no such model, or weights that do not fit it.
+    """
+    import torch
+
+    from mmalign.language.opening import load_weights, open_model
+
+    more: dict[str, Any] = {} if answerer.gguf_file is None else {"gguf_file": answerer.gguf_file}
+    with _own_words(), tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
+        model = open_model(
+            str(answerer.model),
+            revision=answerer.revision,
+            dtype=getattr(torch, answerer.dtype),
+            device=device,
+            trust_remote_code=answerer.trust_remote_code,
+            tiny=answerer.tiny,
+            **more,
+        )
+        if answerer.tuned is not None:
+            place = Path(answerer.tuned).expanduser()
+            if is_checkpoint(place):
+                write_stock_weights(place, Path(scratch))
+                place = Path(scratch)
+            load_weights(model, place)
+    return model.requires_grad_(False).eval()
+
+
+def provenance_of(answerer: Answerer, model: Any) -> dict[str, Any]:
+    """What made the answers, as recorded with each of them."""
+    told = {key: value for key, value in resolved(answerer).items() if value is not None and key not in NOT_TOLD}
+    if "{" in (answerer.chat_template or ""):
+        told["chat_template"] = f"sha256 {_short_hash(str(answerer.chat_template))}"
+    commit = getattr(model.config, "_commit_hash", None)
+    known = environment()
+    packages = {name: known["packages"][name] for name in ("torch", "transformers", "peft")}
+    return {
+        "generator": answerer.name,
+        **told,
+        **({} if commit is None else {"revision": commit}),
+        "files": {key.removeprefix("files of "): value for key, value in files_of(answerer).items() if value is not None},
+        "versions": {"mmalign": known["mmalign"], **packages},
+    }
+
+
+def _adapter_of(tuned: str) -> dict[str, Any]:
+    """The text adapter's settings of the run that left these weights."""
+    from mmalign.adapters.text import TextAdapter
+    from mmalign.experiment import TrainConfig
+
+    place = Path(tuned).expanduser()
+    path = (place.absolute().parent if is_checkpoint(place) else place) / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"tuned: got {tuned}, and there is no {path}, want the output folder of `mmalign train` or its checkpoint-N. For a "
+            "model as such, name it as model."
+        )
+    adapter = read_config(TrainConfig, path).adapter
+    if adapter.target is not TextAdapter:
+        raise UserError(f"tuned: got {tuned}, a run of adapter {adapter.name}, want one of adapter text. Name another run.")
+    return adapter.settings
+
+
+def _weights_of(tuned: str) -> Path:
+    place = Path(tuned).expanduser()
+    found = [weights_file(place)] if is_checkpoint(place) else [place / LORA, place / FULL]
+    there = next((path for path in found if path.exists()), None)
+    if there is None:
+        raise UserError(f"tuned: got {tuned}, which holds no tuned weights yet. Let the run end, or name its checkpoint-N.")
+    return there
+
+
+def _template_text(value: str) -> str:
+    if "{" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"chat_template: cannot read {value} ({fault}). Give a file, or Jinja text.") from fault
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """Faults told under the settings of this verb."""
+    try:
+        yield
+    except UserError as fault:
+        raise UserError(str(fault).replace("adapter.", "")) from fault
