@@ -183,7 +183,7 @@ def test_a_conversation_that_the_template_refuses_is_told_with_its_reason(turns:
 
 def test_conversations_without_a_template_are_refused_and_texts_are_not() -> None:
     encoder = Encoder(tokenizer=tokenizer_of())
-    with pytest.raises(UserError, match="adapter.chat_template: the tokenizer has none"):
+    with pytest.raises(UserError, match=r"adapter.chat_template: the tokenizer has none"):
         encoder([chat("blue")])
     assert encoder([text("a", "b")]).lengths == (2,)
 
@@ -290,5 +290,5 @@ def test_an_empty_prompt_is_refused_where_no_token_begins_or_ends_a_text() -> No
 
 @pytest.mark.parametrize("answer", ["", "  \n", said(("assistant", ""))], ids=["nothing", "space", "message"])
 def test_an_empty_answer_is_refused_with_its_prompt(answer: str | Content) -> None:
-    with pytest.raises(UserError, match="name a colour.*empty answer"):
+    with pytest.raises(UserError, match=r"name a colour.*empty answer"):
         Encoder(tokenizer=tokenizer_of("chatml"))([chat(answer)])

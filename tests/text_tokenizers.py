@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE with real merges, with or without a token before every text, and chat templates."""
+"""Tokenizers made on the spot: byte-level BPE with real merges, with or without a token before every text; templates."""
 
 from functools import cache
 from typing import Any

@@ -8,6 +8,7 @@ import difflib
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # whose kernels read two layers' weights past a LoRA
 Quantization = Literal["4bit", "8bit"]
 
 
@@ -126,27 +128,35 @@ def add_lora(
         task: PEFT's name for what the model does.
         whole: names of layers that are trained as they are, and saved beside the low-rank weights: a new head.
     Raises:
-        UserError: a rank below 1, or a target that no layer bears.
+        UserError: a rank below 1, or a target that no layer bears or that peft refuses.
     """
     from peft import LoraConfig
 
     if rank < 1:
         raise UserError(f"adapter.lora.rank: got {rank}, want 1 or more.")
     _check_targets(model, targets)
+    mamba = getattr(model.config, "model_type", None) in MAMBAS
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         target_modules="all-linear" if targets is None else list(targets),
+        exclude_modules=["out_proj", "conv1d"] if mamba and targets is None else None,
         lora_dropout=dropout,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's transposed layers
         task_type=task,
         modules_to_save=list(whole) or None,
     )
     model.requires_grad_(False)
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         _prepare_quantised(model)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # transformers names ranks for experts, which "all-linear" does not target.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         torch.manual_seed(seed)
-        model.add_adapter(config, adapter_name=ADAPTER_NAME)
+        try:
+            model.add_adapter(config, adapter_name=ADAPTER_NAME)
+        except ValueError as fault:
+            raise UserError(f"adapter.lora.targets: {_first_line(fault)}") from fault
     take_up_lora(model)
 
 
