@@ -12,23 +12,21 @@ import logging
 import os
 import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmalign import evaluate, generate, prepare, score, train
+from mmalign import evaluate, generate, prepare, score, text_quickstart, train
 from mmalign.config import Choice, command_line, read_config, resolved
 from mmalign.digits import CAPTIONS, IMAGE_SIDE, SAMPLER_STEPS, Base, Pretraining, default_cache, pretrained
-from mmalign.errors import UserError
 from mmalign.evaluate import EvaluateConfig
 from mmalign.generate import GenerateConfig
 from mmalign.models.quiet import quiet_libraries
 from mmalign.report import Evaluation
 from mmalign.score import ScoreConfig
 from mmalign.scorers import SCORERS
+from mmalign.stages import Stages, claimed, on_cpu
+from mmalign.text_quickstart import Text, TextQuickstarted
 from mmalign.train import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),
 )
-STATE = "quickstart.json"
 MADE = ("candidates", "cache", "lora", "before", "after")
 MADE_FILES = (
     *("results.json", "report.html", "grid.png", "evaluation.yaml", "evaluation_environment.json"),
@@ -53,7 +50,14 @@ LEAST_WIN_RATE, LEAST_LOW, LEAST_GAIN, MOST_DIVERSITY_CHANGE = 0.70, 0.55, 0.08,
 class QuickstartConfig:
     """Settings of `mmalign quickstart`; the defaults are what was measured."""
 
-    out: Path = field(default=Path("runs/quickstart"), metadata={"help": "folder for the LoRA, the report and results.json"})
+    text: bool | Text = field(
+        default=False,
+        metadata={"help": "a language model instead: SmolLM2-135M-Instruct, of the extra text-quickstart; or text.base: tiny"},
+    )
+    out: Path | None = field(
+        default=None,
+        metadata={"help": "folder for the LoRA, the report and results.json; null: runs/quickstart, runs/quickstart_text"},
+    )
     seed: int = field(default=0, metadata={"help": "of everything: pretraining, candidates, training, evaluation"})
     cache: Path | None = field(default=None, metadata={"help": "where pretrained models stay; null: ~/.cache/mmalign"})
     pretraining: Pretraining = field(default=Pretraining(), metadata={"help": "of the model that is then aligned"})
@@ -66,6 +70,11 @@ class QuickstartConfig:
         for name, least in (("groups", 1), ("steps", 1), ("pairs", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want {least} or more.")
+
+    @property
+    def folder(self) -> Path:
+        """`out`, or its default."""
+        return self.out or Path("runs/quickstart" if self.text is False else "runs/quickstart_text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +131,27 @@ def shortfalls(evaluation: Evaluation) -> list[str]:
     return found
 
 
-def main(config: QuickstartConfig) -> Quickstarted:
+def main(config: QuickstartConfig) -> Quickstarted | TextQuickstarted:
+    """Align a small real diffusion model, or with `text` a language model, and measure the gain.
+
+    Raises:
+        UserError: `out` holds other files, a folder cannot be written, or a package that `text` needs is missing.
+    """
+    if config.text is False:
+        return of_digits(config)
+    settings = Text() if config.text is True else config.text
+    return text_quickstart.main(settings, out=config.folder, seed=config.seed, cache=config.cache, state=resolved(config))
+
+
+def of_digits(config: QuickstartConfig) -> Quickstarted:
     """Pretrain a small real model on scanned digits, align it with a stated preference and measure the gain. About 4 minutes
     on 2 cores; the pretrained model is kept, and a second run with the same seed begins with it.
 
     Raises:
         UserError: `out` holds other files, or a folder cannot be written.
     """
-    out = _claimed(config)
-    stages = _Stages()
+    out = claimed(config.folder, resolved(config), MADE, MADE_FILES)
+    stages = Stages()
     with quiet_libraries(), on_cpu():
         with stages.stage("pretrain", "a small Stable Diffusion learns to draw scanned digits"):
             cache = (config.cache or default_cache()).expanduser().absolute()
@@ -233,29 +254,6 @@ def _scorer(name: str) -> Choice:
     return Choice(name=name, target=SCORERS[name])
 
 
-def _claimed(config: QuickstartConfig) -> Path:
-    """The output folder, empty but for a note of what it is; an earlier quickstart there is replaced.
-
-    Raises:
-        UserError: it holds other files.
-    """
-    out = config.out.expanduser().absolute()
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / STATE).is_file()):
-        raise UserError(
-            f"out: {out} holds other files, want a new folder or an earlier quickstart's. Name another one with --out."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / STATE).write_text(json.dumps(resolved(config), indent=2) + "\n", encoding="utf-8")
-    except OSError as fault:
-        raise UserError(f"out: got {out}, which cannot be written ({fault}). Name another folder with --out.") from fault
-    for name in MADE:
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in MADE_FILES:
-        (out / name).unlink(missing_ok=True)
-    return out
-
-
 def _write_results(result: Quickstarted, config: QuickstartConfig, base: Base) -> None:
     """Complete results.json, which `evaluate` began, in one piece."""
     more = {
@@ -271,43 +269,6 @@ def _write_results(result: Quickstarted, config: QuickstartConfig, base: Base) -
     part = result.out / ".results.json.part"
     part.write_text(json.dumps({**result.evaluation.results(), **more}, indent=2) + "\n", encoding="utf-8")
     os.replace(part, result.out / "results.json")
-
-
-class _Stages:
-    """Tells what each stage does when it begins, and keeps its time."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        logger.info("\n%d  %s: %s", len(self.seconds) + 1, name, what)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-
-@contextmanager
-def on_cpu() -> Iterator[None]:
-    """Training on the CPU whatever the machine has, and one torch thread unless OMP_NUM_THREADS is set; then as before.
-
-    Numbers are then comparable everywhere. On a network of this size a second thread gains little on an idle machine, and on
-    a busy one the threads wait for each other: sampling was measured 10 times slower with two threads.
-    """
-    import torch
-
-    threads, chosen = torch.get_num_threads(), os.environ.get("ACCELERATE_USE_CPU")
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if chosen is None:
-            del os.environ["ACCELERATE_USE_CPU"]
-        else:
-            os.environ["ACCELERATE_USE_CPU"] = chosen
 
 
 if __name__ == "__main__":
