@@ -48,7 +48,7 @@ class Text:
         base: smollm2: SmolLM2-135M-Instruct, from the extra `text-quickstart`. tiny: a model that is pretrained here.
         pretraining: of the tiny base.
         steps: of DPO; None: 16 of 4 pairs for smollm2, 45 of 16 pairs for tiny.
-        prompts: with 4 candidates each, the best and the worst of which become a pair; None: 40 and 192.
+        prompts: with 4 candidates each, the best and the worst of which become a pair; None: 32 and 192.
         pairs: prompts that are compared before and after; None: 40 and 160.
     """
 
@@ -257,15 +257,15 @@ def smollm2_task(settings: Text, seed: int, cache: Path) -> Task:
         annotator=("short_words", short_words),
         judge=("common_words", CommonWords(common_words(base.folder))),
         judged=f"share of words among the first {COMMON} entries of the vocabulary, which was learnt by frequency",
-        prompts=QUESTIONS[: settings.prompts or 40],
+        prompts=QUESTIONS[: settings.prompts or 32],
         questions=AFTER[: settings.pairs or 40],
-        max_new_tokens=48,
+        max_new_tokens=40,
         temperature=0.8,
-        batch_size=16,
+        batch_size=40,
         settings={
-            "adapter.lora": {"rank": 8, "targets": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+            "adapter.lora": {"rank": 8},
             "training.batch_size": 4,
-            "training.optimiser": {"name": "adamw", "learning_rate": 5e-4},
+            "training.optimiser": {"name": "adamw", "learning_rate": 7e-4},
             "training.warmup_steps": 2,
         },
         steps=settings.steps or 16,
