@@ -167,7 +167,8 @@ class Run:
             with alone:
                 with self.accelerator.autocast():
                     measured = inputs.candidates(part).measures(self.network)
-                total = sum((measured[name] * gradient[:, part]).sum() for name, gradient in gradients.items())
+                # A further completion goes with the first part, and is missing in the others.
+                total = sum((measured[name] * g[:, part]).sum() for name, g in gradients.items() if name in measured)
                 self.accelerator.backward(total)
 
     def _reference(self, prepared: Prepared) -> tuple[Mapping[str, Tensor] | None, Any]:
