@@ -1,4 +1,4 @@
-"""`mmalign evaluate`: images or videos made before and after training on the same prompts and seeds, compared by judges."""
+"""`mmalign evaluate`: images, videos or texts made before and after training on the same prompts and seeds, judged."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from mmalign.clips import Images, OpenedLate, seen_frames
 from mmalign.config import Choice, check_folder, command_line, write_resolved
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
+from mmalign.evaluate_texts import evaluate_texts, holds_texts, paired_texts, write_text_report
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
 from mmalign.records import Comparison, Content, comparison, read
@@ -24,16 +25,18 @@ from mmalign.report import (
     Checkpoint,
     Curve,
     Evaluation,
+    PairFit,
     ScorerChange,
     TrainingDrift,
     before_after_grid,
     checkpoint_grid,
     report_page,
+    scorer_change,
     task_changes,
 )
 from mmalign.score import SCORER_TABLE, Labelled, build_scorers
 from mmalign.scorers import Scorer, TaskScorer, finite_scores
-from mmalign.statistics import bootstrap_interval, diversity, effect_size, pixel_std, win_rate
+from mmalign.statistics import diversity, pixel_std
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +52,19 @@ class EvaluateConfig:
     and contrast are those of first frames.
 
     Args:
-        before, after: comparisons from `mmalign generate` with the same prompts and seeds; candidates carry their seed.
+        before, after: comparisons from `mmalign generate` or `mmalign answer` with the same prompts and seeds; candidates carry
+            their seed.
         scorers: judges; the first one's win rate is the result.
         held_out: judges that took no part in making the preferences; the first one's mean is the fidelity.
-        checkpoints: comparisons from `mmalign generate` with lora (or model) set to a run's checkpoint-N, on the same prompts
-            and seeds: shown side by side in checkpoints.png, their scores as curves.
-        output: folder for results.json, report.html, grid.png and evaluation.yaml; it may be the run's, whose files stay.
+        checkpoints: comparisons from `mmalign generate` with lora (or model), or `mmalign answer` with tuned, set to a run's
+            checkpoint-N, on the same prompts and seeds: shown side by side in checkpoints.png, their scores as curves.
+        output: folder for results.json, report.html, evaluation.yaml and, of images, grid.png; it may be the run's, whose files stay.
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
         run: output folder of the training run, for its implicit-reward accuracy and error drift.
         pairs: held-out preference pairs, on which the run's weights are measured the same way.
-        draws: (timestep, noise) draws of each held-out pair.
-        rows, cols: pairs in grid.png.
+        draws: (timestep, noise) draws of each held-out pair; language models need one.
+        rows, cols: pairs in grid.png; of texts, rows * cols pairs in the report.
         title: heading of the report.
         device: for every scorer that has one; none leaves each its own.
     """
@@ -107,51 +111,107 @@ class EvaluateResult:
     def __str__(self) -> str:
         """The table, then the files."""
         grids = ("grid.png", "checkpoints.png") if self.evaluation.checkpoints else ("grid.png",)
+        grids = grids if self.evaluation.texts is None else ()
         files = (self.output / name for name in ("report.html", *grids, "results.json"))
         return "\n".join([str(self.evaluation), "", *map(str, files)])
 
 
 def main(config: EvaluateConfig) -> EvaluateResult:
-    """Compare images made before and after training: win rates with intervals, a held-out judge, diversity, a report."""
+    """Compare what was made before and after training: win rates with intervals, a held-out judge, diversity, a report."""
     output = Path(config.output).expanduser()
     check_folder(output)
     if config.device is not None:
         torch_device(config.device)
     base, tuned = list(_comparisons(config.before)), list(_comparisons(config.after))
-    prompts, before, after = paired_images(base, tuned)
     named = (config.checkpoints,) if isinstance(config.checkpoints, str) else config.checkpoints
-    between = checkpoint_images(base, {path: list(_comparisons(path)) for path in named})
-    scorers = build_scorers((*config.scorers, *config.held_out), device=config.device)
-    training = None if config.run is None else training_drift(Path(config.run))
-    fit = None
-    if config.pairs is not None:
-        fit = pair_fit(Path(config.run or ""), config.pairs, draws=config.draws, device=config.device)
+    between = {path: list(_comparisons(path)) for path in named}
+    compare = _compared_texts if holds_texts(base) else _compared_images
+    evaluation = compare(config, base, tuned, between)
+    write_resolved(config, output, config="evaluation.yaml", versions="evaluation_environment.json")
+    return EvaluateResult(evaluation=evaluation, output=output)
+
+
+Rows = list[Comparison]
+
+
+def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dict[str, Rows]) -> Evaluation:
+    prompts, before, after = paired_images(base, tuned)
+    between = checkpoint_images(base, found)
+    told = _judged(config, tuned)
     evaluation = evaluate_pairs(
         prompts,
         OpenedLate(before),
         OpenedLate(after),
-        scorers=scorers[: len(config.scorers)],
-        held_out=scorers[len(config.scorers) :],
+        scorers=told.scorers,
+        held_out=told.held_out,
         interval=config.interval,
         tie_eps=config.tie_eps,
-        training=training,
+        training=told.training,
         checkpoints=[(step, OpenedLate(images)) for step, images in between],
-        last_step=_step_of(tuned) or (None if training is None else training.last_step),
+        last_step=told.last_step,
     )
-    evaluation = replace(evaluation, pairs=fit)
+    evaluation = replace(evaluation, pairs=told.pairs)
     write_report(
         evaluation,
         prompts,
         OpenedLate(before),
         OpenedLate(after),
-        output,
+        Path(config.output).expanduser(),
         rows=config.rows,
         cols=config.cols,
         title=config.title,
         checkpoints=[(step, OpenedLate(images)) for step, images in between],
     )
-    write_resolved(config, output, config="evaluation.yaml", versions="evaluation_environment.json")
-    return EvaluateResult(evaluation=evaluation, output=output)
+    return evaluation
+
+
+def _compared_texts(config: EvaluateConfig, base: Rows, tuned: Rows, found: dict[str, Rows]) -> Evaluation:
+    prompts, before, after = paired_texts(base, tuned)
+    between = {step: paired_texts(base, rows, name=place)[2] for step, place, rows in checkpoint_rows(found)}
+    told = _judged(config, tuned)
+    evaluation = evaluate_texts(
+        prompts,
+        before,
+        after,
+        scorers=told.scorers,
+        held_out=told.held_out,
+        interval=config.interval,
+        tie_eps=config.tie_eps,
+        training=told.training,
+        pairs=told.pairs,
+        checkpoints=between,
+        last_step=told.last_step,
+    )
+    columns = [("before", before), *((f"step {step}", between[step]) for step in sorted(between)), ("after", after)]
+    output = Path(config.output).expanduser()
+    write_text_report(evaluation, prompts, columns, output, title=config.title, num_shown=config.rows * config.cols)
+    return evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """Who judges, and what is known of the training, whatever is compared."""
+
+    scorers: list[Scorer]
+    held_out: list[Scorer]
+    training: TrainingDrift | None
+    pairs: PairFit | None
+    last_step: int | None
+
+
+def _judged(config: EvaluateConfig, tuned: Rows) -> _Judged:
+    scorers = build_scorers((*config.scorers, *config.held_out), device=config.device)
+    training = None if config.run is None else training_drift(Path(config.run))
+    fit = None
+    if config.pairs is not None:
+        fit = pair_fit(Path(config.run or ""), config.pairs, draws=config.draws, device=config.device)
+    return _Judged(
+        scorers=scorers[: len(config.scorers)],
+        held_out=scorers[len(config.scorers) :],
+        training=training,
+        pairs=fit,
+        last_step=_step_of(tuned) or (None if training is None else training.last_step),
+    )
 
 
 def evaluate_pairs(
@@ -227,20 +287,15 @@ def _change(
     *,
     held_out: bool,
 ) -> ScorerChange:
-    eps = tie_eps * float(old.std(correction=0))
-    low, high = bootstrap_interval(new - old)
     judge = scorer.scorer if isinstance(scorer, Labelled) else scorer
     tasks = [judge.task(prompt) for prompt in prompts] if isinstance(judge, TaskScorer) else []
-    return ScorerChange(
-        name=scorer.name,
+    return scorer_change(
+        scorer.name,
+        old,
+        new,
+        eps=tie_eps * float(old.std(correction=0)),
+        interval=interval,
         held_out=held_out,
-        win_rate=win_rate(old, new, eps=eps, interval=interval),
-        eps=eps,
-        mean_before=float(old.mean()),
-        mean_after=float(new.mean()),
-        difference_low=low,
-        difference_high=high,
-        effect_size=effect_size(old, new),
         tasks=task_changes(tasks, old, new) if tasks else (),
     )
 
@@ -267,23 +322,36 @@ def checkpoint_images(before: Sequence[Comparison], found: dict[str, list[Compar
     Raises:
         UserError: images that no checkpoint-N made, a step given twice, or images that cannot be paired.
     """
-    series: dict[int, list[Content]] = {}
+    return [(step, paired_images(before, rows, name=place)[2]) for step, place, rows in checkpoint_rows(found)]
+
+
+def checkpoint_rows(found: dict[str, list[Comparison]]) -> list[tuple[int, str, list[Comparison]]]:
+    """(step, place, rows) of each checkpoint, in the order of the steps.
+
+    Raises:
+        UserError: what no checkpoint-N made, or a step given twice.
+    """
+    series: dict[int, tuple[str, list[Comparison]]] = {}
     for place, rows in found.items():
         step = _step_of(rows)
         if step is None:
+            made = "answers", "answer` with tuned"
+            kind, how = made if holds_texts(rows) else ("images", "generate` with lora")
             raise UserError(
-                f"checkpoints: got {place}, whose images do not all come from one checkpoint-N of a run, want those of "
-                "`mmalign generate` with lora=runs/x/checkpoint-N. Name such a folder."
+                f"checkpoints: got {place}, whose {kind} do not all come from one checkpoint-N of a run, want those of "
+                f"`mmalign {how}=runs/x/checkpoint-N. Name such a folder."
             )
         if step in series:
             raise UserError(f"checkpoints: got step {step} twice, again in {place}, want each once. Remove one.")
-        series[step] = paired_images(before, rows, name=place)[2]
-    return sorted(series.items(), key=lambda one: one[0])
+        series[step] = (place, rows)
+    return [(step, *series[step]) for step in sorted(series)]
 
 
 def _step_of(rows: Sequence[Comparison]) -> int | None:
-    """The step of the checkpoint that made all images of these rows, as their provenance tells."""
-    named = {str(origin.get("lora") or origin.get("model") or "") for row in rows for origin in row.provenance or ({},)}
+    """The step of the checkpoint that made all candidates of these rows, as their provenance tells."""
+    keys = ("lora", "tuned", "model")
+    origins = [origin for row in rows for origin in row.provenance or ({},)]
+    named = {str(next((origin[key] for key in keys if origin.get(key)), "")) for origin in origins}
     matches = {int(match[1]) for name in named if (match := CHECKPOINT.search(name.rstrip("/")))}
     return matches.pop() if len(named) == len(matches) == 1 else None
 
@@ -401,8 +469,8 @@ def write_report(
 
 
 def _comparisons(path: str) -> Iterable[Comparison]:
-    for row in read(path):
-        yield comparison(row)
+    for row in read(path, least=1):
+        yield comparison(row, least=1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from mmalign.records import (
     Fault,
     Judgement,
     append_judgements,
+    asked,
     check_target,
     comparison,
     outline_rows,
@@ -32,7 +33,7 @@ from mmalign.records import (
     write,
 )
 from mmalign.records.journal import gather_parts, part_of, sort_journal
-from mmalign.scorers import SCORERS, Scorer, finite_scores
+from mmalign.scorers import SCORERS, Scorer, TextScorer, finite_scores, judged_kind
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,15 @@ SHOWN_FAULTS = 5
 class ScoreConfig:
     """What `mmalign score` judges, by whom, and where the verdicts go. A video's score is the mean over all its frames.
 
+    Candidates are images or texts, and so are those that a scorer judges.
+
     Args:
         data: comparisons in any format that mmalign reads.
         scorers: judges; `label` renames one, so that the same scorer can judge twice with different settings.
         output: the comparisons with their scores; none: beside the data, `x_scored.parquet` for `x.parquet`. The verdicts
             stand beside it in `<output>.judgements.jsonl`, from which an interrupted run goes on, with as many processes as
             you like.
-        batch_size: images opened together and handed to a scorer in one call.
+        batch_size: images, or texts, opened together and handed to a scorer in one call.
         device: for every scorer that has one; none leaves each its own.
     """
 
@@ -111,24 +114,30 @@ class Labelled:
     """A scorer under another name."""
 
     name: str
-    scorer: Scorer
+    scorer: Scorer | TextScorer
 
-    def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
+    @property
+    def judges(self) -> str:
+        """What the scorer judges."""
+        return judged_kind(self.scorer)
+
+    def __call__(self, prompts: Sequence[Any], candidates: Sequence[Image] | Sequence[str]) -> Float[Tensor, " n"]:
         """The scorer's own scores."""
-        return self.scorer(prompts, images)
+        scorer: Callable[..., Tensor] = self.scorer
+        return scorer(prompts, candidates)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """A scorer and the settings that its verdicts depend on, kept with every verdict."""
 
-    scorer: Scorer
+    scorer: Scorer | TextScorer
     settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A usable row: its place in the table, and a key of its prompt and the bytes of its images."""
+    """A usable row: its place in the table, and a key of its prompt and of what its candidates are."""
 
     place: int
     comparison: Comparison
@@ -165,9 +174,10 @@ def main(config: ScoreConfig) -> ScoreResult:
         Judge(scorer=scorer, settings=_settings(choice))
         for scorer, choice in zip(build_scorers(config.scorers, device=device), config.scorers, strict=True)
     ]
+    kind = judged_kind(judges[0].scorer)
     faults: list[Fault] = []
     dataset = read(data, faults=faults)
-    groups = _groups(dataset, config.batch_size, faults)
+    groups = _groups(dataset, config.batch_size, faults, kind)
     processes.wait()  # until here nobody has written
     if processes.is_main:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -199,20 +209,24 @@ def main(config: ScoreConfig) -> ScoreResult:
     )
 
 
-def build_scorers(choices: Sequence[Choice], *, device: str | None = None) -> list[Scorer]:
+def build_scorers(choices: Sequence[Choice], *, device: str | None = None, kind: str | None = None) -> list[Any]:
     """The scorers that a config names, each under its label if it has one.
 
     Args:
         choices: entries of SCORER_TABLE.
         device: for every scorer that has one; None leaves each its own.
+        kind: what they must judge, `images` or `texts`; None: the one or the other.
 
     Raises:
-        UserError: two judges of one name.
+        UserError: two judges of one name, or of two kinds.
     """
-    scorers: list[Scorer] = []
+    scorers: list[Any] = []
     for choice in choices:
         more = {"device": device} if device is not None and "device" in choice.settings else {}
-        scorer: Scorer = choice.build(**more)
+        scorer = choice.build(**more)
+        wanted = kind or judged_kind((scorers or [scorer])[0])
+        if judged_kind(scorer) != wanted:
+            raise UserError(f"scorers: got {scorer.name}, which judges {judged_kind(scorer)}, want judges of {wanted}.")
         label = choice.extra.get("label")
         scorers.append(scorer if label is None else Labelled(name=label, scorer=scorer))
     names = [scorer.name for scorer in scorers]
@@ -264,10 +278,15 @@ def _known_verdicts(journal: Path, judges: Sequence[Judge]) -> dict[str, dict[st
     return known
 
 
-def _groups(dataset: Any, num_images: int, faults: list[Fault]) -> list[list[int]]:
-    """Places of usable rows in groups of about num_images images; the others are noted. No image is read."""
+def _groups(dataset: Any, num_candidates: int, faults: list[Fault], kind: str) -> list[list[int]]:
+    """Places of usable rows in groups of about num_candidates images or texts; the others are noted. No image is read.
+
+    Raises:
+        UserError: there is none, and candidates are of another kind than the scorers judge.
+    """
+    other = ""
     groups: list[list[int]] = []
-    count = num_images
+    count = num_candidates
     seen: dict[str, str] = {}
     for place, entry in enumerate(outline_rows(dataset)):
         where = entry.get("where") or f"row {place + 1}"
@@ -276,17 +295,25 @@ def _groups(dataset: Any, num_images: int, faults: list[Fault]) -> list[list[int
             if value.id in seen:
                 raise UserError(f"{where}: got id {value.id!r} again, first in {seen[value.id]}. Give each row its own id.")
             for number, candidate in enumerate(value.candidates, 1):
-                if not candidate.images or not value.prompt.text:
+                is_text = bool(candidate.words().strip()) and not candidate.media()
+                if (kind == "texts" and candidate.media()) or (kind == "images" and is_text):
+                    other = other or f"{where}: candidate {number}"
+                if kind == "texts" and not (is_text and value.prompt_of(number - 1).words().strip()):
+                    raise UserError(f"{where}: candidate {number}: got no text or no prompt, want both. Remove the row.")
+                if kind == "images" and (not candidate.images or not value.prompt.text):
                     raise UserError(f"{where}: candidate {number}: got no image or no prompt text, want both. Remove the row.")
         except UserError as error:
             faults.append(_fault(where, error))
             continue
         seen[value.id] = value.where
-        if count >= num_images:
+        if count >= num_candidates:
             groups.append([])
             count = 0
         groups[-1].append(place)
         count += len(value.candidates)
+    if other and not groups:
+        got, wanted = ("a text", "images") if kind == "images" else ("an image", "texts")
+        raise UserError(f"{other}: got {got}, and the scorers judge {wanted}. Name scorers of the other kind, or other data.")
     return groups
 
 
@@ -326,15 +353,24 @@ def _judge_share(
 
 def _content_key(row: Comparison) -> str:
     keys = [row.prompt.text, *(candidate.key() for candidate in row.candidates)]
+    if row.prompt.messages or row.prompts is not None or row.prefix is not None:
+        keys += [row.prefix, *(row.prompt_of(n).key() for n in range(len(row.candidates)))]
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
+
+def _opened(row: Comparison, kind: str) -> list[list[Any]]:
+    """Of each candidate its frames, or its one text, behind what all candidates go on from."""
+    if kind == "images":
+        return [candidate.frames() for candidate in row.candidates]
+    return [[(row.prefix or "") + candidate.words()] for candidate in row.candidates]
 
 
 def _judge(
     judges: Sequence[Judge], rows: Sequence[Row], known: dict[str, dict[str, Judgement]], faults: list[Fault]
 ) -> tuple[list[Judgement], int]:
-    """New verdicts on these rows, and how many earlier ones still hold: those on the same prompt and images.
+    """New verdicts on these rows, and how many earlier ones still hold: those on the same prompt and candidates.
 
-    A judge that lacks one verdict judges the whole group, so that what it says of an image never depends on what was known.
+    A judge that lacks one verdict judges the whole group, so that what it says of a candidate never depends on what was known.
     """
 
     def holds(judge: Judge, row: Row) -> bool:
@@ -343,10 +379,10 @@ def _judge(
 
     due = {judge.scorer.name: [row for row in rows if not holds(judge, row)] for judge in judges}
     num_kept = len(judges) * len(rows) - sum(map(len, due.values()))
-    images: dict[str, list[list[Image]]] = {}
+    images: dict[str, list[list[Any]]] = {}
     for row in rows if any(due.values()) else ():
         try:
-            images[row.comparison.id] = [candidate.frames() for candidate in row.comparison.candidates]
+            images[row.comparison.id] = _opened(row.comparison, judged_kind(judges[0].scorer))
         except UserError as error:
             faults.append(_fault(row.comparison.where, error))
     whole = [row for row in rows if row.comparison.id in images]
@@ -358,12 +394,14 @@ def _judge(
     return verdicts, num_kept
 
 
-def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[list[Image]]]) -> list[Judgement]:
+def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[list[Any]]]) -> list[Judgement]:
     """The scores of each row's candidates; that of a video is the mean over its frames."""
-    prompts, places, flat, lengths = [], [], [], []
+    prompts: list[Any] = []
+    places, flat, lengths = [], [], []
+    kind = judged_kind(judge.scorer)
     for value in (row.comparison for row in rows):
         for number, frames in enumerate(images[value.id], 1):
-            prompts += [value.prompt.text or ""] * len(frames)
+            prompts += [(value.prompt.text or "") if kind == "images" else asked(value.prompt_of(number - 1))] * len(frames)
             places += [f"{value.where or value.id}: candidate {number}"] * len(frames)
             flat += frames
             lengths.append(len(frames))

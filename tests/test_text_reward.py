@@ -243,5 +243,5 @@ def test_a_preference_model_learns_a_cycle_that_no_scores_can_give(tmp_path: Pat
     gpm = trained(tmp_path / "gpm", path, adapter={"head": GPM}, loss="gpm", training=training)
     scalar = trained(tmp_path / "scalar", path, training=training)
     assert shares(gpm, tmp_path / "gpm", path) > 0.95
-    assert shares(scalar, tmp_path / "scalar", path) <= 2 / 3
+    assert shares(scalar, tmp_path / "scalar", path) < 0.67
     assert metrics_of(tmp_path / "gpm")[-1]["loss"] < 0.2 < math.log(2) - 0.01 < metrics_of(tmp_path / "scalar")[-1]["loss"]

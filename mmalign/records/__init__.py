@@ -1,6 +1,6 @@
 """Comparisons and judgements: typed rows on top of `datasets`, their media, their formats on disk, and the views."""
 
-from mmalign.records.conversations import entry_of, message_of
+from mmalign.records.conversations import asked, entry_of, message_of
 from mmalign.records.examples import Examples
 from mmalign.records.faults import faults_of
 from mmalign.records.frames import animation
@@ -34,6 +34,7 @@ __all__ = [
     "Sample",
     "animation",
     "append_judgements",
+    "asked",
     "best",
     "check_target",
     "collect",

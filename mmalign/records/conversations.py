@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mmalign.records.media import Media
-from mmalign.records.rows import Message
+from mmalign.records.rows import Content, Message
 
 PART_KINDS = ("text", "image", "image_url")
 
@@ -43,6 +43,13 @@ def message_of(
         places=tuple(places) if any(places) else (),
         extra=without_nulls(known),
     )
+
+
+def asked(prompt: Content) -> str | list[dict[str, Any]]:
+    """Return a prompt as scorers of texts take it: its text, or its messages as chat templates want them."""
+    if not prompt.messages:
+        return prompt.text or ""
+    return [entry_of(one) for one in prompt.messages]
 
 
 def _parts(

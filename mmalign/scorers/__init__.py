@@ -1,8 +1,8 @@
-"""Scorers: judges that give each image a number, higher is better. SCORERS maps a name to the function that builds one."""
+"""Scorers: judges that give each image, or text, a number, higher is better. SCORERS maps a name to what builds one."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from PIL.Image import Image
@@ -12,11 +12,15 @@ from mmalign.errors import UserError
 from mmalign.scorers.aesthetic import aesthetic
 from mmalign.scorers.clip_score import clip_score, clip_score_open_clip
 from mmalign.scorers.composition import composition
+from mmalign.scorers.conversation import Prompt
 from mmalign.scorers.digits import digit_judge, digit_legibility
 from mmalign.scorers.hps import hps_v2
 from mmalign.scorers.image_reward import image_reward
 from mmalign.scorers.pick_score import pick_score
 from mmalign.scorers.pixels import brightness, colourfulness, saturation, sharpness
+from mmalign.scorers.preference import gpm_reward
+from mmalign.scorers.text_measures import short_words, text_length
+from mmalign.scorers.text_reward import text_reward
 from mmalign.scorers.vqa import vqa_score
 
 
@@ -30,6 +34,20 @@ class Scorer(Protocol):
 
     def __call__(self, prompts: Sequence[str], images: Sequence[Image]) -> Float[Tensor, " n"]:
         """Score i is of image i under prompt i; finite, on the CPU."""
+
+
+@runtime_checkable
+class TextScorer(Protocol):
+    """A scorer of texts. It batches inside and gives the same score in any batch."""
+
+    judges: ClassVar[str]  # "texts"; a scorer without it judges images
+
+    @property
+    def name(self) -> str:
+        """The judge's name under which its verdicts are kept."""
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Float[Tensor, " n"]:
+        """Score i is of text i under prompt i, a text or messages; finite, on the CPU."""
 
 
 @runtime_checkable
@@ -51,30 +69,37 @@ class TaskScorer(Scorer, Protocol):
         """The kind of this prompt."""
 
 
+def judged_kind(scorer: Any) -> str:
+    """What a scorer judges: `images`, or `texts`."""
+    kind: str = getattr(scorer, "judges", "images")
+    return kind
+
+
 def finite_scores(
-    scorer: Scorer, prompts: Sequence[str], images: Sequence[Image], places: Sequence[str]
+    scorer: Scorer | TextScorer, prompts: Sequence[Any], candidates: Sequence[Image] | Sequence[str], places: Sequence[str]
 ) -> Float[Tensor, " n"]:
-    """Scores, refused where they are NaN or infinite: such an image can be neither better nor worse than another.
+    """Scores, refused where they are NaN or infinite: such a candidate can be neither better nor worse than another.
 
     Args:
         scorer: the judge.
-        prompts, images: as the scorer takes them.
-        places: what to call each image in a message: `comparisons.parquet:17: candidate 2`.
+        prompts, candidates: as the scorer takes them.
+        places: what to call each candidate in a message: `comparisons.parquet:17: candidate 2`.
 
     Raises:
-        UserError: a score is not finite; the message names the image.
+        UserError: a score is not finite; the message names the candidate.
     """
-    scores = scorer(prompts, images)
+    judge: Callable[..., Tensor] = scorer
+    scores = judge(prompts, candidates)
     for place, score in zip(places, scores.tolist(), strict=True):
         if not math.isfinite(score):
             raise UserError(
-                f"{place}: got {score} from scorer {scorer.name}, want a finite score. Look at the image; remove the row if "
-                "it is blank or broken, else the scorer is at fault."
+                f"{place}: got {score} from scorer {scorer.name}, want a finite score. Look at it; remove the row if it is "
+                "blank or broken, else the scorer is at fault."
             )
     return scores
 
 
-SCORERS: dict[str, Callable[..., Scorer]] = {
+SCORERS: dict[str, Callable[..., Scorer | TextScorer]] = {
     "aesthetic": aesthetic,
     "brightness": brightness,
     "clip_score": clip_score,
@@ -83,10 +108,14 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "composition": composition,
     "digit_judge": digit_judge,
     "digit_legibility": digit_legibility,
+    "gpm_reward": gpm_reward,
     "hps_v2": hps_v2,
     "image_reward": image_reward,
     "pick_score": pick_score,
     "saturation": saturation,
     "sharpness": sharpness,
+    "short_words": short_words,
+    "text_length": text_length,
+    "text_reward": text_reward,
     "vqa_score": vqa_score,
 }
