@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,21 +67,7 @@ def slot_sums(
         rows: tokens in a tile; None: see `tile_rows`.
         accumulators: slots up to which a trainable output layer is passed once, where memory allows it; 0: never.
     """
-    dtype = _compute_dtype(hidden, head.weight)
-    job = _Job(
-        target=target,
-        slot=slot,
-        factor=weight,
-        counts=counts,
-        scale=head.scale,
-        softcap=head.softcap,
-        wanted=wanted,
-        rows=rows or tile_rows(head.weight.shape[0], hidden.device),
-        accumulators=accumulators,
-        dtype=dtype,
-        exact=torch.promote_types(dtype, torch.float32),
-        graph=torch.is_grad_enabled(),
-    )
+    job = Job.of(hidden, head, target, slot, counts, factor=weight, wanted=wanted, rows=rows, accumulators=accumulators)
     logps, agreement, entropy = _Sums.apply(hidden, head.weight, head.bias, head.inner, head.outer, job)
     values = {"logps": logps, "agreement": agreement, "entropy": entropy}
     return {name: value for name, value in values.items() if name == "logps" or name in wanted}
@@ -93,7 +79,7 @@ def tile_rows(vocab: int, device: torch.device) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
     """What a sweep over the tokens does; no field takes a gradient."""
 
     target: Tensor
@@ -109,7 +95,39 @@ class _Job:
     exact: torch.dtype
     graph: bool
 
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        head: Head,
+        target: Tensor,
+        slot: Tensor,
+        counts: tuple[int, ...],
+        *,
+        factor: Tensor | None = None,
+        wanted: frozenset[str] = frozenset(),
+        rows: int | None = None,
+        accumulators: int = 0,
+    ) -> Job:
+        """That of these hidden states under this head; see `slot_sums`."""
+        dtype = _compute_dtype(hidden, head.weight)
+        return cls(
+            target=target,
+            slot=slot,
+            factor=factor,
+            counts=counts,
+            scale=head.scale,
+            softcap=head.softcap,
+            wanted=wanted,
+            rows=rows or tile_rows(head.weight.shape[0], hidden.device),
+            accumulators=accumulators,
+            dtype=dtype,
+            exact=torch.promote_types(dtype, torch.float32),
+            graph=torch.is_grad_enabled(),
+        )
+
     def tiles(self) -> Iterator[slice]:
+        """Slices of the tokens, one a tile."""
         return (slice(start, start + self.rows) for start in range(0, len(self.target), self.rows))
 
 
@@ -133,7 +151,7 @@ class _Total:
 
 
 @dataclass(kw_only=True)
-class _Gradients:
+class Gradients:
     """Gradients by the number of the input: a row a token, or a total a slot (one for all: `merged`)."""
 
     merged: bool
@@ -141,7 +159,7 @@ class _Gradients:
     of_slots: dict[int, list[_Total]] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, tensors: Any, needed: tuple[int, ...], job: _Job, *, merged: bool) -> _Gradients:
+    def empty(cls, tensors: Any, needed: tuple[int, ...], job: Job, *, merged: bool) -> Gradients:
         """For those inputs that need one."""
         totals = 1 if merged else len(job.counts)
         return cls(
@@ -150,7 +168,12 @@ class _Gradients:
             of_slots={number: [_Total(job.exact) for _ in range(totals)] for number in needed if number in SHARED},
         )
 
-    def scaled(self, grad: Tensor, job: _Job) -> dict[int, Tensor]:
+    def total(self) -> dict[int, Tensor]:
+        """Of merged gradients, into which the gradient of every slot went already."""
+        found = {number: total.value for number, (total,) in self.of_slots.items() if total.value is not None}
+        return self.of_tokens | found
+
+    def scaled(self, grad: Tensor, job: Job) -> dict[int, Tensor]:
         """Times the gradient of every slot. The totals are combined in the place of the first, and are gone."""
         of_token = grad[job.slot][:, None]
         found = {number: kept * of_token for number, kept in self.of_tokens.items()}
@@ -175,8 +198,8 @@ class _Sums(torch.autograd.Function):
         *tensors, job = inputs
         needed = tuple(number for number in range(5) if job.graph and ctx.needs_input_grad[number])
         shared = any(number in SHARED for number in needed)
-        once = bool(needed) and (not shared or _has_room(tensors, needed, job))
-        gradients = _Gradients.empty(tensors, needed, job, merged=False) if once else None
+        once = bool(needed) and (not shared or has_room(tensors, needed, job))
+        gradients = Gradients.empty(tensors, needed, job, merged=False) if once else None
         out = _sweep(tensors, job, job.factor, gradients, job.wanted)
         ctx.job, ctx.needed, ctx.gradients = job, needed, gradients
         ctx.kinds = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
@@ -191,13 +214,13 @@ class _Sums(torch.autograd.Function):
         job, gradients, grad = ctx.job, ctx.gradients, grad.to(ctx.job.exact)
         if gradients is None:
             factor = grad[job.slot] if job.factor is None else grad[job.slot] * job.factor
-            gradients = _Gradients.empty(ctx.saved_tensors, ctx.needed, job, merged=True)
+            gradients = Gradients.empty(ctx.saved_tensors, ctx.needed, job, merged=True)
             _sweep(ctx.saved_tensors, job, factor, gradients, frozenset())
-            found = gradients.scaled(grad.new_ones(1), replace(job, slot=torch.zeros_like(job.slot)))
+            found = gradients.total()
         else:
             ctx.gradients = None if gradients.of_slots else gradients
             found = gradients.scaled(grad, job)
-        return (*(_like(found.get(number), ctx.kinds[number]) for number in range(5)), None)
+        return (*(in_kind(found.get(number), ctx.kinds[number]) for number in range(5)), None)
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -208,7 +231,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return own
 
 
-def _has_room(tensors: Any, needed: tuple[int, ...], job: _Job) -> bool:
+def has_room(tensors: Any, needed: tuple[int, ...], job: Job) -> bool:
     """Whether a total a slot may be held: as many as `accumulators` allows, in a quarter of what is free on CUDA."""
     if len(job.counts) > job.accumulators:
         return False
@@ -220,32 +243,21 @@ def _has_room(tensors: Any, needed: tuple[int, ...], job: _Job) -> bool:
     return bool(size <= (torch.cuda.mem_get_info(device)[0] + cached) / 4)
 
 
-def _like(found: Tensor | None, kind: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
+def in_kind(found: Tensor | None, kind: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
     """A gradient in its input's shape and dtype."""
     return None if found is None or kind is None else found.view(kind[0]).to(kind[1])
 
 
 def _sweep(
-    tensors: Any, job: _Job, factor: Tensor | None, gradients: _Gradients | None, wanted: frozenset[str]
+    tensors: Any, job: Job, factor: Tensor | None, gradients: Gradients | None, wanted: frozenset[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of every slot; on the way, into `gradients`, those of sum_t factor_t log p_t."""
-    hidden, weight, bias, inner, outer = tensors
+    hidden, weight = tensors[:2]
     tokens = torch.empty(3, len(job.target), dtype=torch.float64, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         words = weight.to(job.dtype)
         for tile in job.tiles():
-            states = hidden[tile].to(job.dtype)
-            logits = _product(states, words.T, job.exact)
-            if inner is not None:
-                logits.addmm_(inner[tile].to(job.exact), outer.to(job.exact).T)
-            if bias is not None:
-                logits += bias
-            if job.scale != 1:
-                logits *= job.scale
-            slope = None
-            if job.softcap is not None:
-                slope = logits.div_(job.softcap).tanh_()
-                logits = slope * job.softcap
+            logits, slope = tile_logits(tensors, job, words, tile)
             logp = torch.log_softmax(logits, 1)
             tokens[0, tile] = logp.gather(1, job.target[tile, None])[:, 0].double()
             if gradients is None and not wanted:
@@ -260,15 +272,38 @@ def _sweep(
                 p.scatter_add_(1, job.target[tile, None], p.new_full((len(p), 1), -1.0))
                 if slope is not None:
                     p.mul_(slope.square_().neg_().add_(1))
-                _add_gradients(gradients, tensors, job, tile, p, words, factor)
+                add_gradients(gradients, tensors, job, tile, p, words, factor)
     weights = 1 if job.factor is None else job.factor.double()
     tokens[0] *= weights
     sums = tokens.new_zeros(3, len(job.counts)).index_add_(1, job.slot, tokens).to(job.exact)
     return sums[0], sums[1], sums[2]
 
 
-def _add_gradients(
-    gradients: _Gradients, tensors: Any, job: _Job, tile: slice, error: Tensor, words: Tensor, factor: Tensor | None
+def tile_logits(tensors: Any, job: Job, words: Tensor, tile: slice) -> tuple[Tensor, Tensor | None]:
+    """Logits of a tile's tokens, and tanh(z / softcap) where they are capped.
+
+    Args:
+        tensors: hidden, weight, bias, inner, outer.
+        job: whose `dtype` the product is taken in.
+        words: the weight in that dtype.
+        tile: the tokens.
+    """
+    hidden, _, bias, inner, outer = tensors
+    logits = _product(hidden[tile].to(job.dtype), words.T, job.exact)
+    if inner is not None:
+        logits.addmm_(inner[tile].to(job.exact), outer.to(job.exact).T)
+    if bias is not None:
+        logits += bias
+    if job.scale != 1:
+        logits *= job.scale
+    if job.softcap is None:
+        return logits, None
+    slope = logits.div_(job.softcap).tanh_()
+    return slope * job.softcap, slope
+
+
+def add_gradients(
+    gradients: Gradients, tensors: Any, job: Job, tile: slice, error: Tensor, words: Tensor, factor: Tensor | None
 ) -> None:
     """Add what a tile gives, from its error p - onehot(target); factors go onto the narrower matrix of each product."""
     hidden, _, _, inner, outer = tensors
@@ -289,7 +324,7 @@ def _add_gradients(
             total.add(error[piece].T, inner[tile][piece].to(job.exact) * by_token[piece])
 
 
-def _pieces(gradients: _Gradients, job: _Job, tile: slice) -> Iterator[tuple[int, _Total, slice]]:
+def _pieces(gradients: Gradients, job: Job, tile: slice) -> Iterator[tuple[int, _Total, slice]]:
     """Input number, total and its rows of the tile, for all that all tokens share."""
     size = min(tile.stop, len(job.target)) - tile.start
     for number, totals in gradients.of_slots.items():

@@ -14,8 +14,10 @@ from torch.nn.functional import linear
 
 from mmalign.errors import UserError
 from mmalign.language import packed
+from mmalign.language.distillation import Lesson, distilled_sums
 from mmalign.language.head import Head, slot_sums
 from mmalign.likelihoods import Layout, Tokens
+from mmalign.likelihoods.tokens import GRADED
 
 logger = logging.getLogger(__name__)
 
@@ -73,29 +75,36 @@ class TokenNetwork(nn.Module):
         inner = self.model.base_model
         return self.model.model if inner is self.model else inner  # Llama 4's text model names another part as its base
 
-    def forward(self, layout: Layout, wanted: frozenset[str] = frozenset()) -> dict[str, Float[Tensor, " slots"]]:
+    def forward(
+        self, layout: Layout, wanted: frozenset[str] = frozenset(), lesson: Lesson | None = None
+    ) -> dict[str, Float[Tensor, " slots"]]:
         """Sums over the scored tokens of every slot.
 
         Args:
             layout: what is run, on the model's device.
-            wanted: see `slot_sums`.
+            wanted: see `slot_sums`, and `distilled_sums` where there is a lesson.
+            lesson: what a teacher makes of the same layout.
+        Raises:
+            ValueError: a packed layout, and the network does not pack.
+        """
+        states = self.states(layout)
+        head = self.head(states)
+        scored = (layout.target, layout.slot, layout.counts)
+        how: dict[str, Any] = {"rows": self.rows, "accumulators": self.accumulators}
+        sums = slot_sums(states, head, *scored, weight=layout.weight, wanted=wanted - GRADED, **how)
+        if lesson is not None:
+            sums |= distilled_sums(states, head, lesson, *scored, wanted=wanted & GRADED, **how)
+        return sums
+
+    def states(self, layout: Layout) -> Float[Tensor, "scored dim"]:
+        """Hidden states that predict the scored tokens.
+
         Raises:
             ValueError: a packed layout, and the network does not pack.
         """
         if layout.segments and not self.packs:
             raise ValueError(f"layout: got a packed one, want padded rows: {self.why_not}.")
-        states = self.hidden(layout).flatten(0, 1).index_select(0, layout.at)
-        return slot_sums(
-            states,
-            self.head(states),
-            layout.target,
-            layout.slot,
-            layout.counts,
-            weight=layout.weight,
-            wanted=wanted,
-            rows=self.rows,
-            accumulators=self.accumulators,
-        )
+        return self.hidden(layout).flatten(0, 1).index_select(0, layout.at)
 
     def hidden(self, layout: Layout) -> Float[Tensor, "rows length dim"]:
         """Last hidden states of all tokens.

@@ -13,9 +13,12 @@ from torch import Tensor
 from mmalign.likelihoods.networks import Measures
 
 # network(layout, wanted) -> {name: (num_slots,)}: sums over the scored tokens of every slot, float32 or better.
-# "logps" is always there; "agreement" = sum of lp - log sum_v p_v^2 and "entropy", both detached, where wanted.
-TokenNetwork = Callable[["Layout", frozenset[str]], Mapping[str, Float[Tensor, " slots"]]]
-PER_TOKEN = frozenset({"agreement", "entropy"})  # measures that are means over the scored tokens
+# "logps" is always there; "agreement" = sum of lp - log sum_v p_v^2 and "entropy", both detached, where wanted. Where GRADED
+# ones are wanted, a third argument is what the teacher made of the layout.
+TokenNetwork = Callable[..., Mapping[str, Float[Tensor, " slots"]]]
+Teacher = Callable[["Layout"], Any]  # teacher(layout) -> what a network takes as its lesson
+PER_TOKEN = frozenset({"agreement", "entropy"})  # measures that are means over the scored tokens, detached
+GRADED = frozenset({"teacher_divergence", "advantage"})  # those that a teacher gives, with a gradient
 ROW, CONTEXT = "row", "context"
 
 
@@ -233,7 +236,9 @@ class TokenInputs:
         num_candidates: k; 0 is allowed in parts that hold no candidate.
         batch: number of rows.
         extras: names of further completions, which are measures of their own: `rationale`, `exploration`, `gold`.
-        wanted: further measures: `shared` (the heads' sums), `joint` (with the context), `agreement`, `entropy`.
+        wanted: further measures: `shared` (the heads' sums), `joint` (with the context), `agreement`, `entropy`; and, as means
+            over a candidate's scored tokens whatever their weights, `teacher_divergence` and `advantage`.
+        teacher: what these two are taken from; never trained.
         device: where the network is.
         pack: one row without padding, every context run once; else padded rows.
         multiple, pad: see `Tokens.padded`.
@@ -251,6 +256,12 @@ class TokenInputs:
     multiple: int = 1
     pad: int = 0
     mismatched: Tokens | None = None
+    teacher: Teacher | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a teacher's measures without one."""
+        if self.wanted & GRADED and self.teacher is None:
+            raise ValueError(f"wanted: got {', '.join(sorted(self.wanted & GRADED))} without a teacher, want one.")
 
     def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
         """Other names under which these logps are logged: none."""
@@ -262,7 +273,11 @@ class TokenInputs:
 
     def measures(self, network: TokenNetwork) -> Measures:
         """All that losses may ask of one pass: `policy`, one name an extra completion, and what is `wanted`."""
-        out = self.of_slots(network(self._layout(self.tokens), self.wanted & PER_TOKEN))
+        layout = self._layout(self.tokens)
+        if self.teacher is None or not self.wanted & GRADED:
+            out = self.of_slots(network(layout, self.wanted & PER_TOKEN))
+        else:
+            out = self.of_slots(network(layout, self.wanted & (PER_TOKEN | GRADED), self.teacher(layout)))
         if self.mismatched is not None:
             with torch.no_grad():
                 out["mismatched"] = network(self._layout(self.mismatched), frozenset())["logps"][:, None]
@@ -283,9 +298,10 @@ class TokenInputs:
             )
             out["joint"] = out["policy"] + contexts[owners].view(self.batch, self.num_candidates)
         scored = self.tokens.scored().clamp(min=1)
-        for name in sorted(self.wanted & PER_TOKEN):
+        for name in sorted(self.wanted & (PER_TOKEN | GRADED)):
             values = both[name].sum(1)
-            out[name] = self._candidates(values / scored.to(values)).detach()
+            mean = self._candidates(values / scored.to(values))
+            out[name] = mean if name in GRADED else mean.detach()
         return out
 
     def refer(self, network: TokenNetwork, *, drift: bool = False) -> tuple[Measures, TokenInputs]:
@@ -297,7 +313,7 @@ class TokenInputs:
         if drift:
             raise ValueError("drift: is not defined for text. Leave the loss that asks for it out.")
         with torch.no_grad():
-            return replace(self, wanted=self.wanted - PER_TOKEN).measures(network), self
+            return replace(self, wanted=self.wanted - PER_TOKEN - GRADED).measures(network), self
 
     def settle(self, network: TokenNetwork) -> tuple[Measures, TokenInputs]:
         """Measures without a graph, and these inputs, whose candidates are independent already."""
