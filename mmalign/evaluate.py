@@ -23,7 +23,6 @@ from mmalign.held_out import pair_fit
 from mmalign.records import Comparison, Content, comparison, read
 from mmalign.report import (
     Checkpoint,
-    Curve,
     Evaluation,
     PairFit,
     ScorerChange,
@@ -33,6 +32,7 @@ from mmalign.report import (
     report_page,
     scorer_change,
     task_changes,
+    training_drift,
 )
 from mmalign.score import SCORER_TABLE, Labelled, build_scorers
 from mmalign.scorers import Scorer, TaskScorer, finite_scores
@@ -58,7 +58,8 @@ class EvaluateConfig:
         held_out: judges that took no part in making the preferences; the first one's mean is the fidelity.
         checkpoints: comparisons from `mmalign generate` with lora (or model), or `mmalign answer` with tuned, set to a run's
             checkpoint-N, on the same prompts and seeds: shown side by side in checkpoints.png, their scores as curves.
-        output: folder for results.json, report.html, evaluation.yaml and, of images, grid.png; it may be the run's, whose files stay.
+        output: folder for results.json, report.html, evaluation.yaml and, of images, grid.png; it may be the run's, whose files
+            stay.
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
         run: output folder of the training run, for its implicit-reward accuracy and error drift.
@@ -110,8 +111,8 @@ class EvaluateResult:
 
     def __str__(self) -> str:
         """The table, then the files."""
-        grids = ("grid.png", "checkpoints.png") if self.evaluation.checkpoints else ("grid.png",)
-        grids = grids if self.evaluation.texts is None else ()
+        grids = ["grid.png"] if self.evaluation.texts is None else []
+        grids += ["checkpoints.png"] if grids and self.evaluation.checkpoints else []
         files = (self.output / name for name in ("report.html", *grids, "results.json"))
         return "\n".join([str(self.evaluation), "", *map(str, files)])
 
@@ -137,7 +138,7 @@ Rows = list[Comparison]
 def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dict[str, Rows]) -> Evaluation:
     prompts, before, after = paired_images(base, tuned)
     between = checkpoint_images(base, found)
-    told = _judged(config, tuned)
+    told = _judged(config, tuned, "images")
     evaluation = evaluate_pairs(
         prompts,
         OpenedLate(before),
@@ -168,7 +169,7 @@ def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dic
 def _compared_texts(config: EvaluateConfig, base: Rows, tuned: Rows, found: dict[str, Rows]) -> Evaluation:
     prompts, before, after = paired_texts(base, tuned)
     between = {step: paired_texts(base, rows, name=place)[2] for step, place, rows in checkpoint_rows(found)}
-    told = _judged(config, tuned)
+    told = _judged(config, tuned, "texts")
     evaluation = evaluate_texts(
         prompts,
         before,
@@ -192,15 +193,15 @@ def _compared_texts(config: EvaluateConfig, base: Rows, tuned: Rows, found: dict
 class _Judged:
     """Who judges, and what is known of the training, whatever is compared."""
 
-    scorers: list[Scorer]
-    held_out: list[Scorer]
+    scorers: list[Any]
+    held_out: list[Any]
     training: TrainingDrift | None
     pairs: PairFit | None
     last_step: int | None
 
 
-def _judged(config: EvaluateConfig, tuned: Rows) -> _Judged:
-    scorers = build_scorers((*config.scorers, *config.held_out), device=config.device)
+def _judged(config: EvaluateConfig, tuned: Rows, kind: str) -> _Judged:
+    scorers = build_scorers((*config.scorers, *config.held_out), device=config.device, kind=kind)
     training = None if config.run is None else training_drift(Path(config.run))
     fit = None
     if config.pairs is not None:
@@ -394,47 +395,6 @@ def _by_prompt_and_seed(comparisons: Iterable[Comparison]) -> dict[tuple[str, An
             images = tuple(one if one.where else replace(one, where=place) for one in candidate.images)
             found[key] = replace(candidate, images=images)
     return found
-
-
-def training_drift(run: Path) -> TrainingDrift:
-    """Implicit-reward accuracy and error drift of a training run, from its metrics.jsonl.
-
-    drift of the chosen (rejected) error = mse/chosen - mse/ref_chosen  (mse/rejected - mse/ref_rejected)
-
-    Raises:
-        UserError: no metrics.jsonl there, a line that is no JSON object, or none of the metrics in it.
-    """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"run: got {run}, want the output folder of a training run, with metrics.jsonl. Check the path.")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: got no JSON ({error}), want one object a line. Remove the line.") from error
-        rows.append(row if isinstance(row, dict) else {})
-    drift = TrainingDrift(
-        accuracy=_curve(rows, "rewards/accuracies"),
-        chosen_error=_curve(rows, "mse/chosen", minus="mse/ref_chosen"),
-        rejected_error=_curve(rows, "mse/rejected", minus="mse/ref_rejected"),
-    )
-    if not drift.named():
-        raise UserError(
-            f"{path}: got no rewards/accuracies and no mse/*, want at least one. Give the run of a preference loss."
-        )
-    return drift
-
-
-def _curve(rows: Sequence[dict[str, Any]], name: str, *, minus: str | None = None) -> Curve | None:
-    wanted = [name] if minus is None else [name, minus]
-    kept = [(index, row) for index, row in enumerate(rows) if all(isinstance(row.get(key), int | float) for key in wanted)]
-    if not kept:
-        return None
-    return Curve(
-        steps=tuple(float(row.get("step", index)) for index, row in kept),
-        values=tuple(row[name] - (0.0 if minus is None else row[minus]) for _, row in kept),
-    )
 
 
 def write_report(

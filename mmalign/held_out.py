@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mmalign.adapters.step_reward import StepRewardAdapter
+from mmalign.adapters.text import TextAdapter
+from mmalign.adapters.text_reward import TextRewardAdapter
 from mmalign.config import read_config
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
@@ -27,15 +28,16 @@ logger = logging.getLogger(__name__)
 def pair_fit(run: Path, data: Data, *, draws: int = 8, batch_size: int = 4, device: str | None = None) -> PairFit:
     """Implicit-reward accuracy and error drift of a run's final weights on held-out pairs.
 
-    reward = logp of the tuned model - logp of its base, mean over `draws` seeded (timestep, noise) draws of each pair;
-    a pair counts as right if the chosen image has the higher reward, an equal one half. A pair whose label is a tie
-    (prob 0.5) has no chosen image: it is left out and counted.
+    reward = logp of the tuned model - logp of its base: of diffusion models the mean over `draws` seeded (timestep, noise)
+    draws of each pair, of language models the sum over the tokens, in nats and in one pass. The drift is the mean error above
+    the base's; of language models it is -reward. A pair counts as right if the chosen candidate has the higher reward, an equal
+    one half. A pair whose label is a tie (prob 0.5) has no chosen candidate: it is left out and counted.
 
     Source: the implicit-reward accuracy of Wallace et al. 2023, section 5.2 (60.8 % SD 1.5, 72.0 % SDXL, published).
     Args:
         run: output folder of `mmalign train`.
         data: held-out pairs, in any importer's format.
-        draws: of every pair; more draws, less noise.
+        draws: of every pair; more draws, less noise. Language models need one.
         batch_size: pairs at a time.
         device: None: the GPU if there is one.
     Raises:
@@ -47,12 +49,17 @@ def pair_fit(run: Path, data: Data, *, draws: int = 8, batch_size: int = 4, devi
     if len(examples[0].samples) != 2:
         raise UserError(f"pairs: got {len(examples[0].samples)} candidates an example, want 2. Set pairs.view: pair.")
     logger.info("pairs      %s", summary)
+    of_text = config.adapter.target is TextAdapter
+    draws = 1 if of_text else draws
+    unused: dict[str, Any] = {"cache": None, "validation": None}
+    unused |= {} if of_text else {"draws": draws, "prompt_dropout": 0.0, "winner_guard": None}
     policy = (
-        config.adapter.with_settings(cache=None, draws=draws, prompt_dropout=0.0, validation=None)
+        config.adapter.with_settings(**unused)
         .build()
         .open(
             device=where,
             seed=config.seed + 1,  # other draws than in training
+            needs_reference=True,
             weights=run,
         )
     )
@@ -72,6 +79,7 @@ def pair_fit(run: Path, data: Data, *, draws: int = 8, batch_size: int = 4, devi
         chosen_drift=drift[0],
         rejected_drift=drift[1],
         num_tied_labels=num_tied_labels,
+        error="negative log-likelihood in nats" if of_text else "denoising error",
     )
 
 
@@ -84,7 +92,7 @@ def _decided(examples: Examples) -> Iterator[Example]:
 
 def _batches(policy: Any, examples: Examples, draws: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(rewards, error above the reference's), each (batch, 2) and averaged over the draws."""
-    size = batch_size if policy.settings.buckets is None else 1  # a batch is of one bucket
+    size = 1 if getattr(policy.settings, "buckets", None) is not None else batch_size  # a batch is of one bucket
     for group in in_batches(_decided(examples), size):
         ratios, drifts = [], []
         for draw in range(draws):
@@ -94,7 +102,8 @@ def _batches(policy: Any, examples: Examples, draws: int, batch_size: int) -> It
                 with policy.reference() as network:
                     reference = prepared.inputs.logps(network)
             ratios.append((logps - reference).double().cpu())
-            drifts.append(next(iter(prepared.inputs.readings(logps - reference).values())).double().cpu())
+            drift = next(iter(prepared.inputs.readings(logps - reference).values()), reference - logps)
+            drifts.append(drift.double().cpu())
         yield torch.stack(ratios).mean(0), torch.stack(drifts).mean(0)
 
 
@@ -103,10 +112,9 @@ def _run_config(run: Path) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"run: got {run}, want the output folder of `mmalign train`, with config.yaml. Check the path.")
     config = read_config(TrainConfig, path)
-    if config.adapter.target is StepRewardAdapter:
+    if config.adapter.target in (StepRewardAdapter, TextRewardAdapter):
         raise UserError(
-            f"run: got {run}, which trained a reward model, want the run of a diffusion model. A reward model's accuracy is "
-            "rewards/accuracies in its metrics.jsonl."
+            f"run: got {run}, which trained a reward model, want the run of a diffusion or language model. A reward model's "
+            "accuracy is rewards/accuracies in its metrics.jsonl."
         )
-    adapter = dataclasses.replace(config.adapter, settings={**config.adapter.settings, "winner_guard": None})
-    return dataclasses.replace(config, adapter=adapter)
+    return config

@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from mmalign.report.alarm import OverOptimisation, over_optimisation
+from mmalign.report.lengths import TextChange
 from mmalign.report.tasks import TaskChange, plain_tasks, task_lines
-from mmalign.statistics import WinRate, first_and_last
+from mmalign.statistics import WinRate, bootstrap_interval, effect_size, first_and_last, win_rate
 
 DIVERSITY_LOSS = 0.20  # a larger fall is told as a warning
 
@@ -36,6 +40,32 @@ class ScorerChange:
     difference_high: float
     effect_size: float | None
     tasks: tuple[TaskChange, ...] = ()
+
+
+def scorer_change(
+    name: str,
+    old: Float[Tensor, " n"],
+    new: Float[Tensor, " n"],
+    *,
+    eps: float,
+    interval: str,
+    held_out: bool,
+    tasks: tuple[TaskChange, ...] = (),
+) -> ScorerChange:
+    """Compare one judge's scores; arguments as the fields of ScorerChange, `interval` a name in statistics.INTERVALS."""
+    low, high = bootstrap_interval(new - old)
+    return ScorerChange(
+        name=name,
+        held_out=held_out,
+        win_rate=win_rate(old, new, eps=eps, interval=interval),
+        eps=eps,
+        mean_before=float(old.mean()),
+        mean_after=float(new.mean()),
+        difference_low=low,
+        difference_high=high,
+        effect_size=effect_size(old, new),
+        tasks=tasks,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +123,11 @@ class PairFit:
     """How the tuned model orders held-out preference pairs.
 
     Args:
-        num_draws: (timestep, noise) draws that each pair was averaged over.
+        num_draws: (timestep, noise) draws that each pair was averaged over; 1 of language models, which need none.
         accuracy: share of pairs whose chosen image has the higher implicit reward, ties half, with its interval.
-        chosen_drift, rejected_drift: mean denoising error above the base model's.
+        chosen_drift, rejected_drift: mean error above the base model's.
         num_tied_labels: pairs that were left out because their label is a tie.
+        error: what the error is, in words.
     """
 
     num_draws: int
@@ -104,6 +135,7 @@ class PairFit:
     chosen_drift: float
     rejected_drift: float
     num_tied_labels: int = 0
+    error: str = "denoising error"
 
     def left_out(self) -> str:
         """Say how many pairs were left out, or nothing."""
@@ -112,18 +144,19 @@ class PairFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Two sets of images on the same prompts and seeds, compared.
+    """Two sets of images or texts on the same prompts and seeds, compared.
 
     Args:
         num_pairs, num_prompts: how much was compared.
         interval: how the win rates' intervals were made, a name in statistics.INTERVALS.
         scorers: every judge, the one that decides first, held-out ones last.
         diversity_before, diversity_after: see statistics.diversity; None with one image a prompt.
-        contrast_before, contrast_after: see statistics.pixel_std.
+        contrast_before, contrast_after: see statistics.pixel_std; None of texts.
         training: where a training run was given.
         pairs: where held-out pairs were given.
         checkpoints: in the order of their steps, where images of checkpoints were given.
         last_step: of the images after training, where it is known.
+        texts: lengths and variety, where texts were compared.
     """
 
     num_pairs: int
@@ -132,12 +165,18 @@ class Evaluation:
     scorers: tuple[ScorerChange, ...]
     diversity_before: float | None
     diversity_after: float | None
-    contrast_before: float
-    contrast_after: float
+    contrast_before: float | None
+    contrast_after: float | None
     training: TrainingDrift | None = None
     pairs: PairFit | None = None
     checkpoints: tuple[Checkpoint, ...] = ()
     last_step: int | None = None
+    texts: TextChange | None = None
+
+    @property
+    def candidates(self) -> str:
+        """What was compared, in a word."""
+        return "images" if self.texts is None else "answers"
 
     @property
     def headline(self) -> ScorerChange:
@@ -186,7 +225,7 @@ class Evaluation:
             if judge.held_out and judge.mean_after < judge.mean_before:
                 found.append(
                     f"The held-out judge {judge.name} fell from {judge.mean_before:.3f} to {judge.mean_after:.3f}: "
-                    "whatever the other scorers say, the images did not get better in its eyes."
+                    f"whatever the other scorers say, the {self.candidates} did not get better in its eyes."
                 )
         if self.held_out is None:
             found.append(
@@ -194,16 +233,19 @@ class Evaluation:
             )
         rate = self.headline.win_rate
         if rate.high < 0.5:
-            found.append(f"The images after training lose against those before in the eyes of {self.headline.name}.")
+            found.append(f"The {self.candidates} after training lose against those before in the eyes of {self.headline.name}.")
         if rate.low <= 0.5 <= rate.high:
             found.append(
                 f"The interval of the win rate by {self.headline.name} contains 50 %: no difference is shown. "
                 "Compare more prompts and seeds, or train longer."
             )
+        if self.texts is not None:
+            found += self.texts.warnings()
         if self.pairs is not None and min(self.pairs.chosen_drift, self.pairs.rejected_drift) > 0:
+            guard = "Set adapter.winner_guard, lower" if self.texts is None else "Lower"
             found.append(
-                "On held-out pairs the denoising error rose for chosen and rejected images alike: the model unlearns both. Set "
-                "adapter.winner_guard, lower the learning rate, or train fewer steps."
+                f"On held-out pairs the {self.pairs.error} rose for chosen and rejected {self.candidates} alike: the model "
+                f"unlearns both. {guard} the learning rate, or train fewer steps."
             )
         return found
 
@@ -220,6 +262,7 @@ class Evaluation:
             "diversity_after": self.diversity_after,
             "contrast_before": self.contrast_before,
             "contrast_after": self.contrast_after,
+            **({} if self.texts is None else {"texts": self.texts.results()}),
             "num_pairs": self.num_pairs,
             "num_prompts": self.num_prompts,
             "interval": self.interval,
@@ -241,12 +284,15 @@ class Evaluation:
         rows += [_row(scorer) for scorer in self.scorers]
         if self.diversity_before is not None and self.diversity_after is not None:
             rows.append(("diversity", f"{self.diversity_before:.3f}", f"{self.diversity_after:.3f}", *[""] * 4))
-        rows.append(("contrast", f"{self.contrast_before:.3f}", f"{self.contrast_after:.3f}", *[""] * 4))
+        if self.contrast_before is not None and self.contrast_after is not None:
+            rows.append(("contrast", f"{self.contrast_before:.3f}", f"{self.contrast_after:.3f}", *[""] * 4))
+        rows += [(*row, *[""] * 4) for row in ([] if self.texts is None else self.texts.rows())]
         wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [f"{self.num_pairs} pairs from {self.num_prompts} prompts, the same prompts and seeds before and after", ""]
         for row in rows:
             cells = [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
             lines.append("   ".join(cells).rstrip())
+        lines += [] if self.texts is None else self.texts.lines()
         lines += task_lines({scorer.name: scorer.tasks for scorer in self.scorers})
         for name, curve in self.mean_curves().items():
             points = ", ".join(f"{value:.3f} at {step:g}" for step, value in zip(curve.steps, curve.values, strict=True))
@@ -261,7 +307,7 @@ class Evaluation:
                 "",
                 f"held-out pairs: implicit-reward accuracy {percent(fit.accuracy.rate)} "
                 f"({100 * fit.accuracy.low:.1f} to {percent(fit.accuracy.high)}), "
-                f"error above the base {fit.chosen_drift:+.2e} chosen, {fit.rejected_drift:+.2e} rejected"
+                f"{fit.error} above the base {fit.chosen_drift:+.2e} chosen, {fit.rejected_drift:+.2e} rejected"
                 + (f"; {fit.left_out()}" if fit.left_out() else ""),
             ]
         if self.warnings():
@@ -306,6 +352,7 @@ def _plain_pairs(fit: PairFit) -> dict[str, Any]:
         "num_pairs": fit.accuracy.wins + fit.accuracy.ties + fit.accuracy.losses,
         "num_tied_labels": fit.num_tied_labels,
         "num_draws": fit.num_draws,
+        "error": fit.error,
     }
 
 

@@ -10,6 +10,7 @@ from PIL.Image import Image
 from mmalign.report.alarm import RULE
 from mmalign.report.findings import Curve, Evaluation, PairFit, ScorerChange, TrainingDrift, percent
 from mmalign.report.grid import chosen_places, short_captions, thumbnail
+from mmalign.report.lengths import LENGTH_RULE
 from mmalign.report.tasks import task_table
 
 THUMBNAIL = 256  # pixels of the longer side of an image in the page, at most
@@ -80,6 +81,19 @@ def report_page(
         columns: (heading, images) of the model before, at each checkpoint and after; empty without checkpoints.
         num_rows: prompts and seeds shown at every checkpoint.
     """
+    shown = [_checkpoints(evaluation, prompts, columns, num_rows), _examples(prompts, before, after, num_shown)]
+    return page_around(evaluation, shown, title=title)
+
+
+def page_around(evaluation: Evaluation, shown: Sequence[str], *, title: str, style: str = "") -> str:
+    """The report as HTML text around what is shown of the candidates.
+
+    Args:
+        evaluation: what was found.
+        shown: HTML.
+        title: heading of the page.
+        style: further CSS.
+    """
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{evaluation.num_pairs} pairs from {evaluation.num_prompts} prompts, '
@@ -88,8 +102,7 @@ def report_page(
         _notes(evaluation),
         _table(evaluation),
         task_table({scorer.name: scorer.tasks for scorer in evaluation.scorers}),
-        _checkpoints(evaluation, prompts, columns, num_rows),
-        _examples(prompts, before, after, num_shown),
+        *shown,
         _training(evaluation.training),
         _pairs(evaluation.pairs),
         _how_to_read(evaluation),
@@ -97,7 +110,7 @@ def report_page(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
@@ -171,17 +184,21 @@ def _forest(scorer: ScorerChange, *, with_axis: bool) -> str:
     )
 
 
+def mean_charts(evaluation: Evaluation) -> str:
+    """Each judge's mean over the steps, as HTML; empty without checkpoints."""
+    return "".join(
+        _chart(f"Mean of {escape(name)}", [("", curve)], line_at=curve.values[0], ends="First to last")
+        for name, curve in evaluation.mean_curves().items()
+    )
+
+
 def _checkpoints(
     evaluation: Evaluation, prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[Image]]], num_rows: int
 ) -> str:
     """Each judge's mean over the steps, and the same seeds at every checkpoint."""
-    curves = evaluation.mean_curves()
-    if not curves:
+    charts = mean_charts(evaluation)
+    if not charts:
         return ""
-    charts = "".join(
-        _chart(f"Mean of {escape(name)}", [("", curve)], line_at=curve.values[0], ends="First to last")
-        for name, curve in curves.items()
-    )
     headings = " · ".join(escape(heading) for heading, _ in columns)
     rows, largest = [], 0
     for place in chosen_places(prompts, num_rows):
@@ -244,14 +261,17 @@ def _pairs(fit: PairFit | None) -> str:
     if fit is None:
         return ""
     accuracy = fit.accuracy
-    drift = f"{_signed(1e3 * fit.chosen_drift, 3)} chosen, {_signed(1e3 * fit.rejected_drift, 3)} rejected"
+    of_images = fit.error == "denoising error"
+    drifts = [(1e3 if of_images else 1) * drift for drift in (fit.chosen_drift, fit.rejected_drift)]
+    drift = f"{_signed(drifts[0], 3)} chosen, {_signed(drifts[1], 3)} rejected"
+    draws, unit = (f"; {fit.num_draws} noise draws a pair", ", in thousandths") if of_images else ("", "")
     left_out = f" {fit.left_out()}." if fit.left_out() else ""
     return (
         "<h2>Held-out pairs</h2>\n"
         f"<p>The tuned model's implicit reward orders {percent(accuracy.rate)} of "
         f"{accuracy.wins + accuracy.ties + accuracy.losses} preference pairs that it was not trained on "
-        f"({100 * accuracy.low:.1f} to {percent(accuracy.high)}; {fit.num_draws} noise draws a pair). "
-        f"Denoising error above the base model's, in thousandths: {drift}.{left_out}</p>"
+        f"({100 * accuracy.low:.1f} to {percent(accuracy.high)}{draws}). "
+        f"{fit.error.capitalize()} above the base model's{unit}: {drift}.{left_out}</p>"
     )
 
 
@@ -289,14 +309,22 @@ def _how_to_read(evaluation: Evaluation) -> str:
         "bootstrap": "a percentile bootstrap over the pairs",
     }[evaluation.interval]
     eps = ", ".join(f"{escape(scorer.name)} {scorer.eps:.3g}" for scorer in evaluation.scorers)
+    one = "image" if evaluation.texts is None else "answer"
+    variety = "diversity is the mean distance between images of one prompt (0 means that they are all alike)."
+    if evaluation.texts is not None:
+        variety = (
+            "distinct-2 is the share of distinct pairs of words, each two answers cut to the length of the shorter one. The "
+            "win rate at equal length takes off what a straight line through the changes of score and length says of length; "
+            f"length is warned of when {LENGTH_RULE}."
+        )
     return (
         '<h2>How to read this</h2>\n<div class="how">'
         f"<p>The win rate is the share of pairs that score higher after training; a tie counts half. Tied are pairs that "
         f"differ by no more than: {eps}. The interval covers the truth in 95 % of repetitions; it is {interval}, "
         "and takes the pairs as independent.</p>"
-        "<p>A win rate near 100 % says that nearly every image moved in the judged direction, not how far. The effect is the "
+        f"<p>A win rate near 100 % says that nearly every {one} moved in the judged direction, not how far. The effect is the "
         "mean difference in units of its own spread (0.2 small, 0.8 large); the held-out judge took no part in making the "
-        "preferences; diversity is the mean distance between images of one prompt (0 means that they are all alike).</p>"
+        f"preferences; {variety}</p>"
         f"<p>The over-optimisation alarm is raised when {RULE}.</p></div>"
     )
 
