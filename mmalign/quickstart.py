@@ -132,7 +132,7 @@ def shortfalls(evaluation: Evaluation) -> list[str]:
 
 
 def main(config: QuickstartConfig) -> Quickstarted | TextQuickstarted:
-    """Align a small real diffusion model, or with `text` a language model, and measure the gain.
+    """Align a small real diffusion model and measure the gain; with a bare --text a language model, by the settings of `text`.
 
     Raises:
         UserError: `out` holds other files, a folder cannot be written, or a package that `text` needs is missing.
