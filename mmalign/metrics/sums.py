@@ -32,7 +32,7 @@ def masked_sum(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tens
     """Sum and count of the values, or of those under the mask, in float64, detached."""
     values = values.detach().double()
     if mask is None:
-        return values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
+        return values.sum(), torch.full((), float(values.numel()), dtype=torch.float64, device=values.device)
     return torch.where(mask, values, torch.zeros_like(values)).sum(), mask.double().sum()
 
 
