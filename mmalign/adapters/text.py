@@ -96,6 +96,7 @@ class TextAdapter:
     measures: ClassVar[frozenset[str]] = frozenset({"shared", "joint", "agreement", "rationale", "exploration", "gold"})
     side: ClassVar[tuple[str, ...]] = ("lengths", "gold_lengths", "mean_length", "draw")
     errors: ClassVar[bool] = False
+    answers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""

@@ -23,6 +23,9 @@ def length_note(encoder: Encoder, examples: Sequence[Example]) -> str:
     """Lengths of prompts and answers, and how many are cut, of at most the first thousands of examples."""
     looked = _looked_at(examples)
     prompts: list[int] = []
+    if looked[0].samples[0].completion.is_empty():  # of a source that has them written
+        prompts = [len(encoder.prompt(example.samples[0].prompt)) for example in looked]
+        return f"tokens     prompts {_spread(prompts)}; answers are the policy's own"
     answers: list[int] = []
     cut_prompts = cut_responses = 0
     for one in _encoded(encoder, [e.samples for e in looked]):

@@ -18,7 +18,7 @@ from mmalign.adapters.text_tokens import mismatched_of, tokens_of
 from mmalign.cache import weights_fingerprint
 from mmalign.errors import UserError
 from mmalign.language.chat import Encoder
-from mmalign.language.generation import generate_texts
+from mmalign.language.generation import ends_of, generate_answers, generate_texts
 from mmalign.language.network import TokenNetwork
 from mmalign.language.opening import (
     add_lora,
@@ -207,6 +207,36 @@ class TextPolicy:
     def groups(self, examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
         """Examples of like length, where rows are padded; packed rows need none."""
         return () if self.network.packs else groups_of_like_length(examples, self.settings.group_by_length)
+
+    # --- what sources ask for that make answers --------------------------------------------------------------------
+
+    def prompt_ids(self, prompt: Content) -> list[int]:
+        """Token ids of a prompt, up to where the model answers."""
+        return self.reader.encoder.prompt(prompt)
+
+    def answers(self, prompts: Sequence[Sequence[int]], *, by_reference: bool = False, **settings: Any) -> list[list[int]]:
+        """Token ids of an answer of the policy as it is now, or of the reference, to each prompt.
+
+        Args:
+            prompts: token ids.
+            by_reference: the reference answers.
+            settings: of `language.generation.generate_answers`.
+        """
+        if not by_reference:
+            return generate_answers(self.model, self.tokenizer, prompts, **settings)
+        with self.reference() as network:
+            speaker: Any = network
+            return generate_answers(speaker.model, self.tokenizer, prompts, **settings)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return ends_of(self.model, self.tokenizer)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Further completions of a row that the losses ask for."""
+        return self.reader.extras
 
     def save(self, folder: Path) -> None:
         """LoRA: a PEFT adapter; full: the folder `model`. The tokenizer lies with both."""

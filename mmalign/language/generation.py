@@ -137,7 +137,7 @@ def generate_ids(
     return answers
 
 
-def generate_texts(
+def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -148,11 +148,12 @@ def generate_texts(
     top_p: float = 1.0,
     seeds: Sequence[int] = (),
     batch_size: int = 8,
-) -> list[str]:
-    """Answers as texts, without special tokens; see `generate_ids`. Prompts of like length go together."""
+    never_empty: bool = False,
+) -> list[list[int]]:
+    """Answers as token ids; see `generate_ids`. Prompts of like length go together."""
     eos = ends_of(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    texts = [""] * len(prompts)
+    out: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         answers = generate_ids(
@@ -165,10 +166,38 @@ def generate_texts(
             top_k=top_k,
             top_p=top_p,
             seeds=[seeds[n] for n in group] if seeds else (),
+            never_empty=tokenizer if never_empty else None,
         )
         for n, answer in zip(group, answers, strict=True):
-            texts[n] = tokenizer.decode(answer, skip_special_tokens=True)
-    return texts
+            out[n] = answer
+    return out
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] = (),
+    batch_size: int = 8,
+) -> list[str]:
+    """Answers as texts, without special tokens; see `generate_answers`."""
+    answers = generate_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seeds=seeds,
+        batch_size=batch_size,
+    )
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
 def ends_of(model: Any, tokenizer: Any) -> tuple[int, ...]:

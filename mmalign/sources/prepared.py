@@ -70,6 +70,18 @@ def check_samples(adapter: Any, source: str) -> None:
         raise UserError(f"source: got {source} with an adapter that makes no samples, want adapter: diffusion.")
 
 
+def check_answers(adapter: Any, source: str) -> None:
+    """Refuse an adapter whose model writes no answers, or a reference that only knows given ones.
+
+    Raises:
+        UserError: it is not the adapter of texts, or it has a cache.
+    """
+    if not getattr(adapter, "answers", False):
+        raise UserError(f"source: got {source} with an adapter that writes no answers, want adapter: text.")
+    if adapter.cache is not None:
+        raise UserError(f"adapter.cache: got one with source: {source}, whose answers are new in every step. Set it to null.")
+
+
 @runtime_checkable
 class Source(Protocol):
     """Settings of a source, as YAML gives them.
