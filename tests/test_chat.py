@@ -6,7 +6,8 @@ import pytest
 from text_tokenizers import tokenizer_of
 
 from mmalign.errors import UserError
-from mmalign.language.chat import Encoded, Encoder
+from mmalign.language.chat import Encoded, Encoder, _token_ids
+from mmalign.language.tiny import tiny_tokenizer
 from mmalign.records import Content, Message, Sample
 
 
@@ -292,3 +293,19 @@ def test_an_empty_prompt_is_refused_where_no_token_begins_or_ends_a_text() -> No
 def test_an_empty_answer_is_refused_with_its_prompt(answer: str | Content) -> None:
     with pytest.raises(UserError, match=r"name a colour.*empty answer"):
         Encoder(tokenizer=tokenizer_of("chatml"))([chat(answer)])
+
+
+def test_token_ids_are_the_tokenizers_own_whatever_it_was_last_asked_for() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = ["one<|im_end|>two", "", "three"]
+    wanted = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokenizer(texts, padding=True, truncation=True, max_length=2)
+    assert _token_ids(tokenizer, texts) == wanted
+
+    class Shouting(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, text: list[str], **more: Any) -> Any:
+            return super()._encode_plus(text=[one.upper() for one in text], **more)
+
+    own = tiny_tokenizer()
+    own.__class__ = Shouting
+    assert _token_ids(own, ["abc"]) == tokenizer(["ABC"], add_special_tokens=False)["input_ids"]

@@ -11,6 +11,7 @@ from mmalign.errors import UserError
 from mmalign.records import Content, Message, Sample
 
 Eos = Literal["auto", "always", "never"]
+ENCODING = ("__call__", "_encode_plus")  # of a tokenizer of transformers
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Encoder:
         """The same for several rows, in one call of the tokenizer."""
         said = [[self._written(sample) for sample in row] for row in rows]
         texts = list(dict.fromkeys(text for row in said for one in row for text in one[:2]))
-        ids = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        ids = dict(zip(texts, _token_ids(self.tokenizer, texts), strict=True))
         return [self._row([(ids[prompt], ids[whole], ends) for prompt, whole, ends in row]) for row in said]
 
     def prompt(self, content: Content) -> list[int]:
@@ -222,6 +223,23 @@ class Encoder:
 def _goes_on(messages: Sequence[Message]) -> bool:
     """Whether an answer continues the last message: the assistant's, which is no call of a tool."""
     return messages[-1].role == "assistant" and not messages[-1].tool_calls
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, nothing put before them; without offsets, which cost a fifth of the time, where transformers' own
+    class leaves the encoding to the Rust tokenizer.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    own = PreTrainedTokenizerFast
+    if not isinstance(tokenizer, own) or any(getattr(type(tokenizer), n) is not getattr(own, n) for n in ENCODING):
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
