@@ -25,7 +25,8 @@ def print_rows(
     for suite, title in heads.items():
         for mode in dict.fromkeys(row.get("mode", "") for row in rows if row["suite"] == suite):
             here = [row for row in rows if row["suite"] == suite and row.get("mode", "") == mode]
-            show(f"\n{title}{f', {mode}' if mode else ''}   (ratio: CPU time of the {here[0]['peer']} / of the row)")
+            told = f"   (ratio: CPU time of the {here[0]['peer']} / of the row)" if "ratio" in here[0] else ""
+            show(f"\n{title}{f', {mode}' if mode else ''}{told}")
             lines = [_head(here[0]), *(_line(row) for row in here)]
             width = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
             for line in lines:
@@ -45,27 +46,47 @@ def _head(row: Mapping[str, Any]) -> list[str]:
     more = ["to joint"] if "ratio_to_joint" in row else []
     if "flop_limit" in row:
         more += ["FLOP limit", "of it"]
+    if "memory_ratio" in row:
+        more += ["memory", "at most", ""]
+    if "held_bytes" in row:
+        more += ["held MB"]
     if "step_peak_bytes" in row:
-        more += ["held MB", "step + MB", "syncs", "collectives"]
-    return ["", "ratio", "lowest to highest", "goal", "", *more]
+        more += ["step + MB"]
+    if "host_syncs" in row:
+        more += ["syncs", "collectives"]
+    return ["", *(["ratio", "lowest to highest", "goal", ""] if "ratio" in row else []), *more]
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
-    reliable, goal = row["reliable"], row["goal"]
-    line = [row["variant"], f"{row['ratio']:.2f}" if reliable else "unreliable", f"{row['low']:.2f} to {row['high']:.2f}"]
-    line += ["", ""] if goal is None else [f"{goal:.2f}", "met" if reliable and row["ratio"] >= goal else "missed"]
+    line = [row["variant"]]
+    if "ratio" in row:
+        reliable, goal = row["reliable"], row["goal"]
+        line += [f"{row['ratio']:.2f}" if reliable else "unreliable", f"{row['low']:.2f} to {row['high']:.2f}"]
+        line += ["", ""] if goal is None else [f"{goal:.2f}", "met" if reliable and row["ratio"] >= goal else "missed"]
     if "ratio_to_joint" in row:
         line += [f"{row['ratio_to_joint']:.2f}"]
     if "flop_limit" in row:
         line += [f"{row['flop_limit']:.2f}", f"{100 * row['attained_of_limit']:.0f} %" if reliable else ""]
+    if "memory_ratio" in row:
+        memory, limit = row["memory_ratio"], row["memory_goal"]
+        line += [f"{memory:.2f}", *(["", ""] if limit is None else [f"{limit:.2f}", "met" if memory <= limit else "missed"])]
+    if "held_bytes" in row:
+        line += [f"{row['held_bytes'] / MB:.1f}"]
     if "step_peak_bytes" in row:
-        line += [f"{row['held_bytes'] / MB:.1f}", f"{row['step_peak_bytes'] / MB:.1f}"]
+        line += [f"{row['step_peak_bytes'] / MB:.1f}"]
+    if "host_syncs" in row:
         line += [str(row["host_syncs"]), str(row["collectives"])]
     return line
 
 
-def save_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Bars of the ratios with FLOP limit and goal drawn; False where matplotlib is not installed."""
+def save_plot(rows: Sequence[Mapping[str, Any]], path: Path, *, label: str = "public script's time / time") -> bool:
+    """Bars of the ratios with FLOP limit and goal drawn; False where matplotlib is not installed.
+
+    Args:
+        rows: with a FLOP limit.
+        path: of the image.
+        label: what the bars are.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -84,6 +105,6 @@ def save_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
             axes.plot([row["goal"]] * 2, [place - 0.38, place + 0.38], color="#c0392b", linewidth=1.6, linestyle=":")
     axes.set_yticks(range(len(shown)), [f"{row['variant']} ({row['mode']})" for row in reversed(shown)])
     axes.axvline(1, color="#999999", linewidth=0.8)
-    axes.set_xlabel("public script's time / time (black: FLOP limit, red: goal)")
+    axes.set_xlabel(f"{label} (black: FLOP limit, red: goal)")
     figure.savefig(path, dpi=130)
     return True
