@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -132,9 +132,11 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     known = shape.measures
     if not objective.measures <= known:
         unknown = " and ".join(sorted(objective.measures - known))
+        remedies: Mapping[str, str] = getattr(config.adapter.target, "remedies", {})
+        told = [f"{remedies[name]}, or leave" for name in sorted(objective.measures - known) if name in remedies]
         raise UserError(
             f"loss: asks for {unknown}, which adapter {config.adapter.name} with source {config.source.name} does not measure. "
-            "Leave the loss that needs it out."
+            f"{told[0] if told else 'Leave'} the loss that needs it out."
         )
     objective.try_out(shape.side, shape.num_candidates)
     return objective
@@ -147,9 +149,9 @@ def _terms(losses: Sequence[Choice]) -> list[Term]:
 def seen_by_losses(config: TrainConfig, examples: Examples) -> Shape:
     """What the losses will see: what the source makes of the examples, and what the adapter adds."""
     shape: Shape = config.source.build().shape(examples)
-    adapter = config.adapter.target
+    adapter = config.adapter.build()
     if hasattr(adapter, "num_scores"):
-        shape = replace(shape, num_candidates=config.adapter.build().num_scores(shape.num_candidates))
+        shape = replace(shape, num_candidates=adapter.num_scores(shape.num_candidates))
     ones: dict[str, Any] = {"lengths": (1.0,) * shape.num_candidates, "gold_lengths": (1.0,), "mean_length": 1.0, "draw": 0.5}
     side = {**{name: ones.get(name, (1.0,)) for name in adapter.side}, **shape.side}
     measures = adapter.measures if shape.errors or not adapter.errors else frozenset()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from mmalign.adapters.options import Lora
 from mmalign.adapters.text_policy import TextPolicy
+from mmalign.adapters.text_teacher import REMEDIES, TeacherModel
+from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
 
@@ -54,6 +56,8 @@ class TextAdapter:
         template, system_prompt, eos, max_prompt_length, max_response_length: see `language.chat.Encoder`.
         score: response: all tokens of an answer. difference: from the first token on in which the answers of a row differ; what
             they share cancels in differences of pairs.
+        token_weights: factors of the log-probabilities of an answer's tokens: `nextquill`, or a function of yours
+            `package.module:function` that is given (example, encoded); see `text_reading.weights_of`. None: 1.
         lora: low-rank weights; None: full fine-tuning in float32.
         quantization: frozen weights in 4 or 8 bits (QLoRA); needs lora, a GPU and bitsandbytes.
         dtype: of the frozen weights; auto: that of the mixed precision. Full fine-tuning keeps float32.
@@ -64,6 +68,7 @@ class TextAdapter:
         gradient_checkpointing: recompute activations in the backward pass.
         mismatched: auto: KTO's anchor is measured on answers of other prompts, as published; False: on the batch itself.
         cache: folder of reference log-probabilities, which `mmalign prepare` fills; None: a reference pass each step.
+        teacher: a frozen model that the losses `dckd` and `adpa` learn from, in the dtype of frozen weights.
         validation: answers written during training.
         trust_remote_code: run code that comes with the model.
         tiny: changes of the config of `model: tiny`.
@@ -80,6 +85,7 @@ class TextAdapter:
     max_prompt_length: int | None = 1024
     max_response_length: int | None = 1024
     score: Literal["response", "difference"] = "response"
+    token_weights: Annotated[Choice, Table("mmalign.curation.token_effects:TOKEN_WEIGHTS")] | None = None
     lora: Lora | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -89,14 +95,21 @@ class TextAdapter:
     gradient_checkpointing: bool = False
     mismatched: Literal["auto"] | bool = "auto"
     cache: str | None = None
+    teacher: TeacherModel | None = None
     validation: Answers | None = None
     trust_remote_code: bool = False
     tiny: dict[str, int] | None = None
 
-    measures: ClassVar[frozenset[str]] = frozenset({"shared", "joint", "agreement", "rationale", "exploration", "gold"})
     side: ClassVar[tuple[str, ...]] = ("lengths", "gold_lengths", "mean_length", "draw")
     errors: ClassVar[bool] = False
     answers: ClassVar[bool] = True
+    remedies: ClassVar[Mapping[str, str]] = REMEDIES
+
+    @property
+    def measures(self) -> frozenset[str]:
+        """What is measured of a pass beside the logps; with a teacher, what it gives."""
+        own = frozenset({"shared", "joint", "agreement", "rationale", "exploration", "gold"})
+        return own if self.teacher is None else own | self.teacher.measures
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""

@@ -14,6 +14,7 @@ from torch import nn
 from mmalign.adapters.text_cache import ReferenceBank
 from mmalign.adapters.text_lengths import groups_of_like_length, length_note, mean_length
 from mmalign.adapters.text_reading import Reader
+from mmalign.adapters.text_teacher import open_teacher
 from mmalign.adapters.text_tokens import mismatched_of, tokens_of
 from mmalign.cache import weights_fingerprint
 from mmalign.errors import UserError
@@ -33,6 +34,7 @@ from mmalign.language.opening import (
 )
 from mmalign.language.tiny import TINY, tiny_folder
 from mmalign.likelihoods import TokenInputs
+from mmalign.likelihoods.tokens import GRADED
 from mmalign.records import Content, Example
 from mmalign.sources import Prepared
 
@@ -84,13 +86,15 @@ class TextPolicy:
         else:
             model.requires_grad_(True)
         self.layers = lora_layers(model) if settings.lora is not None else []
-        self.network = TokenNetwork(model, pack=settings.pack is not False)
+        self.wanted = asked_measures(asked) if caching is None else asked_measures(asked) - GRADED
+        self.teacher = open_teacher(settings, self.wanted, model, self.tokenizer, frozen, device)
+        taught_padded = self.teacher is not None and not all(one.packs for one in self.teacher.networks)
+        self.network = TokenNetwork(model, pack=settings.pack is not False and not taught_padded)
         self._copy = None if reference is None else TokenNetwork(reference, pack=self.network.packs)
         if settings.pack is True and not self.network.packs:
             raise UserError(f"adapter.pack: got true, and {self.network.why_not}. Set it to auto or false.")
         if settings.gradient_checkpointing:
             self.network.checkpoint_gradients(True)
-        self.wanted = asked_measures(asked)
         self.mismatched = settings.mismatched is not False and "anchor" in asked and num_candidates == 1
         extras = tuple(name for name in EXTRAS if {name, f"reference_{name}"} & asked)
         encoder = Encoder(
@@ -101,7 +105,7 @@ class TextPolicy:
             max_prompt_length=settings.max_prompt_length,
             max_response_length=settings.max_response_length,
         )
-        self.reader = Reader(encoder, extras, "draw" in asked, seed)
+        self.reader = Reader(encoder, extras, "draw" in asked, seed, settings.token_weights)
         self.mean_length: float | None = None
         self.cache: ReferenceBank | None = None
         if settings.cache is not None:
@@ -169,7 +173,12 @@ class TextPolicy:
         encoded, k = batch["encoded"], batch["k"]
         rows = len(encoded)
         tokens = tokens_of(
-            encoded, k, len(self.reader.extras), wanted=self.wanted, from_difference=self.settings.score == "difference"
+            encoded,
+            k,
+            len(self.reader.extras),
+            wanted=self.wanted,
+            from_difference=self.settings.score == "difference",
+            weights=batch["weights"],
         )
         inputs = TokenInputs(
             tokens=tokens,
@@ -181,6 +190,7 @@ class TextPolicy:
             pack=self.network.packs,
             pad=self.tokenizer.pad_token_id or 0,
             mismatched=mismatched_of(encoded) if self.mismatched else None,
+            teacher=self.teacher,
         )
         scored = tokens.scored().to(self.device, non_blocking=True)
         side = {name: value.to(self.device, non_blocking=True) for name, value in batch["side"].items()}
@@ -275,7 +285,8 @@ class TextPolicy:
         how = "full fine-tuning" if lora is None else f"LoRA rank {lora.rank} on {len(self.layers)} layers"
         rows = "packed rows, prompts shared" if self.network.packs else f"padded rows ({self.network.why_not})"
         share = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
-        return f"{type(self.model).__name__}, {how}: {share}; {rows}"
+        taught = f"; taught by {self.teacher.num_parameters:,} frozen parameters" if self.teacher is not None else ""
+        return f"{type(self.model).__name__}, {how}: {share}; {rows}{taught}"
 
     def notes(self, examples: Sequence[Example]) -> list[str]:
         """Lengths of prompts and answers, and how many are cut."""
@@ -283,8 +294,8 @@ class TextPolicy:
 
     @property
     def num_encoder_parameters(self) -> int:
-        """There are no frozen encoders beside the model."""
-        return 0
+        """Of what is frozen beside the model: the teacher."""
+        return 0 if self.teacher is None else self.teacher.num_parameters
 
     @property
     def keeps_references(self) -> bool:
@@ -310,7 +321,7 @@ class TextPolicy:
 def asked_measures(asked: frozenset[str]) -> frozenset[str]:
     """The measures of one pass that these names of data ask for, beside the logps and the further completions."""
     names = {name.removeprefix("reference_") for name in asked}
-    return frozenset(names & {"shared", "joint", "agreement", "entropy"})
+    return frozenset(names & {"shared", "joint", "agreement", "entropy", *GRADED})
 
 
 def prompt_content(tokenizer: Any, text: str) -> Content:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmalign.adapters.side import side_tensors
+from mmalign.config import Choice
 from mmalign.errors import UserError
-from mmalign.language.chat import Encoder
+from mmalign.language.chat import Encoded, Encoder
 from mmalign.records import Example
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Examples -> items, for worker processes; holds a tokenizer and no model."""
+    """Examples -> items, for worker processes; holds a tokenizer and no model.
+
+    Args:
+        encoder: how samples become token ids.
+        extras: names of the further completions that the losses ask for.
+        draws: whether they ask for a draw.
+        seed: of the draws.
+        weights: `(example, encoded) -> weights`, see `weights_of`; None: all tokens weigh 1.
+    """
 
     encoder: Encoder
     extras: tuple[str, ...]
     draws: bool
     seed: int
+    weights: Choice | None = None
 
     def item(self, example: Example, epoch: int) -> dict[str, Any]:
         """Token ids of an example's candidates and of the further completions that the losses ask for.
@@ -40,7 +51,8 @@ class Reader:
         if self.draws:
             digest = hashlib.sha256(f"{self.seed} {epoch} {example.id}".encode()).digest()
             side["draw"] = int.from_bytes(digest[:6], "big") / 2**48
-        return {"id": example.id, "encoded": encoded, "side": side, "k": len(example.samples)}
+        weights = None if self.weights is None else weights_of(self.weights, example, encoded)
+        return {"id": example.id, "encoded": encoded, "side": side, "k": len(example.samples), "weights": weights}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Several items as one micro-batch.
@@ -59,4 +71,27 @@ class Reader:
             "encoded": [item["encoded"] for item in items],
             "side": side_tensors([item["side"] for item in items]),
             "k": next(iter(counts)),
+            "weights": None if self.weights is None else [item["weights"] for item in items],
         }
+
+
+def weights_of(choice: Choice, example: Example, encoded: Encoded) -> list[list[float]]:
+    """Weights of the scored tokens of each candidate of an example: factors of their log-probabilities.
+
+    Args:
+        choice: a function `(example, encoded) -> one list a candidate, of one number a scored token`.
+        example: the example.
+        encoded: its token ids, further completions after the candidates; `encoded.lengths` are the numbers wanted.
+
+    Raises:
+        UserError: another number of lists or weights, or one that is negative or not finite.
+    """
+    found = [[float(weight) for weight in row] for row in choice.build(example, encoded)]
+    got, wanted = [len(row) for row in found], list(encoded.lengths[: len(example.samples)])
+    where = f"{example.id}: adapter.token_weights: {choice.name}"
+    if got != wanted:
+        raise UserError(f"{where} gives {got} weights, want {wanted}: one for each scored token of each candidate.")
+    strange = next((weight for row in found for weight in row if not 0 <= weight < math.inf), None)
+    if strange is not None:
+        raise UserError(f"{where} gives a weight of {strange:g}, want 0 or more, and finite.")
+    return found

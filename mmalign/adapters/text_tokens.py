@@ -14,7 +14,13 @@ from mmalign.likelihoods.tokens import first_difference, shared_heads
 
 
 def tokens_of(
-    rows: Sequence[Encoded], num_candidates: int, num_extras: int = 0, *, wanted: frozenset[str], from_difference: bool = False
+    rows: Sequence[Encoded],
+    num_candidates: int,
+    num_extras: int = 0,
+    *,
+    wanted: frozenset[str],
+    from_difference: bool = False,
+    weights: Sequence[Sequence[Sequence[float]]] | None = None,
 ) -> Tokens:
     """Candidates of all rows, then the further completions, name by name.
 
@@ -24,6 +30,9 @@ def tokens_of(
         num_extras: further completions of each row.
         wanted: measures; `shared` asks for heads, `joint` for scored contexts.
         from_difference: leave out the tokens that all candidates of a row begin with, where they answer one prompt.
+        weights: of each row and candidate, factors of the scored tokens' log-probabilities; further completions weigh 1.
+    Raises:
+        UserError: weights leave a candidate without a scored token.
     """
     contexts: list[Tensor] = []
     sequences: list[list[tuple[Tensor, int, int]]] = []  # of each row: (ids, context, first tokens that are not scored)
@@ -41,7 +50,7 @@ def tokens_of(
         contexts=tuple(contexts),
         continuations=tuple(ids for ids, _, _ in chosen),
         context_of=tuple(owner for _, owner, _ in chosen),
-        weights=_weights(chosen),
+        weights=_weights(chosen, None if weights is None else [one for row in weights for one in row[:num_candidates]]),
         context_weights=joint,
         heads=_heads(chosen, len(rows), num_candidates) if "shared" in wanted else None,
     )
@@ -76,10 +85,19 @@ def _from_difference(row: list[tuple[Tensor, int, int]], k: int) -> list[tuple[T
     return [(ids, owner, max(given, min(common, len(ids) - 1))) for ids, owner, given in row[:k]] + row[k:]
 
 
-def _weights(chosen: Sequence[tuple[Tensor, int, int]]) -> tuple[Tensor, ...] | None:
-    if not any(skip for _, _, skip in chosen):
+def _weights(chosen: Sequence[tuple[Tensor, int, int]], told: Sequence[Sequence[float]] | None) -> tuple[Tensor, ...] | None:
+    """1, or what is told of the last tokens of the first sequences; 0 where a sequence is not scored."""
+    if told is None and not any(skip for _, _, skip in chosen):
         return None
-    return tuple((torch.arange(len(ids)) >= skip).float() for ids, _, skip in chosen)
+    weights = [(torch.arange(len(ids)) >= skip).float() for ids, _, skip in chosen]
+    for weight, values in zip(weights, told or (), strict=False):
+        weight[len(weight) - len(values) :] *= torch.tensor(values)
+        if not weight.any():
+            raise UserError(
+                "adapter.token_weights: got weights of 0 for all scored tokens of an answer, want one above 0. Give it one, or "
+                "filter the row."
+            )
+    return tuple(weights)
 
 
 def _heads(chosen: Sequence[tuple[Tensor, int, int]], num_rows: int, k: int) -> tuple[int, ...]:
