@@ -73,8 +73,8 @@ def frozen_network(model: Any, *, lora: Path | None = None, pack: bool = True) -
     """
     if lora is not None:
         load_weights(model, lora)
-    model.requires_grad_(False).eval()
-    return TokenNetwork(model, pack=pack), tuple(lora_layers(model)) if lora is not None else ()
+    network = TokenNetwork(model.requires_grad_(False), pack=pack)
+    return network.eval(), tuple(lora_layers(model)) if lora is not None else ()
 
 
 def check_vocabulary(where: str, model: Any, tokenizer: Any, policy: Any, policy_tokenizer: Any) -> None:
