@@ -189,13 +189,15 @@ def _check_reference(config: TrainConfig, objective: Objective, source: Any) -> 
     if config.training.moving_reference is not None and not objective.needs_reference:
         names = ", ".join(term.name for term in objective.terms)
         raise UserError(f"training.moving_reference: {names} asks for no reference. Set it to null, or choose another loss.")
-    cached = config.adapter.settings.get("cache") is not None and config.adapter.settings.get("draws") is not None
+    settings = config.adapter.settings
+    bank = "draws" if "draws" in settings else "cache"  # of texts a cache holds nothing else
+    cached = settings.get("cache") is not None and settings.get(bank) is not None
     unread = config.training.moving_reference is not None or not isinstance(source, Offline)
     if cached and unread and objective.needs_reference:
         what = "a moving reference" if config.training.moving_reference is not None else f"source: {config.source.name}"
         raise UserError(
-            f"adapter.draws: got {config.adapter.settings['draws']}, a bank of reference logps, with {what}, which cannot use "
-            "it. Set draws to null."
+            f"adapter.{bank}: got {settings[bank]}, a bank of reference logps, with {what}, which cannot use it. Set {bank} to "
+            "null."
         )
 
 

@@ -133,3 +133,8 @@ def test_joint_rows_and_long_answers_come_back_token_by_token(pack: bool, tmp_pa
         assert prepared.reference.keys() == reference.keys() == {"policy", "joint", "shared"}
         for name, value in reference.items():
             torch.testing.assert_close(prepared.reference[name], value, rtol=1e-5, atol=1e-3)
+
+
+def test_a_cache_of_references_is_refused_where_the_reference_moves(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"adapter\.cache: got .* a moving reference, which cannot use it\. Set cache to null"):
+        train_text(tmp_path / "run", adapter={"cache": str(cache)}, training={"moving_reference": {"every": 2}})
