@@ -239,7 +239,7 @@ def test_dckd_brings_a_policy_nearer_to_a_teacher_of_another_architecture(tmp_pa
     metrics = metrics_of(output)
     for side in ("chosen", "rejected"):
         values = [step[f"teacher_divergence/{side}"] for step in metrics]
-        assert values == sorted(values, reverse=True) and values[-1] < 0.95 * values[0]
+        assert values == sorted(values, reverse=True) and values[-1] < 0.97 * values[0]
     assert {path.name for path in output.glob("*.safetensors")} == {"adapter_model.safetensors"}
     assert all("lora_" in name for name in text_weights(output))  # nothing of the teacher is saved
 
