@@ -1,11 +1,14 @@
 import io
 import json
 import logging
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from mmalign.adapters.text import TextAdapter
 from mmalign.errors import UserError
 from mmalign.importers import extract_prompt, to_trl, trl, unpair
 from mmalign.importers.trl_format import chatml, trl_row
@@ -107,6 +110,30 @@ def test_every_form_of_a_pair_is_the_same_pair(tmp_path, row, prompt, candidates
     answers = candidates or [[("assistant", "Hello!")], [("assistant", "Go away")]]
     assert told(value.prompt) == prompt and [told(c) for c in value.candidates] == answers
     assert value.ranks == (1, 2) and value.id == "trl-1" and value.where.endswith("rows.jsonl:1")
+
+
+SHALL, YES = {"role": "assistant", "content": "Shall I?"}, {"role": "user", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    "shared, prompt",
+    [
+        ([SHALL, YES], [("user", "Hi"), ("assistant", "Shall I?"), ("user", "yes")]),
+        ([SHALL], [("user", "Hi"), ("assistant", "Shall I?")]),
+        ([{"role": "assistant", "content": "Hi"}, YES], [("user", "Hi"), ("assistant", "Hi"), ("user", "yes")]),
+        ([SYSTEM, SHALL, YES], [*KIND, ("assistant", "Shall I?"), ("user", "yes")]),
+        ([SYSTEM, USER], KIND),
+        ([{"from": "human", "value": "Hi"}], [("user", "Hi")]),
+        ([{"role": "user", "content": "Hi\n"}], [("user", "Hi\n")]),
+        ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [("user", "Hi")]),
+        ([USER, SHALL, YES], [("user", "Hi"), ("assistant", "Shall I?"), ("user", "yes")]),
+        ([YES, SHALL, USER], [("user", "yes"), ("assistant", "Shall I?"), ("user", "Hi")]),
+    ],
+)
+def test_the_text_of_a_prompt_is_left_out_only_where_both_answers_begin_with_it(tmp_path, shared, prompt):
+    value = only(tmp_path, {"prompt": "Hi", "chosen": [*shared, GOOD], "rejected": [*shared, BAD]})
+    assert told(value.prompt) == prompt
+    assert [told(one) for one in value.candidates] == [[("assistant", "Hello!")], [("assistant", "Go away")]]
 
 
 def test_the_columns_beside_a_pair_are_kept(tmp_path):
@@ -340,7 +367,9 @@ def test_options_of_the_chat_template_in_a_column_are_warned_of(tmp_path, caplog
         [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "chat_template_kwargs": {"think": True}}]
     ).to_parquet(tmp_path / "x.parquet")
     trl(path=str(tmp_path / "x.parquet"))
-    assert "chat_template_kwargs is not read" in caplog.text
+    assert "chat_template_kwargs is not read: the chat template is run with its defaults" in caplog.text
+    (setting,) = re.findall(r"adapter\.(\w+)", caplog.text)
+    assert setting in {one.name for one in fields(TextAdapter)}
 
 
 def test_examples_of_an_import_are_read_row_by_row(tmp_path):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ def trl(
 
 def _tell_unread(columns: Sequence[str]) -> None:
     if "chat_template_kwargs" in columns:
-        logger.warning("the column chat_template_kwargs is not read: set the options of the chat template in the adapter")
+        logger.warning(
+            "the column chat_template_kwargs is not read: the chat template is run with its defaults. Where other values are "
+            "wanted, give the tokenizer's chat_template as adapter.chat_template, with the values written in."
+        )
     unread = [name for name in columns if name not in (*READ, "chat_template_kwargs")]
     if unread:
         logger.info("columns that are not read: %s", ", ".join(unread))
@@ -130,13 +134,26 @@ def _pair(row: Mapping[str, Any], reader: "_Reader") -> Comparison:
 
 
 def _conversations(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[Any, list[Any], list[Any]]:
-    """Split two conversations beside a prompt: they may hold it, as they do where the prompt is a text."""
+    """Split two conversations beside a prompt, which they may hold; where they begin alike without it, it comes first."""
     if isinstance(prompt, str):
         shared, chosen, rejected = extract_prompt(chosen, rejected)
-        return shared or [{"role": "user", "content": prompt}], chosen, rejected
+        if any(_asks(message, prompt) for message in shared):
+            return shared, chosen, rejected
+        told = sum(1 for _ in takewhile(lambda one: isinstance(one, Mapping) and _role(one) == "system", shared))
+        return [*shared[:told], {"role": "user", "content": prompt}, *shared[told:]], chosen, rejected
     prompt = _listed(prompt)
     whole = bool(prompt) and all(side[: len(prompt)] == prompt for side in (chosen, rejected))
     return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if whole else (prompt, chosen, rejected)
+
+
+def _asks(message: Any, prompt: str) -> bool:
+    """Whether a message is the user's, and its words are the prompt."""
+    if not isinstance(message, Mapping) or _role(message) != "user":
+        return False
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str)).strip() == prompt.strip()
 
 
 def _joint(row: Mapping[str, Any], reader: "_Reader") -> Comparison:
