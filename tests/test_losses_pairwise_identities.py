@@ -169,6 +169,22 @@ def test_data_that_a_setting_asks_for_and_the_view_does_not_give_are_a_users_fau
         objective.try_out({}, 2)
 
 
+def test_sppo_does_not_pass_over_scores_that_its_target_leaves_aside() -> None:
+    pairs, scores, prob = tensor([-1.0, -2.0]), tensor([0.75, 0.25]), tensor(0.75)
+    pairs, scores, prob = pairs.reshape(1, 2), scores.reshape(1, 2), prob.reshape(1)
+    with pytest.raises(
+        ValueError, match=r"sppo.target: got prob on data with scores and no prob, want scores, or data without"
+    ):
+        LOSSES["sppo"](pairs, pairs, scores=scores)
+    by_scores = LOSSES["sppo"](pairs, pairs, scores=scores, target="scores").losses
+    assert torch.equal(LOSSES["sppo"](pairs, pairs, prob=prob, scores=scores).losses, by_scores)
+    objective = Objective([Term(name="sppo", loss=LOSSES["sppo"], settings={})])
+    objective.try_settings()
+    objective.try_out({}, 2)
+    with pytest.raises(UserError, match=r"loss\.sppo\.target: got prob on data with scores"):
+        objective.try_out({"scores": (9.0, 4.0)}, 2)
+
+
 def test_sppo_of_a_list_asks_for_its_scores() -> None:
     lists = torch.zeros(2, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"sppo.target: got prob for 4 candidates, want scores\."):

@@ -90,7 +90,8 @@ def sppo(
         beta: 1 / eta, reward per nat. Published: 1e-3.
         target: where P is taken from.
     Raises:
-        ValueError: `target: prob` with another number of candidates than 2, or `target: scores` without scores.
+        ValueError: `target: scores` without scores; `target: prob` with scores and no prob, or with another number of
+            candidates than 2.
     """
     check_beta("sppo", beta)
     ratios = policy - reference
@@ -101,6 +102,8 @@ def sppo(
     else:
         if ratios.shape[1] != 2:
             raise ValueError(f"sppo.target: got prob for {ratios.shape[1]} candidates, want scores.")
+        if scores is not None and prob is None:
+            raise ValueError("sppo.target: got prob on data with scores and no prob, want scores, or data without scores.")
         first = torch.ones_like(ratios[:, 0]) if prob is None else prob.to(ratios)
         wins = torch.stack([first, 1 - first], dim=1)
     losses = ((ratios - (wins - 0.5) / beta) ** 2).mean(1)
