@@ -44,8 +44,12 @@ class AutoBeta:
         """Refuse settings without meaning."""
         if not 0.0 < self.target < 0.5:
             raise ValueError(f"target: got {self.target}, want a gradient factor between 0 and 0.5.")
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"decay: got {self.decay}, want at least 0 and below 1.")
         if not 0.0 < self.minimum <= self.maximum:
             raise ValueError(f"minimum: got {self.minimum}, want a positive number up to maximum ({self.maximum}).")
+        if math.isinf(self.maximum):
+            raise ValueError(f"maximum: got {self.maximum}, want a finite number.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +189,11 @@ class Objective:
         """Compute every term that is ours on made-up data: settings that no data would go with are told with the config.
 
         Raises:
-            UserError: the loss refuses its settings.
+            UserError: the loss refuses its settings, or its share is negative: it would be turned round.
         """
         for term in self.terms:
+            if not (math.isfinite(term.weight) and term.weight >= 0):
+                raise UserError(f"loss.{term.name}.weight: got {term.weight}, want zero or more. Correct the weight.")
             if LOSSES.get(term.name) is term.loss:
                 k = term.num_candidates or 2
                 known = {name: required for name, required in term.data.items() if not _measured(name)}
@@ -196,7 +202,7 @@ class Objective:
                 try:
                     trial.try_out({name: self._made_up(term, name, k) for name in needed}, k)
                 except UserError:
-                    trial.try_out({name: self._made_up(term, name, k) for name in everything - {"prob"}}, k)
+                    trial.try_out({name: self._made_up(term, name, k) for name in everything - {"prob", "mask"}}, k)
 
     def __call__(
         self,

@@ -117,7 +117,12 @@ def test_an_automatic_beta_goes_on_from_its_state_and_passes_over_nan() -> None:
     assert again.beta() == first.beta()
 
 
-@pytest.mark.parametrize("settings", [{"target": 0.5}, {"target": 0.0}, {"minimum": 0.0}, {"minimum": 5.0, "maximum": 1.0}])
+UNSTEADY = [{"maximum": math.inf}, {"decay": 1.0}, {"decay": -0.5}]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target": 0.5}, {"target": 0.0}, {"minimum": 0.0}, {"minimum": 5.0, "maximum": 1.0}, *UNSTEADY]
+)
 def test_an_automatic_beta_without_meaning_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"got .*, want"):
         AutoBeta(**settings)
@@ -134,6 +139,7 @@ def test_the_defaults_of_every_loss_are_accepted_before_there_are_data(name: str
         ("robust", {"label_smoothing": 0.5}, r"loss\.robust\.label_smoothing: got 0\.5"),
         ("dpo", {"beta": -1.0}, r"loss\.dpo\.beta: got -1\.0"),
         ("spo", {"clip": 2.0}, r"loss\.spo\.clip: got 2\.0"),
+        ("length_dpo", {"alpha": -0.01}, r"loss\.length_dpo\.alpha: got -0\.01, want zero or more\."),
     ],
 )
 def test_settings_that_no_data_go_with_are_refused_before_there_are_data(

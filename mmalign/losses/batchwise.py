@@ -10,6 +10,7 @@ from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
     check_label_smoothing,
+    check_not_negative,
     less_margin,
     logistic,
     pair_delta,
@@ -121,10 +122,11 @@ def beta_dpo(
         alpha: change of beta, relative, per nat. Published: 0.6.
         rho: share of the pairs that is left out. Published: 0.2.
     Raises:
-        ValueError: rho outside [0, 1).
+        ValueError: rho outside [0, 1), or alpha below zero.
     """
     check_beta("beta_dpo", beta)
     check_label_smoothing("beta_dpo", label_smoothing)
+    check_not_negative("beta_dpo", "alpha", alpha)
     if not 0.0 <= rho < 1.0:
         raise ValueError(f"beta_dpo.rho: got {rho}, want at least 0 and below 1.")
     delta = pair_delta(policy, reference)

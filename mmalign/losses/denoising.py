@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.losses.links import PreferenceLoss, check_beta, logistic, two_sided, weighted
-from mmalign.losses.pairwise import hinge
+from mmalign.losses.links import PreferenceLoss, check_beta, check_positive, logistic, two_sided, weighted
+from mmalign.losses.pairwise import check_margin, hinge
 
 
 def dro(
@@ -36,8 +36,12 @@ def dro(
         policy, reference: logps; column 0 the expert image, column 1 the policy's own sample.
         prob, weight: as in `dpo`.
         beta: reward per nat. 2 reproduces the published code.
-        margin: reward units. Published: 0.001.
+        margin: reward units, one number; a call from Python may give one per pair. Published: 0.001.
+    Raises:
+        ValueError: beta is not positive, or margin below zero.
     """
+    check_beta("dro", beta)
+    check_margin("dro", margin)
     return hinge(policy, reference, prob, weight, beta=beta, margin=margin)
 
 
@@ -97,8 +101,12 @@ def mapo(
         snr: v1 only. Published: 0.5.
         scale: v1 only, the number of training timesteps. Published: 1000.
         parametrisation: which of the two.
+    Raises:
+        ValueError: beta, snr or scale is not positive.
     """
     check_beta("mapo", beta)
+    check_positive("mapo", "snr", snr)
+    check_positive("mapo", "scale", scale)
     error = -2 * policy
     if parametrisation == "v1":
         log_score, score_scale, margin_weight = _log_error_odds(snr * error), scale, beta

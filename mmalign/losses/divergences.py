@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mmalign.losses.links import check_finite
+
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 # Its square, which ipo takes, is still finite in float32.
@@ -20,8 +22,7 @@ def check_divergence(name: str, divergence: str, divergence_alpha: float) -> Non
     """Refuse a divergence that is not there, or an alpha that is no number."""
     if divergence not in get_args(Divergence):
         raise ValueError(f"{name}.divergence: got {divergence}, want one of {', '.join(get_args(Divergence))}.")
-    if not math.isfinite(divergence_alpha):
-        raise ValueError(f"{name}.divergence_alpha: got {divergence_alpha}, want a finite number.")
+    check_finite(name, "divergence_alpha", divergence_alpha)
 
 
 def transform(ratios: Float[Tensor, "batch k"], divergence: Divergence, divergence_alpha: float) -> Float[Tensor, "batch k"]:

@@ -44,6 +44,8 @@ def tr_dpo(
     Args:
         policy, reference, prob, weight, margin, beta, label_smoothing: as in `dpo`.
     """
+    check_beta("tr_dpo", beta)
+    check_label_smoothing("tr_dpo", label_smoothing)
     return dpo(policy, reference, prob, weight, margin, beta=beta, label_smoothing=label_smoothing)
 
 
@@ -222,6 +224,9 @@ def dove(
         joint, reference_joint: summed log-probs of prompt and response (all tokens but the first), best first, in nats.
         prob, weight, margin, beta, label_smoothing, divergence, divergence_alpha: as in `dpo`.
     """
+    check_beta("dove", beta)
+    check_label_smoothing("dove", label_smoothing)
+    check_divergence("dove", divergence, divergence_alpha)
     return dpo(
         joint,
         reference_joint,

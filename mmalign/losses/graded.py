@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mmalign.losses.divergences import Divergence, check_divergence, transform
-from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, logistic, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, check_positive, logistic, weighted
 
 
 def odpo(
@@ -80,8 +80,7 @@ def rpo(
         ValueError: neither margin nor scores, or reward_scale not positive.
     """
     check_beta("rpo", beta)
-    if not reward_scale > 0:
-        raise ValueError(f"rpo.reward_scale: got {reward_scale}, want a positive number.")
+    check_positive("rpo", "reward_scale", reward_scale)
     rewards = beta * (policy - reference)
     logit, goal = rewards[:, 0] - rewards[:, 1], reward_scale * _gap("rpo", rewards, margin, scores)
     if distance == "square":

@@ -14,6 +14,7 @@ from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
     check_label_smoothing,
+    check_not_negative,
     less_margin,
     logistic,
     per_token,
@@ -146,8 +147,11 @@ def length_dpo(
         policy, reference, prob, weight, margin, beta, divergence, divergence_alpha: as in `dpo`.
         lengths: number of scored tokens of each candidate.
         alpha: reward units per token of difference. Published: 0.005 to 0.05.
+    Raises:
+        ValueError: alpha below zero, which would favour the longer candidate.
     """
     check_beta("length_dpo", beta)
+    check_not_negative("length_dpo", "alpha", alpha)
     check_divergence("length_dpo", divergence, divergence_alpha)
     scores = transform(policy - reference, divergence, divergence_alpha)
     longer = lengths.to(scores)

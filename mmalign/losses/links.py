@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +32,27 @@ def check_label_smoothing(name: str, label_smoothing: float) -> None:
 
 def check_beta(name: str, beta: float) -> None:
     """Refuse a beta that would teach nothing or the opposite."""
-    if not beta > 0:
-        raise ValueError(f"{name}.beta: got {beta}, want a positive number.")
+    check_positive(name, "beta", beta)
+
+
+def check_positive(name: str, setting: str, value: float) -> None:
+    """Refuse a strength or scale that would teach nothing, the opposite, or infinities."""
+    check_finite(name, setting, value)
+    if value <= 0:
+        raise ValueError(f"{name}.{setting}: got {value}, want a positive number.")
 
 
 def check_not_negative(name: str, setting: str, value: float) -> None:
-    """Refuse a strength that would pull the other way."""
-    if not value >= 0:
+    """Refuse a strength or margin that would pull the other way, or infinitely."""
+    check_finite(name, setting, value)
+    if value < 0:
         raise ValueError(f"{name}.{setting}: got {value}, want zero or more.")
+
+
+def check_finite(name: str, setting: str, value: float) -> None:
+    """Refuse what is no finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name}.{setting}: got {value}, want a finite number.")
 
 
 def pair_delta(policy: Float[Tensor, "batch 2"], reference: Float[Tensor, "batch 2"]) -> Float[Tensor, " batch"]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from mmalign.losses.links import PreferenceLoss, check_beta, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_positive, weighted
 
 
 def rank_dpo(
@@ -244,7 +244,7 @@ def exo_listwise(
         ValueError: beta or temperature is not positive.
     """
     check_beta("exo_listwise", beta)
-    _check_temperature("exo_listwise", temperature)
+    check_positive("exo_listwise", "temperature", temperature)
     rewards = beta * _without_padding(policy - reference, mask)
     logs = _log_softmax(rewards, mask)
     wanted = _log_softmax(_without_padding(scores, mask).to(rewards) / temperature, mask)
@@ -274,7 +274,7 @@ def _target(
     temperature: float,
 ) -> Float[Tensor, "batch k"]:
     """What part of the target distribution each candidate gets."""
-    _check_temperature(name, temperature)
+    check_positive(name, "temperature", temperature)
     if scores is not None and prob is not None:
         raise ValueError(f"{name}: got both scores and prob, want one of them.")
     if scores is not None:
@@ -285,11 +285,6 @@ def _target(
             raise ValueError(f"{name}: got prob with {rewards.shape[1]} candidates, want 2.")
         return torch.stack([prob, 1 - prob], 1).to(rewards)
     return torch.eye(1, rewards.shape[1], dtype=rewards.dtype, device=rewards.device).expand_as(rewards)
-
-
-def _check_temperature(name: str, temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"{name}.temperature: got {temperature}, want a positive number.")
 
 
 def _differences(values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch k k"]:

@@ -18,6 +18,7 @@ from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
     check_label_smoothing,
+    check_not_negative,
     less_margin,
     logistic,
     per_token,
@@ -169,11 +170,20 @@ def hinge(
     Source: Liu et al. 2023 (RSO), eq. 9; Zhao et al. 2023 (SLiC-HF), eq. 3.
     Args:
         policy, reference, prob, weight, beta, divergence, divergence_alpha: as in `dpo`.
-        margin: reward units, one number or one per pair. Published: 1.
+        margin: reward units, one number; a call from Python may give one per pair. Published: 1.
+    Raises:
+        ValueError: beta is not positive, margin below zero, or an unknown divergence.
     """
     check_beta("hinge", beta)
+    check_margin("hinge", margin)
     check_divergence("hinge", divergence, divergence_alpha)
     scores = transform(policy - reference, divergence, divergence_alpha)
     logit = beta * (scores[:, 0] - scores[:, 1])
     losses = two_sided(relu(margin - logit), relu(margin + logit), prob)
     return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
+
+
+def check_margin(name: str, margin: float | Tensor) -> None:
+    """Refuse a hinge that leaves pairs alone while the worse candidate leads; margins per pair are data, and not looked at."""
+    if not isinstance(margin, Tensor):
+        check_not_negative(name, "margin", margin)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mmalign.losses.links import PreferenceLoss, check_beta, two_sided, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, two_sided, weighted
 from mmalign.losses.statistics import log_ratios
 
 Labels = Bool[Tensor, " batch"] | Float[Tensor, " batch"] | Int[Tensor, " batch"]
@@ -38,8 +38,12 @@ def kto(
         weight: factor of each row's loss.
         beta: reward per nat. Published: 0.1 for text; Diffusion-KTO's 1000 on errors without the half is 2000 here.
         desirable_weight, undesirable_weight: lambda of each class. Published: 1.
+    Raises:
+        ValueError: beta is not positive, or a lambda below zero.
     """
     check_beta("kto", beta)
+    check_not_negative("kto", "desirable_weight", desirable_weight)
+    check_not_negative("kto", "undesirable_weight", undesirable_weight)
     ratio = (policy - reference)[:, 0]
     if anchor is None:
         anchor = log_ratios(policy, reference).mean()
@@ -69,9 +73,11 @@ def apo_zero_unpaired(
         policy, reference, labels, weight, desirable_weight, undesirable_weight: as in `kto`.
         beta: reward per nat. Published: 0.1.
     Raises:
-        ValueError: beta is not positive.
+        ValueError: beta is not positive, or a lambda below zero.
     """
     check_beta("apo_zero_unpaired", beta)
+    check_not_negative("apo_zero_unpaired", "desirable_weight", desirable_weight)
+    check_not_negative("apo_zero_unpaired", "undesirable_weight", undesirable_weight)
     return kto(
         policy,
         reference,

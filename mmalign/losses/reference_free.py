@@ -17,6 +17,7 @@ from mmalign.losses.divergences import transform
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_finite,
     check_label_smoothing,
     check_not_negative,
     less_margin,
@@ -82,6 +83,8 @@ def simpo(
         beta: reward per mean nat of a token. Published: 2 to 2.5, for some models 10.
         gamma: reward units that every pair must reach. Published: 0.25 to 0.8 of beta.
         label_smoothing: as in `dpo`.
+    Raises:
+        ValueError: gamma below zero: pairs would be left alone while the worse candidate leads.
     """
     return _target_margin("simpo", per_token(policy, lengths), prob, weight, margin, beta, gamma, label_smoothing)
 
@@ -108,7 +111,10 @@ def alphapo(
     Args:
         policy, lengths, prob, weight, margin, beta, gamma, label_smoothing: as in `simpo`.
         alpha: the bend, of either sign. Published: 0.25.
+    Raises:
+        ValueError: gamma below zero, or alpha is not finite.
     """
+    check_finite("alphapo", "alpha", alpha)
     scores = transform(per_token(policy, lengths), "alpha", alpha)
     return _target_margin("alphapo", scores, prob, weight, margin, beta, gamma, label_smoothing)
 
@@ -125,6 +131,7 @@ def _target_margin(
 ) -> PreferenceLoss:
     check_beta(name, beta)
     check_label_smoothing(name, label_smoothing)
+    check_not_negative(name, "gamma", gamma)
     gap = beta * (scores[:, 0] - scores[:, 1])
     won = logistic(less_margin(gap - gamma, margin), None, label_smoothing)
     lost = logistic(less_margin(-gap - gamma, margin), None, label_smoothing)

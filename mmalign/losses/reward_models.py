@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmalign.losses.links import PreferenceLoss, logistic, two_sided, weighted
+from mmalign.losses.links import PreferenceLoss, check_not_negative, check_positive, logistic, two_sided, weighted
 
 
 def bradley_terry(
@@ -47,8 +47,7 @@ def bradley_terry(
     Raises:
         ValueError: centring is negative.
     """
-    if not centring >= 0:
-        raise ValueError(f"bradley_terry.centring: got {centring}, want at least 0.")
+    check_not_negative("bradley_terry", "centring", centring)
     difference = policy[:, 0] - policy[:, 1]
     losses = logistic(difference if margin is None else difference - margin.to(difference), prob)
     if ties_at_zero and prob is not None:
@@ -86,8 +85,7 @@ def gpm(
         ValueError: tau or target is not positive.
     """
     for name, value in {"tau": tau, "target": target}.items():
-        if not value > 0:
-            raise ValueError(f"gpm.{name}: got {value}, want a positive number.")
+        check_positive("gpm", name, value)
     rewards = policy / tau
     score = rewards[:, 0]
     if form == "logistic":

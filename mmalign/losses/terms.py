@@ -11,7 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from mmalign.losses.links import PreferenceLoss, check_beta, logistic, weighted
+from mmalign.losses.links import (
+    PreferenceLoss,
+    check_beta,
+    check_finite,
+    check_not_negative,
+    check_positive,
+    logistic,
+    weighted,
+)
 
 PerRow = Float[Tensor, " batch"]
 
@@ -40,7 +48,7 @@ def nll(
         policy: summed logps, best first; the other columns are not used.
         lengths: number of scored tokens of each candidate; needed for `sequence`.
         mean_length: mean over rows of the best candidate's number of tokens, one number for many rows; needed for `token`.
-            `adapter: text` gives that of the whole data.
+            `adapter: text` gives that of the first 4096 examples.
         weight: factor of each row's loss.
         reduction: see above. Published weight of the term: 1 with `sequence` (RPO), 5e-5 with `sum` (0.005 * beta 0.01).
     Raises:
@@ -93,11 +101,12 @@ def chosen_anchor(
         policy, reference: logps, best first; the other columns are not used.
         weight: factor of each row's loss.
         beta: reward per nat. Published: 0.1.
-        margin: reward units. Published: 0.
+        margin: reward units, of either sign: below zero the response may fall by as much. Published: 0.
     Raises:
-        ValueError: beta is not positive.
+        ValueError: beta is not positive, or margin is not finite.
     """
     check_beta("chosen_anchor", beta)
+    check_finite("chosen_anchor", "margin", margin)
     rewards = beta * (policy - reference)
     return PreferenceLoss(weighted(softplus(margin - rewards[:, 0]), weight), rewards.detach())
 
@@ -123,7 +132,7 @@ def rationale(
     Raises:
         ValueError: gamma is not positive.
     """
-    _check_positive("rationale", "gamma", gamma)
+    check_positive("rationale", "gamma", gamma)
     rewards = gamma * rationale
     losses = softplus(-rewards) if link == "logistic" else -rewards
     return PreferenceLoss(weighted(losses[:, 0], weight), rewards.detach())
@@ -154,7 +163,7 @@ def selm(
         ValueError: beta or alpha is not positive.
     """
     check_beta("selm", beta)
-    _check_positive("selm", "alpha", alpha)
+    check_positive("selm", "alpha", alpha)
     rewards = beta * (exploration - reference_exploration)
     return PreferenceLoss(weighted(alpha * rewards[:, 0], weight), rewards.detach())
 
@@ -191,11 +200,11 @@ def tpo(
         margin: reward units, TPO-L only. Published: 0.5.
         alpha: share of the imitation. Published: 1.
     Raises:
-        ValueError: beta is not positive, alpha negative, or normalised without lengths.
+        ValueError: beta is not positive, alpha or margin negative, or normalised without lengths.
     """
     check_beta("tpo", beta)
-    if not alpha >= 0:
-        raise ValueError(f"tpo.alpha: got {alpha}, want at least 0.")
+    check_not_negative("tpo", "alpha", alpha)
+    check_not_negative("tpo", "margin", margin)
     if normalised and lengths is None:
         raise ValueError("tpo.normalised: got true without lengths, want lengths.")
     rewards = beta * (policy / lengths.to(policy) if normalised and lengths is not None else policy)
@@ -250,8 +259,3 @@ def adpa(
     """
     losses = -advantage[:, 0 if which == "chosen" else -1]
     return PreferenceLoss(weighted(losses, weight), advantage.detach())
-
-
-def _check_positive(loss: str, name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{loss}.{name}: got {value}, want a positive number.")

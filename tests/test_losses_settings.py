@@ -1,0 +1,138 @@
+"""Settings that would turn an objective round, or make it infinite, are refused under their own names."""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from loss_inputs import settings_of
+
+from mmalign.adapters.text_lengths import SURVEYED
+from mmalign.config import read_config
+from mmalign.errors import UserError
+from mmalign.experiment import TrainConfig
+from mmalign.losses import LOSSES
+from mmalign.objective import Objective, Term
+
+NOT_NEGATIVE = {
+    "hinge": ["margin"],
+    "dro": ["margin"],
+    "dpop": ["penalty"],
+    "length_dpo": ["alpha"],
+    "odpo": ["alpha"],
+    "slic": ["delta", "nll_weight"],
+    "simpo": ["gamma"],
+    "alphapo": ["gamma"],
+    "cpo": ["nll_weight"],
+    "beta_dpo": ["alpha"],
+    "bradley_terry": ["centring"],
+    "kto": ["desirable_weight", "undesirable_weight"],
+    "apo_zero_unpaired": ["desirable_weight", "undesirable_weight"],
+    "tpo": ["alpha", "margin"],
+}
+POSITIVE = {
+    "rpo": ["reward_scale"],
+    "mapo": ["snr", "scale"],
+    "gpm": ["tau", "target"],
+    "info_nca": ["temperature"],
+    "nca": ["temperature"],
+    "exo_listwise": ["temperature"],
+    "rationale": ["gamma"],
+    "selm": ["alpha"],
+}
+# Lawful on either side of zero, within limits of their own, or refused together with another.
+ELSEWHERE = {
+    ("chosen_anchor", "margin"),
+    ("alphapo", "alpha"),
+    ("spo", "clip"),
+    ("discopop", "tau"),
+    ("beta_dpo", "rho"),
+    ("ld_dpo", "alpha"),
+    ("dckd", "chosen_weight"),
+    ("dckd", "rejected_weight"),
+}
+WITH_BETA = [name for name in LOSSES if "beta" in settings_of(name)]
+
+
+def try_settings(name: str, **settings: Any) -> None:
+    Objective([Term(name=name, loss=LOSSES[name], settings=settings)]).try_settings()
+
+
+def pairs(table: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(name, setting) for name, settings in table.items() for setting in settings]
+
+
+def test_every_number_of_every_loss_has_its_place_in_these_tables() -> None:
+    common = {"beta", "label_smoothing", "divergence_alpha"}
+    numbers = {(n, key) for n in LOSSES for key, value in settings_of(n).items() if type(value) is float and key not in common}
+    assert numbers == {*pairs(NOT_NEGATIVE), *pairs(POSITIVE), *ELSEWHERE}
+
+
+@pytest.mark.parametrize(("name", "setting"), pairs(NOT_NEGATIVE))
+def test_a_strength_that_would_pull_the_other_way_is_refused(name: str, setting: str) -> None:
+    try_settings(name, **{setting: 0.0})
+    with pytest.raises(UserError, match=rf"^loss\.{name}\.{setting}: got -0\.5, want zero or more\.$"):
+        try_settings(name, **{setting: -0.5})
+
+
+@pytest.mark.parametrize(("name", "setting"), pairs(POSITIVE))
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_a_scale_that_is_not_positive_is_refused(name: str, setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"^loss\.{name}\.{setting}: got {value}, want a positive number\.$"):
+        try_settings(name, **{setting: value})
+
+
+@pytest.mark.parametrize("name", WITH_BETA)
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(0.0, "a positive"), (-0.1, "a positive"), (math.inf, "a finite"), (-math.inf, "a finite"), (math.nan, "a finite")],
+)
+def test_a_beta_that_is_not_positive_and_finite_is_refused(name: str, value: float, wanted: str) -> None:
+    with pytest.raises(UserError, match=rf"^loss\.{name}\.beta: got {value}, want {wanted} number\.$"):
+        try_settings(name, beta=value)
+
+
+@pytest.mark.parametrize(("name", "setting"), [*pairs(NOT_NEGATIVE), *pairs(POSITIVE)])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_numbers_that_are_not_finite_are_refused(name: str, setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"^loss\.{name}\.{setting}: got {value}, want a finite number\.$"):
+        try_settings(name, **{setting: value})
+
+
+def test_margins_given_one_per_pair_are_data_and_not_looked_at() -> None:
+    margins = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    logps = torch.zeros(2, 2, dtype=torch.float64)
+    for name in ("hinge", "dro"):
+        assert inspect.signature(LOSSES[name]).parameters["margin"].kind is inspect.Parameter.KEYWORD_ONLY
+        assert LOSSES[name](logps, logps, margin=margins).losses.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"name": "simpo", "gamma": -1.0}, r"loss\.simpo\.gamma: got -1\.0, want zero or more"),
+        ({"name": "dpo", "beta": math.inf}, r"loss\.dpo\.beta: got inf, want a finite number"),
+        ([{"name": "dpo"}, {"name": "nll", "weight": -1.0}], r"loss\.nll\.weight: got -1\.0, want zero or more"),
+    ],
+)
+def test_a_setting_that_turns_the_loss_round_is_told_with_the_config(tmp_path: Path, loss: Any, message: str) -> None:
+    config = {
+        "output": str(tmp_path / "run"),
+        "adapter": {"name": "text", "model": "none"},
+        "data": {"importer": {"name": "trl", "path": "none.jsonl"}},
+        "loss": [{"name": "simpo"}, {"name": "nll", "weight": 0.0}],
+        "training": {"steps": 1, "optimiser": {"name": "adamw", "learning_rate": 1e-3}},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    read_config(TrainConfig, file)
+    file.write_text(yaml.safe_dump({**config, "loss": loss}))
+    with pytest.raises(UserError, match=message):
+        read_config(TrainConfig, file)
+
+
+def test_the_text_of_nll_tells_of_how_many_examples_the_mean_length_is() -> None:
+    assert f"that of the first {SURVEYED} examples" in inspect.getdoc(LOSSES["nll"])
