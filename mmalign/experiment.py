@@ -128,6 +128,9 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     """
     objective = Objective(_terms(config.loss), config.auto_beta)
     shape = seen_by_losses(config, examples)
+    check = getattr(config.adapter.build(), "check_losses", None)
+    if check is not None:
+        check(config.loss, shape.num_candidates)
     objective.check(shape.side, shape.num_candidates)
     known = shape.measures
     if not objective.measures <= known:

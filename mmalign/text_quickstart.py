@@ -265,7 +265,7 @@ def smollm2_task(settings: Text, seed: int, cache: Path) -> Task:
         settings={
             "adapter.lora": {"rank": 8},
             "training.batch_size": 4,
-            "training.optimiser": {"name": "adamw", "learning_rate": 7e-4},
+            "training.optimiser": {"name": "adamw", "learning_rate": 3e-4},
             "training.warmup_steps": 2,
         },
         steps=settings.steps or 16,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -41,6 +41,12 @@ class Answers:
             raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want 1 or more.")
         if self.temperature < 0:
             raise ValueError(f"temperature: got {self.temperature}, want 0 or more.")
+
+
+# Losses of (policy - reference) of one candidate minus that of the other: what both answers begin with cancels.
+OF_DIFFERENCES = frozenset(
+    {"dpo", "tr_dpo", "robust", "ipo", "hinge", "exo", "discopop", "odpo", "rpo", "ld_dpo", "aot", "beta_dpo"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +127,28 @@ class TextAdapter:
             raise ValueError(f"group_by_length: got {self.group_by_length}, want 1 or more.")
         if self.quantization is not None and self.lora is None:
             raise ValueError("quantization: got it without lora, and quantised weights cannot be trained. Set lora.")
+        if self.dtype != "auto" and self.lora is None:
+            raise ValueError(f"dtype: got {self.dtype} without lora, and a full fine-tune keeps float32. Set it to auto.")
         if self.model == TINY and (self.quantization is not None or self.gguf_file is not None):
             raise ValueError("model: got tiny with quantization or gguf_file, which want a real one.")
         if self.tiny is not None and self.model != TINY:
             raise ValueError(f"tiny: got changes for model {self.model}, which are for model: tiny.")
+
+    def check_losses(self, losses: Sequence[Choice], num_candidates: int) -> None:
+        """Refuse `score: difference` with a loss whose value the tokens that answers share would change.
+
+        Raises:
+            UserError: names the loss.
+        """
+        if self.score == "response":
+            return
+        for loss in losses:
+            plain = loss.settings.get("divergence", "reverse_kl") == "reverse_kl" and loss.settings.get("normalise") != "length"
+            if num_candidates < 2 or loss.name not in OF_DIFFERENCES or not plain:
+                raise UserError(
+                    f"adapter.score: got difference with loss {loss.name}, which depends on more than differences of summed "
+                    f"log-ratios within a pair. Set it to response, or choose one of {', '.join(sorted(OF_DIFFERENCES))}."
+                )
 
     def check_sources(self, numbers: Mapping[int, str]) -> None:
         """Refuse prompts with images; `numbers` as `records.Examples.sources` has them.

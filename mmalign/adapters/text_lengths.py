@@ -27,18 +27,20 @@ def length_note(encoder: Encoder, examples: Sequence[Example]) -> str:
         prompts = [len(encoder.prompt(example.samples[0].prompt)) for example in looked]
         return f"tokens     prompts {_spread(prompts)}; answers are the policy's own"
     answers: list[int] = []
-    cut_prompts = cut_responses = 0
+    cut_prompts = cut_responses = alike = 0
     for one in _encoded(encoder, [e.samples for e in looked]):
         prompts += [len(one.contexts[c]) + given for c, given in zip(one.context_of, one.given, strict=True)]
         answers += one.lengths
         cut_prompts += one.cut_prompts
         cut_responses += one.cut_responses
+        alike += len(set(zip(one.context_of, one.continuations, strict=True))) < len(one.continuations)
+    equal = f"; {alike} examples with equal answers once they are tokens" if alike else ""
     of = "" if len(looked) == len(examples) else f" (of the first {len(looked)} examples)"
     cut = (
         f"{cut_prompts} of {len(prompts)} prompts to {encoder.max_prompt_length}, "
         f"{cut_responses} answers to {encoder.max_response_length}"
     )
-    return f"tokens     prompts {_spread(prompts)}, answers {_spread(answers)}; cut: {cut}{of}"
+    return f"tokens     prompts {_spread(prompts)}, answers {_spread(answers)}; cut: {cut}{equal}{of}"
 
 
 def groups_of_like_length(examples: Sequence[Example], count: int) -> tuple[tuple[int, ...], ...]:

@@ -23,7 +23,9 @@ from mmalign.language.generation import ends_of, generate_answers, generate_text
 from mmalign.language.network import TokenNetwork
 from mmalign.language.opening import (
     add_lora,
+    check_vocabulary,
     frozen_copy,
+    learned_positions,
     load_weights,
     lora_layers,
     lora_off,
@@ -74,10 +76,12 @@ class TextPolicy:
         if settings.chat_template is not None:
             self.tokenizer.chat_template = _text_or_file(settings.chat_template)
         frozen = DTYPES[mixed_precision] if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        model = self._opened(frozen if settings.lora is not None else torch.float32)
+        dtype = frozen if settings.lora is not None else torch.float32  # of policy and reference alike
+        model = self._opened(dtype)
+        check_vocabulary(model, self.tokenizer)
         weights_key = weights_fingerprint(model) if settings.cache is not None else ""
         copied = settings.lora is None and needs_reference and (settings.cache is None or caching is not None)
-        reference = frozen_copy(model, frozen) if copied else None
+        reference = frozen_copy(model, dtype) if copied else None
         if weights is not None:
             load_weights(model, weights)
         elif settings.lora is not None:
@@ -104,6 +108,7 @@ class TextPolicy:
             eos=settings.eos,
             max_prompt_length=settings.max_prompt_length,
             max_response_length=settings.max_response_length,
+            positions=learned_positions(model),
         )
         self.reader = Reader(encoder, extras, "draw" in asked, seed, settings.token_weights)
         self.mean_length: float | None = None
@@ -114,7 +119,7 @@ class TextPolicy:
                     "adapter.cache: got one with KTO's anchor on mismatched answers, which differ in every batch. Set "
                     "adapter.mismatched to false, or cache to null."
                 )
-            precision = f"{frozen} {mixed_precision} {settings.quantization} packed={self.network.packs}"
+            precision = f"{dtype} {mixed_precision} {settings.quantization} packed={self.network.packs}"
             known = {"network": weights_key, "precision": precision}
             self.cache = ReferenceBank(Path(settings.cache), known, caching)
 

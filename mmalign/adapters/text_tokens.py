@@ -41,6 +41,9 @@ def tokens_of(
         contexts += [torch.tensor(ids) for ids in row.contexts]
         members = zip(row.continuations, row.context_of, row.given, strict=True)
         sequences.append([(torch.tensor(ids), first + owner, given) for ids, owner, given in members])
+        if "joint" in wanted and any(row.given):  # what is still prompt is scored with it
+            contexts[first:] = [torch.cat([contexts[owner], ids[:given]]) for ids, owner, given in sequences[-1]]
+            sequences[-1] = [(ids[given:], first + n, 0) for n, (ids, _, given) in enumerate(sequences[-1])]
         if from_difference:
             sequences[-1] = _from_difference(sequences[-1], num_candidates)
     chosen = [sequence for row in sequences for sequence in row[:num_candidates]]

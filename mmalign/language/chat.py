@@ -57,6 +57,7 @@ class Encoder:
             them. always: messages too, where it is not there yet. never: none is added.
         max_prompt_length: tokens; longer prompts lose their beginning. None: no limit.
         max_response_length: tokens; longer answers lose their end, and so the token that ends them. None: no limit.
+        positions: tokens that the model has positions for, prompt and answer together; more are refused. None: no limit.
     """
 
     tokenizer: Any
@@ -65,6 +66,7 @@ class Encoder:
     eos: Eos = "auto"
     max_prompt_length: int | None = None
     max_response_length: int | None = None
+    positions: int | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Encoded:
         """Token ids of samples, those of one prompt in one context.
@@ -114,7 +116,29 @@ class Encoder:
             if _goes_on(said):
                 begun, said = (said[-1].text or "") + begun, said[:-1]
             answers = (replace(answers[0], text=begun + (answers[0].text or "")), *answers[1:])
-        return before, self._rendered((*said, *answers), sample.prompt.tools, ends=True), "templated"
+        whole = self._rendered((*said, *answers), sample.prompt.tools, ends=True)
+        return before, self._kept(before, whole, said, answers), "templated"
+
+    def _kept(self, before: str, whole: str, said: Sequence[Message], answers: Sequence[Message]) -> str:
+        """Prompt and answer, where a template writes the prompt otherwise once it is answered (the system message behind the
+        last question, say): the prompt as the model meets it when it answers, and of the conversation what the answer begins.
+
+        Raises:
+            UserError: the answer is not to be found in the conversation either.
+        """
+        shared = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
+        lost = before[shared:]
+        if not any(m.text.strip() and m.text.strip() in lost for m in said):
+            return whole  # all that differs is how the answer is begun
+        first = answers[0].text.strip()
+        start = whole.rfind(first) if first else -1
+        if start < shared:
+            raise UserError(
+                f"adapter.chat_template: it writes {_shown(Content(messages=tuple(said)))} otherwise once it is answered, and "
+                "the answer cannot be told apart. Give another template."
+            )
+        gap = whole[len(whole[:start].rstrip()) : start]
+        return before + ("" if before[-1:].isspace() else gap) + whole[start:]
 
     def _row(self, samples: list[tuple[list[int], list[int], str]]) -> Encoded:
         contexts: list[tuple[int, ...]] = []
@@ -134,6 +158,12 @@ class Encoder:
                 cut_responses += limit is not None and len(ids) > limit
                 place[n], wholes[n], given[n] = len(contexts), ids[:limit], own
             contexts.append(tuple(kept))
+        longest = max(len(contexts[c]) + len(ids) for c, ids in zip(place, wholes, strict=True))
+        if self.positions is not None and longest > self.positions:
+            raise UserError(
+                f"got a prompt and an answer of {longest} tokens, and the model has positions for {self.positions}. Lower "
+                "adapter.max_prompt_length and max_response_length."
+            )
         return Encoded(tuple(contexts), tuple(map(tuple, wholes)), tuple(place), tuple(given), cut_prompts, cut_responses)
 
     def _bounded(
@@ -186,8 +216,15 @@ class Encoder:
         chat = bool(content.messages) or self.template == "always" or (answer is not None and bool(answer.messages))
         if content.media():
             raise UserError(f"{_shown(content)}: got images, which adapter: text does not see. Use a model of images.")
+        if not chat and self.system_prompt is not None:
+            raise UserError(
+                f"adapter.system_prompt: got one, and {_shown(content)} is a plain text, which goes through no template. Set "
+                "adapter.template to always, or system_prompt to null."
+            )
         if not chat:
             return content.text or "", False
+        if not content.messages and not (content.text or "").strip():
+            raise UserError("prompt: got an empty one, want a message. Write one or remove the row.")
         messages = self._messages(content)
         return self._rendered(messages, content.tools, ends=False), True
 

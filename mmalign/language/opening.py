@@ -78,6 +78,11 @@ def open_model(
         name = str(tiny_folder(tiny))
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if (Path(name) / ADAPTER_FILES[0]).is_file():
+        raise UserError(
+            f"adapter.model: {name} is a LoRA, want a whole model. Merge it into its base (peft's merge_and_unload) and name "
+            "the merged folder."
+        )
     if quantization is not None:
         more["quantization_config"] = _quantization_config(quantization, dtype)
         more["device_map"] = {"": device}
@@ -93,6 +98,31 @@ def open_model(
             f"adapter.model: cannot open {name} as a causal language model ({_first_line(fault)}). Name a folder or a hub id."
         ) from fault
     return (model if quantization is not None else model.to(device)).eval()
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer of another model.
+
+    Raises:
+        UserError: it has more tokens than the model.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"adapter.tokenizer: got one of {tokenizer.vocab_size} tokens for a model of {rows}. Name the model's own one."
+        )
+    config = model.config.get_text_config()
+    if getattr(config, "router_aux_loss_coef", None) and getattr(config, "output_router_logits", False):
+        logger.warning("the auxiliary loss of the model's router is not added: only the preference losses train it.")
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has learnt; None where they are computed, and reach further."""
+    config = model.config.get_text_config()
+    count = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    return count if count and any(0 <= m.num_embeddings - count <= 2 for m in tables) else None
 
 
 def without_dropout(config: Any) -> Any:
