@@ -77,10 +77,10 @@ class OutputLayer:
         return torch.stack([part.sum() for part in logps.chunk(2)])
 
     def answer(self, sums: Callable[[], Tensor]) -> Answer:
-        """Difference of the sums, and gradients."""
+        """Difference of the mean log-probabilities, and gradients; of the sums it would show their rounding."""
         out = self.run(sums)
         gradient = {name: t.grad for name, t in (("hidden", self.hidden), ("weight", self.weight)) if t.grad is not None}
-        return Answer(float((out * out.new_tensor(SIGNS)).sum()), gradient)
+        return Answer(float((out * out.new_tensor(SIGNS)).sum()) / self.counts[0], gradient)
 
 
 def head_rows(size: Size, vocabs: Sequence[str], rounds: int) -> list[dict[str, Any]]:

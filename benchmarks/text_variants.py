@@ -26,7 +26,7 @@ from mmalign.records import Example
 from mmalign.sources import Order
 from mmalign.training import Training, start
 
-# Published: 0.1, with which the rounding of a float32 sum of a thousand nats (1e-4) moves the loss by more than the gate allows.
+# Published: 0.1, with which the rounding of a float32 sum of a thousand nats (1e-4) is too much for the gate.
 # Beta costs no time; the policy is moved the farther.
 BETA = 0.02
 DISTANCE = 0.05  # of the policy from its reference, in standard deviations of each tensor
