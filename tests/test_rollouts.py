@@ -275,7 +275,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "drift": (
         {"source": rollouts(), "loss": [{"name": "spo"}, {"name": "output_anchor"}]},
-        r"loss: asks for drift, which is not defined for sampler steps",
+        r"loss: asks for drift, which adapter diffusion with source rollouts does not measure",
     ),
     "loss": ({"source": rollouts(), "loss": {"name": "kto"}}, r"loss\.kto: needs the data labels"),
 }

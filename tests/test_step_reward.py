@@ -189,7 +189,7 @@ def test_the_smoke_config_trains_and_its_loading_lines_load_a_model_that_scores(
         embeds = names["pipe"].encode_prompt("a red disc", "cpu", 1, False)[0]
         scores = model(torch.randn(1, 2, 4, 8, 8), torch.tensor([[0, 500]]), encoder_hidden_states=embeds)
     assert scores.shape == (1, 2) and scores.isfinite().all()
-    with pytest.raises(UserError, match=r"which trained a reward model, want the run of a diffusion model"):
+    with pytest.raises(UserError, match=r"which trained a reward model, want the run of a diffusion or language model"):
         pair_fit(output, read_config(TrainConfig, output / "config.yaml").data)
     card = (output / "README.md").read_text()
     assert "reward model for the sampling steps of `tiny`" in card and "text-to-image" not in card

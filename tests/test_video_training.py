@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from runs import config_of, encoded, train, tree, write_rows
 
-from mmalign import evaluate, generate, prepare, score
+from mmalign import generate, prepare, score
 from mmalign.adapters.images import frame, frame_video
 from mmalign.config import Choice
 from mmalign.errors import UserError
@@ -230,24 +230,3 @@ def test_generate_refuses_frames_and_sizes_that_the_family_cannot_have(
     with pytest.raises(UserError, match=fault):
         generate.main(generate.GenerateConfig(**settings))
     assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize("kind", ["file", "frames"])
-def test_evaluate_refuses_videos_with_their_row(tmp_path: Path, kind: str) -> None:
-    def candidate(seed: int) -> Content:
-        return (
-            video(seed) if kind == "file" else Content(images=tuple(Media(data=encoded(8, 8, seed=seed + n)) for n in range(3)))
-        )
-
-    row = Comparison(
-        id="a", prompt=Content(text="a"), candidates=(candidate(1), candidate(2)), provenance=({"seed": 1}, {"seed": 2})
-    )
-    path = write_rows([row], tmp_path / "videos.parquet")
-    config = evaluate.EvaluateConfig(
-        before=str(path),
-        after=str(path),
-        scorers=(Choice(name="sharpness", target=SCORERS["sharpness"]),),
-        output=str(tmp_path / "report"),
-    )
-    with pytest.raises(UserError, match=r"videos\.parquet:1: candidate 1: got \d frames"):
-        evaluate.main(config)
