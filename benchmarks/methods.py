@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 from method_outcomes import LABELS, METHODS, Bed, make_bed, run
 
@@ -125,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where pretrained bases stay")
     parser.add_argument("--out", type=Path, help="JSON file with every run and what it ran on")
     given = parser.parse_args(arguments)
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # told to the processes that train
     found = []
     load = [os.getloadavg()]
     with tempfile.TemporaryDirectory() as work:

@@ -1,6 +1,7 @@
 """Tests run offline, on one thread, with every shape and type annotation of mmalign checked at run time."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -15,8 +16,19 @@ os.environ.update(
 )
 
 import jaxtyping
+import pytest
 import torch
 
 # Before the first import of mmalign. The tower: an int may stand for a float, as for every type checker.
 jaxtyping.install_import_hook("mmalign", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def the_environment_of_each_test_is_its_own() -> Iterator[None]:
+    """`accelerate` tells its processes by variables: what one test sets must not launch the next."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})

@@ -115,6 +115,7 @@ def test_two_processes_are_one(tmp_path: Path, two_processes: Path, name: str) -
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = config_of(tree(tmp_path / "out")).training
     forget_accelerate()
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")  # some job systems set it for a single process
     start(training, tmp_path / "out")
     monkeypatch.setenv("LOCAL_RANK", "1")
