@@ -24,6 +24,7 @@ class Encoded:
         context_of: of each sample, the index of its context.
         given: of each continuation, how many of its first tokens are still prompt: they are run, not scored.
         cut_prompts, cut_responses: how many were truncated.
+        media: of each context, what is shown in it; empty: nothing anywhere.
     """
 
     contexts: tuple[tuple[int, ...], ...]
@@ -32,6 +33,7 @@ class Encoded:
     given: tuple[int, ...]
     cut_prompts: int = 0
     cut_responses: int = 0
+    media: tuple[Any | None, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -58,6 +60,8 @@ class Encoder:
         max_prompt_length: tokens; longer prompts lose their beginning. None: no limit.
         max_response_length: tokens; longer answers lose their end, and so the token that ends them. None: no limit.
         positions: tokens that the model has positions for, prompt and answer together; more are refused. None: no limit.
+        begun: whether conversations, too, begin with what the tokenizer puts before a text, where their template does not
+            write it, as processors of images have it.
     """
 
     tokenizer: Any
@@ -67,6 +71,7 @@ class Encoder:
     max_prompt_length: int | None = None
     max_response_length: int | None = None
     positions: int | None = None
+    begun: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> Encoded:
         """Token ids of samples, those of one prompt in one context.
@@ -88,6 +93,10 @@ class Encoder:
         text, started = self._prompt_text(content)
         ids: list[int] = self.tokenizer([text], add_special_tokens=False)["input_ids"][0]
         return self._cut_prompt(self._begun(ids, started))[0]
+
+    def text(self, sample: Sample) -> str:
+        """A sample's prompt as the tokenizer is given it, with the prefix of its answer; not what it puts before a text."""
+        return self._written(sample)[0]
 
     @cached_property
     def _beginning(self) -> tuple[int, ...]:
@@ -183,7 +192,7 @@ class Encoder:
     def _begun(self, ids: list[int], templated: bool) -> list[int]:
         """A prompt behind what every text begins with; never nothing, from which no first token could be predicted."""
         beginning = list(self._beginning)
-        if not templated and ids[: len(beginning)] != beginning:
+        if (self.begun or not templated) and ids[: len(beginning)] != beginning:
             ids = beginning + ids
         if ids:
             return ids

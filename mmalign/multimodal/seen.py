@@ -1,11 +1,11 @@
-"""What the contexts of a language model show: images and videos as the tensors of their processor, and what goes with the ids."""
+"""What the contexts of a language model show: images and videos as their processor makes them, and what goes with the ids."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -66,13 +66,13 @@ class Seen:
         return None if self.positions is None else int(self.positions.max()) + 1
 
     def to(self, device: torch.device | str) -> Seen:
-        """The same on a device; images that several contexts share are moved once where `images` moved them before."""
-        tensors = {
+        """The same on a device."""
+        moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True)
             for name in ("token_types", "positions", "crossed")
             for value in (getattr(self, name),)
         }
-        return replace(self, images=tuple(image.to(device) for image in self.images), **tensors)
+        return replace(self, images=tuple(image.to(device) for image in self.images), **moved)
 
 
 def image_key(family: str, kind: Kind, tensors: Mapping[str, Tensor]) -> str:
