@@ -167,8 +167,9 @@ class Run:
             with alone:
                 with self.accelerator.autocast():
                     measured = inputs.candidates(part).measures(self.network)
-                # A further completion goes with the first part, and is missing in the others.
-                total = sum((measured[name] * g[:, part]).sum() for name, g in gradients.items() if name in measured)
+                # What is not one a candidate goes whole with the first part, and is missing in the others.
+                told = [(measured[name], g) for name, g in gradients.items() if name in measured]
+                total = sum((values * (g if values.shape == g.shape else g[:, part])).sum() for values, g in told)
                 self.accelerator.backward(total)
 
     def _reference(self, prepared: Prepared) -> tuple[Mapping[str, Tensor] | None, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,16 @@ class Lesson:
     reference_states: Float[Tensor, "n reference_dim"] | None = None
     reference_head: Head | None = None
     top_k: int | None = None
+
+    def take(self, index: Int[Tensor, " some"]) -> Lesson:
+        """Of some of the scored tokens alone."""
+        before = None if self.reference_states is None else self.reference_states[index]
+        head, reference_head = (
+            one if one is None or one.inner is None else replace(one, inner=one.inner[index])
+            for one in (self.head, self.reference_head)
+        )
+        assert head is not None
+        return replace(self, states=self.states[index], head=head, reference_states=before, reference_head=reference_head)
 
 
 def distilled_sums(

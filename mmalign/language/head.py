@@ -73,6 +73,44 @@ def slot_sums(
     return {name: value for name, value in values.items() if name == "logps" or name in wanted}
 
 
+def target_logits(hidden: Float[Tensor, "n dim"], head: Head, target: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Logits of given tokens alone, in float32 or better, with a gradient.
+
+    Args:
+        hidden: states that predict.
+        head: the output layer.
+        target: of each state, the token.
+    """
+    exact = torch.promote_types(torch.promote_types(hidden.dtype, head.weight.dtype), torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = (hidden.to(exact) * head.weight[target].to(exact)).sum(1)
+        if head.inner is not None and head.outer is not None:
+            logits = logits + (head.inner.to(exact) * head.outer[target].to(exact)).sum(1)
+        if head.bias is not None:
+            logits = logits + head.bias[target]
+        logits = logits * head.scale
+        return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+@torch.no_grad()
+def likeliest(hidden: Float[Tensor, "n dim"], head: Head, *, rows: int | None = None) -> Int[Tensor, " n"]:
+    """The token of the largest logit of each state, tile by tile.
+
+    Args:
+        hidden: states that predict.
+        head: the output layer.
+        rows: see `slot_sums`.
+    """
+    target = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    job = Job.of(hidden, head, target, target, (len(hidden),), rows=rows)
+    tensors = (hidden, head.weight, head.bias, head.inner, head.outer)
+    with torch.autocast(hidden.device.type, enabled=False):
+        words = head.weight.to(job.dtype)
+        for tile in job.tiles():
+            target[tile] = tile_logits(tensors, job, words, tile)[0].argmax(1)
+    return target
+
+
 def tile_rows(vocab: int, device: torch.device) -> int:
     """Tokens whose float32 logits fill 64 MiB (CPU) or 256 MiB (CUDA), but 128 to 1024."""
     return max(128, min(1024, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * vocab)))

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mmalign.errors import UserError
 from mmalign.language import packed
 from mmalign.language.distillation import Lesson, distilled_sums
-from mmalign.language.head import Head, slot_sums
+from mmalign.language.head import Head, likeliest, slot_sums, target_logits
 from mmalign.likelihoods import Layout, Tokens
 from mmalign.likelihoods.tokens import GRADED
 
@@ -82,18 +82,39 @@ class TokenNetwork(nn.Module):
 
         Args:
             layout: what is run, on the model's device.
-            wanted: see `slot_sums`, and `distilled_sums` where there is a lesson.
+            wanted: see `slot_sums`, and `distilled_sums` where there is a lesson; `target_logits` are one a scored token.
             lesson: what a teacher makes of the same layout.
         Raises:
             ValueError: a packed layout, and the network does not pack.
         """
         states = self.states(layout)
-        head = self.head(states)
+        return self._sums(layout, states, self.head(states), wanted, lesson)
+
+    def observe(
+        self, layout: Layout, wanted: frozenset[str] = frozenset()
+    ) -> tuple[dict[str, Float[Tensor, " slots"]], Lesson]:
+        """What a call gives, and the lesson that makes this network the teacher of another, in one pass without a graph."""
+        with torch.no_grad():
+            states = self.states(layout)
+            head = self.head(states)
+            return self._sums(layout, states, head, wanted, None), Lesson(states=states, head=head)
+
+    def likeliest(self, layout: Layout) -> Int[Tensor, " scored"]:
+        """The tokens that the model finds likeliest in the places of the scored ones, without a graph."""
+        with torch.no_grad():
+            states = self.states(layout)
+            return likeliest(states, self.head(states), rows=self.rows)
+
+    def _sums(
+        self, layout: Layout, states: Tensor, head: Head, wanted: frozenset[str], lesson: Lesson | None
+    ) -> dict[str, Tensor]:
         scored = (layout.target, layout.slot, layout.counts)
         how: dict[str, Any] = {"rows": self.rows, "accumulators": self.accumulators}
-        sums = slot_sums(states, head, *scored, weight=layout.weight, wanted=wanted - GRADED, **how)
+        sums = slot_sums(states, head, *scored, weight=layout.weight, wanted=wanted - GRADED - {"target_logits"}, **how)
         if lesson is not None:
             sums |= distilled_sums(states, head, lesson, *scored, wanted=wanted & GRADED, **how)
+        if "target_logits" in wanted:
+            sums["target_logits"] = target_logits(states, head, layout.target)
         return sums
 
     def states(self, layout: Layout) -> Float[Tensor, "scored dim"]:

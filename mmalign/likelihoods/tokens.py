@@ -10,15 +10,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmalign.likelihoods.anchoring import anchored_sums
 from mmalign.likelihoods.networks import Measures
 
 # network(layout, wanted) -> {name: (num_slots,)}: sums over the scored tokens of every slot, float32 or better.
 # "logps" is always there; "agreement" = sum of lp - log sum_v p_v^2 and "entropy", both detached, where wanted. Where GRADED
-# ones are wanted, a third argument is what the teacher made of the layout.
+# ones are wanted, a third argument is what the teacher made of the layout. Of "target_logits" there is one a scored token.
+# network.observe(layout, wanted) gives the sums, and what makes this network the teacher of another on the same layout.
 TokenNetwork = Callable[..., Mapping[str, Float[Tensor, " slots"]]]
 Teacher = Callable[["Layout"], Any]  # teacher(layout) -> what a network takes as its lesson
 PER_TOKEN = frozenset({"agreement", "entropy"})  # measures that are means over the scored tokens, detached
 GRADED = frozenset({"teacher_divergence", "advantage"})  # those that a teacher gives, with a gradient
+EACH = "each_"  # before the name of further completions of which every candidate has its own
+ANCHORED_ON = "each_degraded"  # whose tokens' logits those of the candidates are compared with
 ROW, CONTEXT = "row", "context"
 
 
@@ -51,6 +55,8 @@ class Layout:
         slot: the sum that each scored token belongs to, in ascending order.
         weight: factor of each scored token's log-probability; None: 1.
         counts: number of scored tokens of each sum, known without asking the device.
+        media: what is shown beside the tokens: packed, of each context; padded, of each row; None: nothing anywhere.
+        begins: padded: where the continuation of each row begins; empty when packed.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -62,6 +68,8 @@ class Layout:
     slot: Int[Tensor, " scored"]
     weight: Float[Tensor, " scored"] | None
     counts: tuple[int, ...]
+    media: tuple[Any | None, ...] | None = None
+    begins: tuple[int, ...] = ()
 
     @property
     def num_slots(self) -> int:
@@ -69,7 +77,7 @@ class Layout:
         return len(self.counts)
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same on a device; the only copies of a step, and none back."""
+        """The same on a device; the only copies of a step, and none back. Media stay: a network moves what it needs of them."""
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True)
             for name in ("ids", "positions", "mask", "at", "target", "slot", "weight")
@@ -89,6 +97,8 @@ class Tokens:
         weights: of each continuation, the factor of each token's log-probability; None: 1. Weight 0 is not scored.
         context_weights: the same for the tokens of each context but its first; None: contexts are not scored.
         heads: of each continuation, how many of its first tokens make its head, which has a sum of its own; None: all.
+        media: of each context, what is shown in it, for the network alone to read; None: nothing anywhere.
+        targets: of each continuation, what is scored in the places of its tokens; None: they themselves.
     """
 
     contexts: tuple[Int[Tensor, " _"], ...]
@@ -97,6 +107,8 @@ class Tokens:
     weights: tuple[Float[Tensor, " _"], ...] | None = None
     context_weights: tuple[Float[Tensor, " _"], ...] | None = None
     heads: tuple[int, ...] | None = None
+    media: tuple[Any | None, ...] | None = None
+    targets: tuple[Int[Tensor, " _"], ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse empty sequences."""
@@ -104,6 +116,8 @@ class Tokens:
             raise ValueError("tokens: got an empty context or continuation, want at least one token each.")
         if len(self.context_of) != len(self.continuations):
             raise ValueError(f"tokens: got {len(self.context_of)} context indices for {len(self.continuations)} continuations.")
+        if self.media is not None and len(self.media) != len(self.contexts):
+            raise ValueError(f"tokens: got media of {len(self.media)} contexts for {len(self.contexts)}, want one entry each.")
 
     def select(self, chosen: Sequence[int]) -> Tokens:
         """Only some of the continuations, in this order, with the contexts they need."""
@@ -116,6 +130,8 @@ class Tokens:
             weights=None if self.weights is None else tuple(self.weights[i] for i in chosen),
             context_weights=None if self.context_weights is None else tuple(self.context_weights[c] for c in needed),
             heads=None if self.heads is None else tuple(self.heads[i] for i in chosen),
+            media=None if self.media is None else tuple(self.media[c] for c in needed),
+            targets=None if self.targets is None else tuple(self.targets[i] for i in chosen),
         )
 
     @property
@@ -153,7 +169,8 @@ class Tokens:
             at.append(torch.cat([last, torch.arange(length, length + run)]))
             length += run
         at_context = [torch.arange(start, start + len(c) - 1) for start, c in zip(starts, self.contexts, strict=True)]
-        return self._layout(torch.cat(ids)[None], torch.cat(positions)[None], None, tuple(segments), at, at_context)
+        layout = self._layout(torch.cat(ids)[None], torch.cat(positions)[None], None, tuple(segments), at, at_context)
+        return replace(layout, media=self.media)
 
     def padded(self, *, multiple: int = 1, pad: int = 0) -> Layout:
         """A right-padded row for each continuation, its context before it.
@@ -179,7 +196,11 @@ class Tokens:
             torch.arange(first[number] * length, first[number] * length + len(context) - 1)
             for number, context in enumerate(self.contexts)
         ]
-        return self._layout(ids, positions, mask, (), at, at_context)
+        return replace(
+            self._layout(ids, positions, mask, (), at, at_context),
+            media=None if self.media is None else tuple(self.media[owner] for owner in self.context_of),
+            begins=tuple(len(self.contexts[owner]) for owner in self.context_of),
+        )
 
     def _layout(
         self,
@@ -192,7 +213,7 @@ class Tokens:
     ) -> Layout:
         """Which predictions are scored, in which slots; tokens of weight 0 are left out."""
         parts = 1 if self.heads is None else 2
-        targets = list(self.continuations)
+        targets = list(self.continuations if self.targets is None else self.targets)
         slots = [
             torch.full((len(ids),), number)
             if self.heads is None
@@ -235,15 +256,19 @@ class TokenInputs:
         tokens: all sequences.
         num_candidates: k; 0 is allowed in parts that hold no candidate.
         batch: number of rows.
-        extras: names of further completions, which are measures of their own: `rationale`, `exploration`, `gold`.
-        wanted: further measures: `shared` (the heads' sums), `joint` (with the context), `agreement`, `entropy`; and, as means
-            over a candidate's scored tokens whatever their weights, `teacher_divergence` and `advantage`.
-        teacher: what these two are taken from; never trained.
+        extras: names of further completions, which are measures of their own: `rationale`, `exploration`, `gold`. A name that
+            is there several times has as many columns; of those that begin with `each_` column i goes with candidate i.
+        wanted: further measures: `shared` (the heads' sums), `joint` (with the context), `agreement`, `entropy`; as means
+            over a candidate's scored tokens whatever their weights, `teacher_divergence` and `advantage`; `divergence`, the
+            sum over them of KL(reference || policy); and `anchored`, see `anchored_sums`.
+        teacher: what the first two of a teacher are taken from; never trained.
         device: where the network is.
         pack: one row without padding, every context run once; else padded rows.
         multiple, pad: see `Tokens.padded`.
         mismatched: prompts with answers of others, one a row, whose logps are the measure `mismatched`, without a gradient:
             KTO's anchor is made of them.
+        lesson: what the reference made of the scored tokens, for `divergence`; `refer` gives it.
+        first: number of the first candidate, in parts.
     """
 
     tokens: Tokens
@@ -257,11 +282,17 @@ class TokenInputs:
     pad: int = 0
     mismatched: Tokens | None = None
     teacher: Teacher | None = None
+    lesson: Any = None
+    first: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a teacher's measures without one."""
+        """Refuse a teacher's measures without one, and logits that nothing is to be compared with."""
         if self.wanted & GRADED and self.teacher is None:
             raise ValueError(f"wanted: got {', '.join(sorted(self.wanted & GRADED))} without a teacher, want one.")
+        if "divergence" in self.wanted and self.teacher is not None:
+            raise ValueError("wanted: got divergence with a teacher, whose lesson is another. Leave one of them out.")
+        if "anchored" in self.wanted and self.extras.count(ANCHORED_ON) != self.num_candidates:
+            raise ValueError(f"wanted: got anchored without the further completions {ANCHORED_ON} of all candidates.")
 
     def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
         """Other names under which these logps are logged: none."""
@@ -272,12 +303,16 @@ class TokenInputs:
         return self.measures(network)["policy"]
 
     def measures(self, network: TokenNetwork) -> Measures:
-        """All that losses may ask of one pass: `policy`, one name an extra completion, and what is `wanted`."""
+        """All that losses may ask of one pass: `policy`, one name an extra completion, and what is `wanted`.
+
+        Raises:
+            ValueError: `divergence` is wanted, and `refer` was not called before.
+        """
         layout = self._layout(self.tokens)
-        if self.teacher is None or not self.wanted & GRADED:
-            out = self.of_slots(network(layout, self.wanted & PER_TOKEN))
-        else:
-            out = self.of_slots(network(layout, self.wanted & (PER_TOKEN | GRADED), self.teacher(layout)))
+        lesson = self.lesson if self.teacher is None or not self.wanted & GRADED else self.teacher(layout)
+        if "divergence" in self.wanted and lesson is None:
+            raise ValueError("divergence: got inputs that know nothing of the reference. Call refer first.")
+        out = self.of_slots(network(layout, self._asked()) if lesson is None else network(layout, self._asked(), lesson))
         if self.mismatched is not None:
             with torch.no_grad():
                 out["mismatched"] = network(self._layout(self.mismatched), frozenset())["logps"][:, None]
@@ -287,7 +322,9 @@ class TokenInputs:
         """Measures from the sums of every slot, as a network gives them or a cache kept them."""
         parts = 1 if self.tokens.heads is None else 2
         sequences = len(self.tokens.continuations)
-        both = {name: values[: parts * sequences].view(sequences, parts) for name, values in sums.items()}
+        both = {
+            name: values[: parts * sequences].view(sequences, parts) for name, values in sums.items() if name != "target_logits"
+        }
         out = self._by_row(both["logps"].sum(1))
         if "shared" in self.wanted:
             out["shared"] = self._candidates(both["logps"][:, 0])
@@ -302,18 +339,27 @@ class TokenInputs:
             values = both[name].sum(1)
             mean = self._candidates(values / scored.to(values))
             out[name] = mean if name in GRADED else mean.detach()
+        if "divergence" in self.wanted:
+            out["divergence"] = self._candidates(both["teacher_divergence"].sum(1))
+        if "anchored" in self.wanted:
+            out["anchored"] = out["policy"] + self._anchors(sums["target_logits"])
         return out
 
     def refer(self, network: TokenNetwork, *, drift: bool = False) -> tuple[Measures, TokenInputs]:
-        """The reference's measures, without a graph, and these inputs.
+        """The reference's measures, without a graph, and these inputs, with what they keep of the reference.
 
         Raises:
             ValueError: `drift` is asked for, which is not defined for text.
         """
         if drift:
             raise ValueError("drift: is not defined for text. Leave the loss that asks for it out.")
+        plain = replace(self, wanted=self.wanted - PER_TOKEN - GRADED - {"divergence"})
         with torch.no_grad():
-            return replace(self, wanted=self.wanted - PER_TOKEN - GRADED).measures(network), self
+            if "divergence" not in self.wanted:
+                return plain.measures(network), self
+            observer: Any = network
+            sums, lesson = observer.observe(self._layout(self.tokens), plain._asked())
+            return plain.of_slots(sums), replace(self, lesson=lesson)
 
     def settle(self, network: TokenNetwork) -> tuple[Measures, TokenInputs]:
         """Measures without a graph, and these inputs, whose candidates are independent already."""
@@ -321,29 +367,67 @@ class TokenInputs:
             return self.measures(network), self
 
     def candidates(self, part: slice) -> TokenInputs:
-        """The same inputs with only some of the k candidates; the extra completions go with the first."""
+        """The same inputs with only some of the k candidates, and what goes with them; other extras go with the first."""
         kept = range(self.num_candidates)[part]
         chosen = [row * self.num_candidates + i for row in range(self.batch) for i in kept]
-        with_extras = bool(self.extras) and kept.start == 0
-        if with_extras:
-            chosen += range(self.batch * self.num_candidates, len(self.tokens.continuations))
-        extras = self.extras if with_extras else ()
-        tokens = self.tokens.select(chosen)
-        return replace(self, tokens=tokens, num_candidates=len(kept), extras=extras, mismatched=None)
+        extras: list[str] = []
+        seen: dict[str, int] = {}
+        for number, name in enumerate(self.extras):
+            column = seen[name] = seen.get(name, -1) + 1
+            if column in kept if name.startswith(EACH) else kept.start == 0:
+                extras.append(name)
+                start = self.batch * (self.num_candidates + number)
+                chosen += range(start, start + self.batch)
+        return replace(
+            self,
+            tokens=self.tokens.select(chosen),
+            num_candidates=len(kept),
+            extras=tuple(extras),
+            mismatched=None,
+            lesson=None if self.lesson is None else self.lesson.take(self._scored_of(chosen).to(self.device)),
+            first=self.first + kept.start,
+        )
+
+    def _asked(self) -> frozenset[str]:
+        """What is asked of the network for the measures that are wanted."""
+        asked = self.wanted & (PER_TOKEN | GRADED)
+        if "divergence" in self.wanted:
+            asked |= {"teacher_divergence"}
+        return asked | {"target_logits"} if "anchored" in self.wanted else asked
 
     def _layout(self, tokens: Tokens) -> Layout:
         layout = tokens.packed() if self.pack else tokens.padded(multiple=self.multiple, pad=self.pad)
         return layout.to(self.device)
 
     def _by_row(self, values: Float[Tensor, " sequences"]) -> Measures:
-        out = {"policy": self._candidates(values)}
+        columns: dict[str, list[Tensor]] = {}
         for number, name in enumerate(self.extras):
             start = self.batch * (self.num_candidates + number)
-            out[name] = values[start : start + self.batch, None]
-        return out
+            columns.setdefault(name, []).append(values[start : start + self.batch])
+        return {"policy": self._candidates(values), **{name: torch.stack(own, 1) for name, own in columns.items()}}
 
     def _candidates(self, values: Float[Tensor, " sequences"]) -> Float[Tensor, "batch k"]:
         return values[: self.batch * self.num_candidates].view(self.batch, self.num_candidates)
+
+    def _anchors(self, logits: Float[Tensor, " scored"]) -> Float[Tensor, "batch k"]:
+        """What `anchored_sums` adds to the logps."""
+        counts = [int(count) for count in self.tokens.scored()]
+        own = torch.split(logits[: sum(counts)], counts)
+        columns = [number for number, name in enumerate(self.extras) if name == ANCHORED_ON]
+        rows = []
+        for row in range(self.batch):
+            pairs = [
+                (own[row * self.num_candidates + i], own[self.batch * (self.num_candidates + number) + row])
+                for i, number in enumerate(columns)
+            ]
+            rows.append(torch.stack([anchored_sums(*pair, best=self.first + i == 0) for i, pair in enumerate(pairs)]))
+        return torch.stack(rows)
+
+    def _scored_of(self, chosen: Sequence[int]) -> Int[Tensor, " scored"]:
+        """Where the scored tokens of some sequences stand among those of all."""
+        counts = self.tokens.scored().long()
+        starts = counts.cumsum(0) - counts
+        return torch.cat([torch.arange(int(starts[n]), int(starts[n] + counts[n])) for n in chosen])
 
 
 def shared_heads(lengths: Sequence[Collection[int]]) -> tuple[int, ...]:
