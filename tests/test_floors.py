@@ -60,6 +60,7 @@ ROOMS = (
         "generate",
         "answer",
         "answerers",
+        "claims",
         "score",
         "rank",
         "evaluate",
@@ -86,6 +87,7 @@ ROOMS = (
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 SIDEWAYS = {
     "devices": {"errors"},
+    "annotation": {"importers"},
     "curation": {"importers", "language"},
     "digits_flow": {"digits"},
     "prose": {"digits"},
@@ -99,9 +101,9 @@ SIDEWAYS = {
     "train": {"experiment"},
     "snapshots": {"experiment"},
     "makers": {"snapshots"},
-    "generate": {"makers"},
+    "generate": {"claims", "makers"},
     "answerers": {"experiment", "makers", "snapshots"},
-    "answer": {"answerers", "makers"},
+    "answer": {"answerers", "claims", "makers"},
     "prepare": {"experiment"},
     "validate_data": {"text_findings"},
     "select": {"row_files"},

@@ -1,0 +1,201 @@
+"""Leases: what is handed out to whom, until when; the current item and one ahead, so that overlap is exact."""
+
+import json
+import random
+import secrets
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from mmalign.annotation.events import log
+from mmalign.annotation.protocol import Protocol
+from mmalign.annotation.queues import Next, choose
+from mmalign.annotation.schema import ASSIGNMENT, ITEM, PARTICIPATION, PROJECT
+from mmalign.annotation.shown import Shown, show
+
+
+def participation(connection: Connection, project: int, annotator: int, now: float) -> Any:
+    """Return the person's row in the project; the first time it is made."""
+    mine = select(PARTICIPATION).where(PARTICIPATION.c.project == project, PARTICIPATION.c.annotator == annotator)
+    found = connection.execute(mine).first()
+    if found is None:
+        freed = connection.execute(select(PROJECT.c.freed).where(PROJECT.c.id == project)).scalar_one()
+        row = {"project": project, "annotator": annotator, "freed_cursor": freed, "started_at": now}
+        connection.execute(insert(PARTICIPATION).values(**row))
+        found = connection.execute(mine).one()
+    return found
+
+
+def change_participation(connection: Connection, who: Any, **changes: Any) -> None:
+    """Change the person's row in the project."""
+    mine = (PARTICIPATION.c.project == who.project, PARTICIPATION.c.annotator == who.annotator)
+    connection.execute(update(PARTICIPATION).where(*mine).values(**changes))
+
+
+def current(
+    connection: Connection, project: Any, annotator: int, now: float, rng: random.Random, place: int = 0
+) -> Shown | None:
+    """Return what the person judges now (place 0) or next (place 1), leasing it if need be; None when nothing is left.
+
+    What was reopened comes first; then what the person holds, oldest first. A lease that is asked for again is renewed.
+
+    Args:
+        project: its row.
+    """
+    expire(connection, project.id, now)
+    who = participation(connection, project.id, annotator, now)
+    waiting = list(_reopened(connection, who)) + open_leases(connection, project.id, annotator)
+    protocol = Protocol.from_json(project.protocol)
+    while len(waiting) <= place and project.is_open:
+        chosen = choose(connection, who, protocol, rng)
+        if chosen is None:
+            break
+        waiting.append(_lease(connection, project, who, chosen, now, rng))
+        who = participation(connection, project.id, annotator, now)
+    if len(waiting) <= place:
+        return None
+    row = waiting[place]
+    expires = now + protocol.lease_minutes * 60
+    if row.state == "leased" and row.expires_at < expires:
+        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(expires_at=expires))
+        row = assignment_row(connection, row.id)
+    return show(connection, row, project.guideline_version)
+
+
+def open_leases(connection: Connection, project: int, annotator: int) -> list[Any]:
+    """Return what the person holds and has not judged, oldest first."""
+    mine = (ASSIGNMENT.c.project == project, ASSIGNMENT.c.annotator == annotator, ASSIGNMENT.c.state == "leased")
+    return list(connection.execute(select(ASSIGNMENT).where(*mine).order_by(ASSIGNMENT.c.number)).all())
+
+
+def assignment_row(connection: Connection, assignment: str) -> Any:
+    """Return an assignment's row, or None."""
+    return connection.execute(select(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment)).first()
+
+
+def renew(connection: Connection, project: Any, annotator: int, now: float) -> float | None:
+    """Put off the end of what the person holds; return it, or None when nothing is held."""
+    expire(connection, project.id, now)
+    expires = now + Protocol.from_json(project.protocol).lease_minutes * 60
+    held = [row.id for row in open_leases(connection, project.id, annotator)]
+    if not held:
+        return None
+    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id.in_(held)).values(expires_at=expires))
+    return expires
+
+
+def release(connection: Connection, project: int, annotator: int, now: float) -> int:
+    """Give back what the person holds and has not judged; return how many. The same person gets the same again, sides too."""
+    held = open_leases(connection, project, annotator)
+    for row in held:
+        _end(connection, row, "released", now)
+    return len(held)
+
+
+def expire(connection: Connection, project: int, now: float) -> int:
+    """Give back all that was held too long; return how many."""
+    late = (ASSIGNMENT.c.project == project, ASSIGNMENT.c.state == "leased", ASSIGNMENT.c.expires_at <= now)
+    rows = connection.execute(select(ASSIGNMENT).where(*late).order_by(ASSIGNMENT.c.id)).all()
+    for row in rows:
+        _end(connection, row, "expired", now)
+    return len(rows)
+
+
+def display(connection: Connection, assignment: str, annotator: int, now: float) -> bool:
+    """Note when an assignment was first on the screen, images decoded. Return whether it is the person's."""
+    row = assignment_row(connection, assignment)
+    if row is None or row.annotator != annotator:
+        log(connection, now, "refused", annotator=annotator, assignment=assignment, reason="not_yours", of="displayed")
+        return False
+    if row.displayed_at is None:
+        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment).values(displayed_at=now))
+        log(connection, now, "displayed", project=row.project, annotator=annotator, assignment=assignment)
+    return True
+
+
+def take_slot(connection: Connection, project: int, item: int, by: int) -> int:
+    """Take slots of an item (a negative number frees some) and return how many are left.
+
+    A freed slot gives the item a new number, so that it lies ahead of everybody's cursor again.
+    """
+    if by == 0:
+        return int(connection.execute(select(ITEM.c.slots_left).where(ITEM.c.id == item)).scalar_one())
+    changes: dict[str, Any] = {"slots_left": ITEM.c.slots_left - by}
+    if by < 0:
+        changes["freed"] = next_freed(connection, project)
+    return int(
+        connection.execute(update(ITEM).where(ITEM.c.id == item).values(changes).returning(ITEM.c.slots_left)).scalar_one()
+    )
+
+
+def next_freed(connection: Connection, project: int, count: int = 1) -> int:
+    """Reserve numbers of freed items and return the last of them."""
+    step = update(PROJECT).where(PROJECT.c.id == project).values(freed=PROJECT.c.freed + count).returning(PROJECT.c.freed)
+    return int(connection.execute(step).scalar_one())
+
+
+def _reopened(connection: Connection, who: Any) -> tuple[Any, ...]:
+    return () if who.reopened is None else (assignment_row(connection, who.reopened),)
+
+
+def _lease(connection: Connection, project: Any, who: Any, chosen: Next, now: float, rng: random.Random) -> Any:
+    """Hand an item out. Who held it before gets the same assignment again; else the order of its sides is drawn."""
+    mine = (ASSIGNMENT.c.item == chosen.item, ASSIGNMENT.c.annotator == who.annotator)
+    same = ASSIGNMENT.c.repeats.is_(None) if chosen.repeats is None else ASSIGNMENT.c.repeats == chosen.repeats
+    before = connection.execute(select(ASSIGNMENT).where(*mine, same)).first()
+    holds = chosen.kind in ("random", "active")
+    values: dict[str, Any] = {
+        "state": "leased",
+        "holds": holds,
+        "number": who.num_taken + 1,
+        "kind": chosen.kind,
+        "guideline_version": project.guideline_version,
+        "leased_at": now,
+        "expires_at": now + Protocol.from_json(project.protocol).lease_minutes * 60,
+        "displayed_at": None,
+    }
+    if before is None:
+        id = secrets.token_urlsafe(16)
+        order = _order(connection, chosen, rng)
+        fixed = {"id": id, "project": project.id, "item": chosen.item, "annotator": who.annotator, "repeats": chosen.repeats}
+        connection.execute(insert(ASSIGNMENT).values(**fixed, shown_order=json.dumps(order), **values))
+    else:
+        id = before.id
+        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == id).values(**values))
+    if holds:
+        take_slot(connection, project.id, chosen.item, 1)
+    if chosen.repeats is not None:
+        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == chosen.repeats).values(repeated=True))
+    cursors = {"cursor": chosen.cursor, "freed_cursor": chosen.freed_cursor}
+    change_participation(
+        connection,
+        who,
+        num_taken=who.num_taken + 1,
+        calibration_taken=who.calibration_taken + (chosen.kind == "calibration"),
+        **{name: value for name, value in cursors.items() if value is not None},
+    )
+    log(connection, now, "leased", project=project.id, annotator=who.annotator, assignment=id, item=chosen.item, of=chosen.kind)
+    return assignment_row(connection, id)
+
+
+def _order(connection: Connection, chosen: Next, rng: random.Random) -> list[int]:
+    """Draw which candidate stands where; a repeat has the order that it had before the other way round."""
+    if chosen.repeats is not None:
+        earlier = connection.execute(select(ASSIGNMENT.c.shown_order).where(ASSIGNMENT.c.id == chosen.repeats)).scalar_one()
+        turned: list[int] = json.loads(earlier)[::-1]
+        return turned
+    k = connection.execute(select(ITEM.c.k).where(ITEM.c.id == chosen.item)).scalar_one()
+    return rng.sample(range(k), k)
+
+
+def _end(connection: Connection, row: Any, state: str, now: float) -> None:
+    """End a lease without a verdict."""
+    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(state=state, holds=False))
+    if row.holds:
+        take_slot(connection, row.project, row.item, -1)
+    if row.repeats is not None:
+        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.repeats).values(repeated=False))
+    if row.kind == "calibration":
+        who = participation(connection, row.project, row.annotator, now)
+        change_participation(connection, who, calibration_taken=who.calibration_taken - 1)
+    log(connection, now, state, project=row.project, annotator=row.annotator, assignment=row.id)

@@ -1,0 +1,67 @@
+"""The schema's versions: a database of an older mmalign is brought to today's when it is opened."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from sqlalchemy import Connection, inspect, select, text
+
+from mmalign.annotation.database import Database
+from mmalign.annotation.schema import METADATA, SCHEMA_VERSION
+from mmalign.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+APPEND_ONLY = ("vote", "event")
+
+
+def _create(connection: Connection) -> None:
+    """Version 1: all tables, and triggers that refuse to change or delete what is append only."""
+    METADATA.create_all(connection)
+    if connection.dialect.name == "postgresql":
+        connection.execute(
+            text(
+                "CREATE OR REPLACE FUNCTION mmalign_append_only() RETURNS trigger AS "
+                "$$ BEGIN RAISE EXCEPTION 'votes and events are append only'; END $$ LANGUAGE plpgsql"
+            )
+        )
+    for table in APPEND_ONLY:
+        for action in ("UPDATE", "DELETE"):
+            name = f"{table}_no_{action.lower()}"
+            body = (
+                "BEGIN SELECT RAISE(ABORT, 'votes and events are append only'); END"
+                if connection.dialect.name == "sqlite"
+                else "FOR EACH ROW EXECUTE FUNCTION mmalign_append_only()"
+            )
+            connection.execute(text(f"CREATE TRIGGER {name} BEFORE {action} ON {table} {body}"))
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create,)
+
+
+def migrate(database: Database, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> int:
+    """Bring a database to the newest version, all in one transaction, and return the version it had (0: it was empty).
+
+    Args:
+        migrations: number n brings version n to n + 1.
+
+    Raises:
+        UserError: a newer mmalign made it, or it holds tables that are not ours.
+    """
+    with database.write() as connection:
+        tables = set(inspect(connection).get_table_names())
+        found = 0
+        if "schema_version" in tables:
+            found = max(connection.scalars(select(SCHEMA_VERSION.c.version)), default=0)
+        elif tables & set(METADATA.tables):
+            raise UserError("store: got a database with other tables in it, want an empty one or one of mmalign. Name another.")
+        if found > len(migrations):
+            raise UserError(
+                f"store: got a database of version {found}, this mmalign knows {len(migrations)}. Update mmalign to open it."
+            )
+        for number, step in enumerate(migrations[found:], found + 1):
+            step(connection)
+            connection.execute(SCHEMA_VERSION.insert().values(version=number, at=time.time()))
+            if found:
+                logger.info("the database of judgements was brought to version %d", number)
+        return found
