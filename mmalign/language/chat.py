@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from mmalign.errors import UserError
+from mmalign.language.turns import said_by_others
 from mmalign.records import Content, Message, Sample
 
 Eos = Literal["auto", "always", "never"]
@@ -23,6 +24,8 @@ class Encoded:
         continuations: one a sample: what follows its context.
         context_of: of each sample, the index of its context.
         given: of each continuation, how many of its first tokens are still prompt: they are run, not scored.
+        others: of each continuation, places of further tokens that are run and not scored: what users and tools say within an
+            answer of several messages. Empty: nothing anywhere.
         cut_prompts, cut_responses: how many were truncated.
         media: of each context, what is shown in it; empty: nothing anywhere.
     """
@@ -34,11 +37,46 @@ class Encoded:
     cut_prompts: int = 0
     cut_responses: int = 0
     media: tuple[Any | None, ...] = ()
+    others: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def scored(self) -> tuple[tuple[int, ...], ...]:
+        """Places of the scored tokens of each continuation."""
+        others = self.others or ((),) * len(self.given)
+        return tuple(
+            tuple(sorted({*range(given, len(ids))} - {*left_out}))
+            for ids, given, left_out in zip(self.continuations, self.given, others, strict=True)
+        )
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Number of scored tokens of each continuation."""
-        return tuple(len(ids) - given for ids, given in zip(self.continuations, self.given, strict=True))
+        return tuple(map(len, self.scored))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A sample as texts, or as token ids.
+
+    Args:
+        prompt, whole: the prompt; prompt and answer.
+        ends: how: `templated`, `eos`, `plain` or `open`.
+        turns: beginnings of `whole`: up to where others have the word in the answer, up to where they end, and so on.
+    """
+
+    prompt: Any
+    whole: Any
+    ends: str
+    turns: tuple[Any, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        return (self.prompt, self.whole, *self.turns)
+
+    def others(self) -> tuple[int, ...]:
+        """Of token ids: the places of what others say."""
+        reached = [_common(turn, self.whole) if len(turn) < len(self.whole) else len(self.whole) for turn in self.turns]
+        return tuple(place for start, stop in zip(reached[::2], reached[1::2], strict=True) for place in range(start, stop))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +122,13 @@ class Encoder:
     def all(self, rows: Sequence[Sequence[Sample]]) -> list[Encoded]:
         """The same for several rows, in one call of the tokenizer."""
         said = [[self._written(sample) for sample in row] for row in rows]
-        texts = list(dict.fromkeys(text for row in said for one in row for text in one[:2]))
+        texts = list(dict.fromkeys(text for row in said for one in row for text in one.parts))
         ids = dict(zip(texts, _token_ids(self.tokenizer, texts), strict=True))
-        return [self._row([(ids[prompt], ids[whole], ends) for prompt, whole, ends in row]) for row in said]
+        numbered = [
+            [_Written(ids[one.prompt], ids[one.whole], one.ends, tuple(ids[turn] for turn in one.turns)) for one in row]
+            for row in said
+        ]
+        return [self._row(row) for row in numbered]
 
     def prompt(self, content: Content) -> list[int]:
         """Token ids of a prompt alone, as the model begins its answer."""
@@ -99,7 +141,7 @@ class Encoder:
         return self._written(sample)[0]
 
     @cached_property
-    def _beginning(self) -> tuple[int, ...]:
+    def beginning(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text."""
         with_special, without = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
         for start in range(len(with_special) - len(without) + 1):
@@ -107,17 +149,16 @@ class Encoder:
                 return tuple(with_special[:start])
         return ()
 
-    def _written(self, sample: Sample) -> tuple[str, str, str]:
-        """(prompt, prompt and answer, how it ends: `templated`, `eos` or `open`) as texts."""
+    def _written(self, sample: Sample) -> _Written:
         if sample.completion.is_empty():
             raise UserError(f"{_shown(sample.prompt)}: got an empty answer, want a text. Write one or remove the row.")
         answer = sample.completion
         prompt, started = self._prompt_text(sample.prompt, answer=answer)
         before = prompt + (sample.prefix or "")
         if not started:
-            return before, before + answer.words(), "eos" if sample.ends_turn else "plain"
+            return _Written(before, before + answer.words(), "eos" if sample.ends_turn else "plain")
         if not sample.ends_turn:
-            return before, before + answer.words(), "open"
+            return _Written(before, before + answer.words(), "open")
         said = self._messages(sample.prompt)
         answers = answer.messages or (Message(role="assistant", text=answer.text or ""),)
         if answers[0].role == "assistant":  # it goes on where the prompt and the prefix stop
@@ -125,8 +166,12 @@ class Encoder:
             if _goes_on(said):
                 begun, said = (said[-1].text or "") + begun, said[:-1]
             answers = (replace(answers[0], text=begun + (answers[0].text or "")), *answers[1:])
-        whole = self._rendered((*said, *answers), sample.prompt.tools, ends=True)
-        return before, self._kept(before, whole, said, answers), "templated"
+        render = partial(self._rendered, tools=sample.prompt.tools)
+        whole = render((*said, *answers), ends=True)
+        kept = self._kept(before, whole, said, answers)
+        turns = said_by_others(whole, said, answers, render) if len(answers) > 1 else ()
+        shift = len(kept) - len(whole)  # they differ in the prompt alone
+        return _Written(before, kept, "templated", tuple(kept[: place + shift] for place in turns))
 
     def _kept(self, before: str, whole: str, said: Sequence[Message], answers: Sequence[Message]) -> str:
         """Prompt and answer, where a template writes the prompt otherwise once it is answered (the system message behind the
@@ -149,23 +194,25 @@ class Encoder:
         gap = whole[len(whole[:start].rstrip()) : start]
         return before + ("" if before[-1:].isspace() else gap) + whole[start:]
 
-    def _row(self, samples: list[tuple[list[int], list[int], str]]) -> Encoded:
+    def _row(self, samples: list[_Written]) -> Encoded:
         contexts: list[tuple[int, ...]] = []
         owners: dict[tuple[int, ...], list[int]] = {}
-        for number, (prompt, _, _) in enumerate(samples):
-            owners.setdefault(tuple(prompt), []).append(number)
+        for number, sample in enumerate(samples):
+            owners.setdefault(tuple(sample.prompt), []).append(number)
         place = [0] * len(samples)
         wholes: list[list[int]] = [[]] * len(samples)
         given = [0] * len(samples)
+        others: list[tuple[int, ...]] = [()] * len(samples)
         cut_prompts = cut_responses = 0
         for key, members in owners.items():
             prompt, whole = self._bounded(list(key), [samples[n] for n in members])
             kept, lost = self._cut_prompt(prompt)
             cut_prompts += len(members) * (lost > 0)
-            for n, (ids, own) in zip(members, whole, strict=True):
+            for n, (ids, own, left_out) in zip(members, whole, strict=True):
                 limit = None if self.max_response_length is None else own + self.max_response_length
                 cut_responses += limit is not None and len(ids) > limit
                 place[n], wholes[n], given[n] = len(contexts), ids[:limit], own
+                others[n] = tuple(at for at in left_out if own <= at < len(wholes[n]))
             contexts.append(tuple(kept))
         longest = max(len(contexts[c]) + len(ids) for c, ids in zip(place, wholes, strict=True))
         if self.positions is not None and longest > self.positions:
@@ -173,25 +220,32 @@ class Encoder:
                 f"got a prompt and an answer of {longest} tokens, and the model has positions for {self.positions}. Lower "
                 "adapter.max_prompt_length and max_response_length."
             )
-        return Encoded(tuple(contexts), tuple(map(tuple, wholes)), tuple(place), tuple(given), cut_prompts, cut_responses)
+        parts = (tuple(contexts), tuple(map(tuple, wholes)), tuple(place), tuple(given), cut_prompts, cut_responses)
+        encoded = Encoded(*parts, others=tuple(others) if any(others) else ())
+        if not all(encoded.lengths):
+            raise UserError(
+                "got an answer of which the assistant says nothing within adapter.max_response_length. Raise it, or remove the "
+                "row."
+            )
+        return encoded
 
     def _bounded(
-        self, prompt: list[int], samples: list[tuple[list[int], list[int], str]]
-    ) -> tuple[list[int], list[tuple[list[int], int]]]:
-        """The context that all samples of a prompt share, and of each what follows, with how much of that is prompt still."""
-        own = [_common(prompt, whole) for _, whole, _ in samples]
+        self, prompt: list[int], samples: list[_Written]
+    ) -> tuple[list[int], list[tuple[list[int], int, tuple[int, ...]]]]:
+        """The context that all samples of a prompt share, and of each what follows, how much of that is prompt still, and the
+        places in it of what others say.
+        """
+        own = [_common(prompt, sample.whole) for sample in samples]
         shared = min(own)
-        context = self._begun(prompt[:shared], samples[0][2] in ("templated", "open"))
-        rest = [whole[shared:] for _, whole, _ in samples]
-        given = [length - shared for length in own]
-        out = []
-        for (_, _, ends), ids, first in zip(samples, rest, given, strict=True):
-            out.append((self._ended(ids, ends), first))
-        return context, out
+        context = self._begun(prompt[:shared], samples[0].ends in ("templated", "open"))
+        return context, [
+            (self._ended(one.whole[shared:], one.ends), length - shared, tuple(place - shared for place in one.others()))
+            for one, length in zip(samples, own, strict=True)
+        ]
 
     def _begun(self, ids: list[int], templated: bool) -> list[int]:
         """A prompt behind what every text begins with; never nothing, from which no first token could be predicted."""
-        beginning = list(self._beginning)
+        beginning = list(self.beginning)
         if (self.begun or not templated) and ids[: len(beginning)] != beginning:
             ids = beginning + ids
         if ids:
@@ -215,7 +269,7 @@ class Encoder:
         limit = self.max_prompt_length
         if limit is None or len(ids) <= limit:
             return ids, 0
-        beginning = list(self._beginning) or [self.tokenizer.bos_token_id]
+        beginning = list(self.beginning) or [self.tokenizer.bos_token_id]
         beginning = beginning if ids[: len(beginning)] == beginning else []
         kept = max(limit - len(beginning), 0)
         return beginning + ids[len(ids) - kept :], len(ids) - limit
@@ -235,7 +289,7 @@ class Encoder:
         if not content.messages and not (content.text or "").strip():
             raise UserError("prompt: got an empty one, want a message. Write one or remove the row.")
         messages = self._messages(content)
-        return self._rendered(messages, content.tools, ends=False), True
+        return self._rendered(messages, tools=content.tools, ends=False), True
 
     def _messages(self, content: Content) -> tuple[Message, ...]:
         messages = content.messages or (Message(role="user", text=content.text or ""),)
@@ -243,7 +297,7 @@ class Encoder:
             messages = (Message(role="system", text=self.system_prompt), *messages)
         return messages
 
-    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any], *, ends: bool) -> str:
+    def _rendered(self, messages: Sequence[Message], *, tools: Sequence[Any], ends: bool) -> str:
         """A conversation as text; without `ends` up to where the assistant goes on."""
         if self.tokenizer.chat_template is None:
             raise UserError(
