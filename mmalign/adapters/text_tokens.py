@@ -12,6 +12,8 @@ from mmalign.language.chat import Encoded
 from mmalign.likelihoods import Tokens
 from mmalign.likelihoods.tokens import first_difference, shared_heads
 
+Scored = tuple[Tensor, int, Tensor]  # token ids, their context, which of them are scored
+
 
 def tokens_of(
     rows: Sequence[Encoded],
@@ -35,15 +37,16 @@ def tokens_of(
         UserError: weights leave a candidate without a scored token.
     """
     contexts: list[Tensor] = []
-    sequences: list[list[tuple[Tensor, int, int]]] = []  # of each row: (ids, context, first tokens that are not scored)
+    sequences: list[list[Scored]] = []
     for row in rows:
         first = len(contexts)
         contexts += [torch.tensor(ids) for ids in row.contexts]
-        members = zip(row.continuations, row.context_of, row.given, strict=True)
-        sequences.append([(torch.tensor(ids), first + owner, given) for ids, owner, given in members])
+        members = zip(row.continuations, row.context_of, row.scored, strict=True)
+        sequences.append([(torch.tensor(ids), first + owner, _mask(len(ids), places)) for ids, owner, places in members])
         if "joint" in wanted and any(row.given):  # what is still prompt is scored with it
-            contexts[first:] = [torch.cat([contexts[owner], ids[:given]]) for ids, owner, given in sequences[-1]]
-            sequences[-1] = [(ids[given:], first + n, 0) for n, (ids, _, given) in enumerate(sequences[-1])]
+            own = list(zip(sequences[-1], row.given, strict=True))
+            contexts[first:] = [torch.cat([contexts[owner], ids[:given]]) for (ids, owner, _), given in own]
+            sequences[-1] = [(ids[given:], first + n, scored[given:]) for n, ((ids, _, scored), given) in enumerate(own)]
         if from_difference:
             sequences[-1] = _from_difference(sequences[-1], num_candidates)
     chosen = [sequence for row in sequences for sequence in row[:num_candidates]]
@@ -72,29 +75,45 @@ def mismatched_of(rows: Sequence[Encoded]) -> Tokens:
             "another. Or set adapter.mismatched to false."
         )
     answers = [rows[-1], *rows[:-1]]
-    scored = [answer.continuations[0][answer.given[0] :] for answer in answers]
+    answered: list[Scored] = []
+    for number, answer in enumerate(answers):
+        ids, given = answer.continuations[0], answer.given[0]
+        answered.append((torch.tensor(ids[given:]), number, _mask(len(ids), answer.scored[0])[given:]))
     return Tokens(
         contexts=tuple(torch.tensor(row.contexts[0] + row.continuations[0][: row.given[0]]) for row in rows),
-        continuations=tuple(torch.tensor(ids) for ids in scored),
+        continuations=tuple(ids for ids, _, _ in answered),
         context_of=tuple(range(len(rows))),
+        weights=_weights(answered, None),
     )
 
 
-def _from_difference(row: list[tuple[Tensor, int, int]], k: int) -> list[tuple[Tensor, int, int]]:
+def _mask(length: int, places: Sequence[int]) -> Tensor:
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[list(places)] = True
+    return mask
+
+
+def _from_difference(row: list[Scored], k: int) -> list[Scored]:
     """The row with what all its candidates begin with not scored; at least one token of each stays."""
     if k < 2 or len({owner for _, owner, _ in row[:k]}) > 1:
         return row
     common = first_difference([ids for ids, _, _ in row[:k]])
-    return [(ids, owner, max(given, min(common, len(ids) - 1))) for ids, owner, given in row[:k]] + row[k:]
+    found: list[Scored] = []
+    for ids, owner, scored in row[:k]:
+        places = scored.nonzero()[:, 0]
+        kept = torch.arange(len(ids)) >= min(common, int(places[-1]))
+        found.append((ids, owner, scored & kept))
+    return found + row[k:]
 
 
-def _weights(chosen: Sequence[tuple[Tensor, int, int]], told: Sequence[Sequence[float]] | None) -> tuple[Tensor, ...] | None:
-    """1, or what is told of the last tokens of the first sequences; 0 where a sequence is not scored."""
-    if told is None and not any(skip for _, _, skip in chosen):
+def _weights(chosen: Sequence[Scored], told: Sequence[Sequence[float]] | None) -> tuple[Tensor, ...] | None:
+    """1, or what is told of the scored tokens of the first sequences; 0 where a sequence is not scored."""
+    if told is None and all(bool(scored.all()) for _, _, scored in chosen):
         return None
-    weights = [(torch.arange(len(ids)) >= skip).float() for ids, _, skip in chosen]
-    for weight, values in zip(weights, told or (), strict=False):
-        weight[len(weight) - len(values) :] *= torch.tensor(values)
+    weights = [scored.float() for _, _, scored in chosen]
+    for (_, _, scored), weight, values in zip(chosen, weights, told or (), strict=False):
+        behind = int(scored.sum())  # of what is told, the last ones: `score: difference` leaves the first out
+        weight[scored] *= torch.tensor(values)[len(values) - behind :]
         if not weight.any():
             raise UserError(
                 "adapter.token_weights: got weights of 0 for all scored tokens of an answer, want one above 0. Give it one, or "
@@ -103,8 +122,8 @@ def _weights(chosen: Sequence[tuple[Tensor, int, int]], told: Sequence[Sequence[
     return tuple(weights)
 
 
-def _heads(chosen: Sequence[tuple[Tensor, int, int]], num_rows: int, k: int) -> tuple[int, ...]:
+def _heads(chosen: Sequence[Scored], num_rows: int, k: int) -> tuple[int, ...]:
     """As many scored tokens as the row's shortest candidate has; further completions are all head."""
-    scored = [len(ids) - skip for ids, _, skip in chosen]
-    heads = (*shared_heads([scored[i * k : i * k + k] for i in range(num_rows)]), *scored[num_rows * k :])
-    return tuple(head + skip for head, (_, _, skip) in zip(heads, chosen, strict=True))
+    counts = [int(scored.sum()) for _, _, scored in chosen]
+    heads = (*shared_heads([counts[i * k : i * k + k] for i in range(num_rows)]), *counts[num_rows * k :])
+    return tuple(int(scored.nonzero()[head - 1, 0]) + 1 for head, (_, _, scored) in zip(heads, chosen, strict=True))

@@ -88,8 +88,9 @@ class Reader:
             owners += [len(contexts) + owner for owner in row.context_of]
             contexts += [torch.tensor(ids) for ids in row.contexts]
             continuations += [torch.tensor(ids) for ids in row.continuations]
-            given = zip(row.continuations, row.given, strict=True)
-            weights += [(torch.arange(len(ids)) >= skipped).float() for ids, skipped in given]
+            for ids, places in zip(row.continuations, row.scored, strict=True):
+                weights.append(torch.zeros(len(ids)))
+                weights[-1][list(places)] = 1.0
         tokens = Tokens(
             contexts=tuple(contexts), continuations=tuple(continuations), context_of=tuple(owners), weights=tuple(weights)
         )

@@ -205,6 +205,11 @@ class SelfPlayStream:
 
     def _parts(self, row: Any, key: str) -> _Parts:
         """Where a row's answer is cut: what the opponent reads, how much it writes, and what stays."""
+        if row.others and row.others[0]:
+            raise UserError(
+                "source: self_play: got an answer in which users or tools have the word too, want the assistant's alone. Cut the "
+                "conversation there, or filter such rows."
+            )
         given, whole = row.given[0], list(row.continuations[0][row.given[0] :])
         end = max((n for n, token in enumerate(whole) if token in self.policy.ends), default=len(whole))
         segment = end if self.settings.segment is None else min(self.settings.segment, end)
@@ -231,6 +236,7 @@ class SelfPlayStream:
                 continuations=(first, (*first[:given], *pair.rejected), *row.continuations[1:]),
                 context_of=(owner, owner, *row.context_of[1:]),
                 given=(given, given, *row.given[1:]),
+                others=row.others and ((), (), *row.others[1:]),
             )
             items.append({**item, "encoded": both, "k": 2})
         prepared: Prepared = self.policy.prepare(self.policy.collate(items))
