@@ -26,7 +26,8 @@ class Ballot:
         lengths: words of each candidate; empty for images.
         right: whether the known answer was given, of an item that has one.
         repeat: the same person had judged the item before, and this is the second time.
-        active: it was shown because it was uncertain; what was shown at random is an unbiased sample.
+        active: it was shown because it was uncertain.
+        strewn: its item is of the random slice, which is judged whatever the votes say.
         seconds: from seeing to voting.
     """
 
@@ -41,6 +42,7 @@ class Ballot:
     right: bool | None = None
     repeat: bool = False
     active: bool = False
+    strewn: bool = True
     seconds: float | None = None
 
 
