@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, get_args
 
 import torch
@@ -74,7 +75,7 @@ class Term:
     @property
     def num_candidates(self) -> int | None:
         """The k that the signature demands (`"batch 2"`), or None for any."""
-        return self.columns("policy") or self.columns("joint")
+        return self.columns("policy") or self.columns("joint") or self.columns("anchored")
 
     def columns(self, name: str) -> int | None:
         """How many columns the signature demands of a measure, or None for any number."""
@@ -195,14 +196,22 @@ class Objective:
             if not (math.isfinite(term.weight) and term.weight >= 0):
                 raise UserError(f"loss.{term.name}.weight: got {term.weight}, want zero or more. Correct the weight.")
             if LOSSES.get(term.name) is term.loss:
-                k = term.num_candidates or 2
                 known = {name: required for name, required in term.data.items() if not _measured(name)}
                 needed, everything = ({name for name in known if known[name] or more} for more in (False, True))
-                trial = Objective([term], self.auto_beta)
-                try:
-                    trial.try_out({name: self._made_up(term, name, k) for name in needed}, k)
-                except UserError:
-                    trial.try_out({name: self._made_up(term, name, k) for name in everything - {"prob", "mask"}}, k)
+                counts = (2, 3) if term.num_candidates is None else (term.num_candidates,)
+                tries = [(names, k) for k in counts for names in (needed, everything - {"prob", "mask"})]
+                faults = list(takewhile(bool, (self._fault_of(term, names, k) for names, k in tries)))
+                if len(faults) == len(tries):
+                    raise UserError(str(faults[1]))
+
+    def _fault_of(self, term: Term, names: Collection[str], num_candidates: int) -> UserError | None:
+        """What a loss refuses in made-up data with these names, if anything."""
+        side = {name: self._made_up(term, name, num_candidates) for name in names}
+        try:
+            Objective([term], self.auto_beta).try_out(side, num_candidates)
+        except UserError as fault:
+            return fault
+        return None
 
     def __call__(
         self,

@@ -17,6 +17,10 @@ NUM_CANDIDATES = {
     "kto": 1,
     "apo_zero_unpaired": 1,
     "gpm": 1,
+    "blind_bpo": 3,
+    "bpo": 3,
+    "symmpo": 3,
+    "opa_dpo": 3,
 }
 # The others are penalties on further measures of the network.
 ON_LOGPS = [name for name, loss in LOSSES.items() if "policy" in inspect.signature(loss).parameters]
@@ -24,7 +28,12 @@ ON_LOGPS = [name for name, loss in LOSSES.items() if "policy" in inspect.signatu
 OF_IMAGES = {"dro", "mapo", "spo", "rank_dpo", "output_anchor"}
 OF_SCORES = {"bradley_terry", "gpm"}  # a model's scores, not its logps
 OF_A_TEACHER = {"dckd", "adpa"}  # measured by a second model
-OF_TEXTS = sorted(LOSSES.keys() - OF_IMAGES - OF_SCORES - OF_A_TEACHER)
+# Answers to images, measured under other images too (test_losses_multimodal.py), and what needs a third response.
+OF_SIGHT = {
+    *("image_preference", "mdpo", "re_align", "chip", "svco", "symmpo", "povid", "vdpo", "tpo_visual", "opa_dpo"),
+    *("blind_bpo", "bpo"),
+}
+OF_TEXTS = sorted(LOSSES.keys() - OF_IMAGES - OF_SCORES - OF_A_TEACHER - OF_SIGHT)
 # What a loss is given though its signature has a default for it. Without an anchor KTO takes the mean over the batch: the
 # rules for single rows are tested with the anchor given. NLL and CPO divide by the length; ODPO and RPO ask for a gap.
 GIVEN = {"kto": {"anchor"}, "nll": {"lengths"}, "cpo": {"lengths"}, "odpo": {"scores"}, "rpo": {"scores"}}
@@ -48,6 +57,12 @@ def data(name: str, batch: int = 3, *, dtype: torch.dtype = torch.float64, seed:
     values["agreement"], values["draw"] = -draw(batch, k), draw(batch)
     values["gap_mean"], values["gap_std"] = torch.tensor([2e-4, 1e-3], dtype=torch.float64)
     values["gold"], values["gold_lengths"] = policy[:, :1] + 0.01, values["lengths"][:, :1]
+    reference, two = values["reference"], slice(0, 2)
+    others = {"degraded": slice(0, 1), "greedy": slice(0, 1), "crossed": two, "each_degraded": slice(0, k), "anchored": two}
+    for place, (measure, columns) in enumerate({**others, "each_absent": two}.items(), 2):
+        values[measure] = policy[:, columns] - 0.01 * place
+        values[f"reference_{measure}"] = reference[:, columns] - 0.0101 * place
+    values["divergence"] = 1e-4 * (1 + torch.arange(batch * k, dtype=torch.float64).reshape(batch, k))
     parameters = inspect.signature(LOSSES[name]).parameters
     wanted = {key for key, one in parameters.items() if one.default is inspect.Parameter.empty} | GIVEN.get(name, set())
     return {key: value.to(dtype) for key, value in values.items() if key in wanted}

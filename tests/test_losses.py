@@ -12,7 +12,7 @@ from mmalign.losses import LOSSES, MEASURES, STATISTICS, mapo, rank_dpo
 PAIRWISE = [
     *("dpo", "robust", "ipo", "hinge", "dro", "mapo", "spo", "bradley_terry", "bco", "info_nca", "nca"),
     *("tr_dpo", "exo", "discopop", "dpop", "wpo", "ln_dpo", "ld_dpo", "davir_dpo", "length_dpo"),
-    *("slic", "simpo", "alphapo", "cpo", "orpo", "asft", "apo_zero", "apo_down", "sppo", "cal_dpo"),
+    *("slic", "simpo", "alphapo", "cpo", "orpo", "asft", "apo_zero", "apo_down", "sppo", "cal_dpo", "ddpo"),
 ]
 
 # Lawful exceptions to the common rules, each with its reason.
@@ -46,9 +46,12 @@ NO_SOFT_LABEL = {
     "nll",
     "chosen_guard",
     "chosen_anchor",
+    # The best response is also set against itself under another image: which one is best is not in doubt.
+    *("blind_bpo", "bpo", "image_preference", "mdpo", "re_align", "chip", "svco", "symmpo", "povid", "opa_dpo"),
 }
 # One score a pair has no columns to swap; a gold response is imitated whatever the label; the order decides who is kept.
-SOFT_ELSEWHERE = {"gpm", "tpo", "beta_dpo"}
+# Scores of a reward model and scores under other images stay where they are when the responses change places.
+SOFT_ELSEWHERE = {"gpm", "tpo", "beta_dpo", "mmrlhf", "vdpo"}
 # beta-DPO's beta follows the margins, without a gradient.
 BETA_HELD: dict[str, Any] = {"beta_dpo": {"alpha": 0.0}}
 # The weights of LiPO's pairs follow the policy's own ranks, and jump where two change places.
@@ -254,7 +257,7 @@ def test_every_loss_without_a_soft_label_is_tabled() -> None:
     assert set(PAIRWISE) | SOFT_ELSEWHERE | NO_SOFT_LABEL == set(ON_LOGPS)
 
 
-TAKE_MARGIN = ["dpo", "robust", "ipo", "tr_dpo", "exo", "discopop", "wpo", "length_dpo"]
+TAKE_MARGIN = ["dpo", "robust", "ipo", "tr_dpo", "exo", "discopop", "wpo", "length_dpo", "ddpo"]
 
 
 @pytest.mark.parametrize("name", [*TAKE_MARGIN, "dpop", "simpo", "cpo", "beta_dpo", "bradley_terry"])

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmalign.curation.changed_segments import changed_segments
 from mmalign.errors import UserError
 from mmalign.language.chat import Encoded
 from mmalign.records import Example
@@ -104,4 +105,4 @@ def _lines(path: str) -> Mapping[str, Any]:
         raise UserError(f"adapter.token_weights.effects: cannot read {path} ({fault}). Give JSON lines as told.") from fault
 
 
-TOKEN_WEIGHTS: dict[str, Callable[..., list[list[float]]]] = {"nextquill": nextquill}
+TOKEN_WEIGHTS: dict[str, Callable[..., list[list[float]]]] = {"nextquill": nextquill, "changed_segments": changed_segments}

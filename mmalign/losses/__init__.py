@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mmalign.losses.batchwise import aot, aot_unpaired, beta_dpo
+from mmalign.losses.blind import blind_bpo
 from mmalign.losses.calibrated import apo_down, apo_zero, cal_dpo, sppo
 from mmalign.losses.denoising import dro, mapo, spo
 from mmalign.losses.dpo_variants import discopop, dove, dpop, exo, tr_dpo, wpo
 from mmalign.losses.graded import odpo, rpo
+from mmalign.losses.image_contrasts import svco, symmpo
+from mmalign.losses.image_scores import ddpo, mmrlhf, opa_dpo, povid, tpo_visual, vdpo
+from mmalign.losses.image_terms import chip, image_preference, mdpo, re_align
 from mmalign.losses.lengths import davir_dpo, ld_dpo, length_dpo, ln_dpo
 from mmalign.losses.links import PreferenceLoss
 from mmalign.losses.listwise import exo_listwise, info_nca, lipo, nca, plackett_luce, rank_dpo
@@ -79,6 +83,20 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "tpo": tpo,
     "dckd": dckd,
     "adpa": adpa,
+    "blind_bpo": blind_bpo,
+    "bpo": blind_bpo,
+    "image_preference": image_preference,
+    "mdpo": mdpo,
+    "re_align": re_align,
+    "chip": chip,
+    "svco": svco,
+    "symmpo": symmpo,
+    "ddpo": ddpo,
+    "mmrlhf": mmrlhf,
+    "povid": povid,
+    "vdpo": vdpo,
+    "tpo_visual": tpo_visual,
+    "opa_dpo": opa_dpo,
 }
 
 # Data that the likelihood measures in the same pass as the logps; the reference's stand under `reference_<name>`.
@@ -93,5 +111,12 @@ MEASURES = frozenset(
         "gold",
         "teacher_divergence",
         "advantage",
+        "degraded",
+        "each_degraded",
+        "each_absent",
+        "crossed",
+        "greedy",
+        "divergence",
+        "anchored",
     }
 )
