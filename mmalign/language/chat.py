@@ -138,7 +138,8 @@ class Encoder:
 
     def text(self, sample: Sample) -> str:
         """A sample's prompt as the tokenizer is given it, with the prefix of its answer; not what it puts before a text."""
-        return self._written(sample)[0]
+        text: str = self._written(sample).prompt
+        return text
 
     @cached_property
     def beginning(self) -> tuple[int, ...]:

@@ -207,8 +207,8 @@ class SelfPlayStream:
         """Where a row's answer is cut: what the opponent reads, how much it writes, and what stays."""
         if row.others and row.others[0]:
             raise UserError(
-                "source: self_play: got an answer in which users or tools have the word too, want the assistant's alone. Cut the "
-                "conversation there, or filter such rows."
+                "source: self_play: got an answer in which users or tools have the word too, want the assistant's alone. Cut "
+                "the conversation there, or filter such rows."
             )
         given, whole = row.given[0], list(row.continuations[0][row.given[0] :])
         end = max((n for n, token in enumerate(whole) if token in self.policy.ends), default=len(whole))
