@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from mmalign.adapters.options import Lora
+from mmalign.adapters.text_opening import text_parts
 from mmalign.adapters.text_policy import TextPolicy
 from mmalign.adapters.text_teacher import REMEDIES, TeacherModel
 from mmalign.config import Choice, Table
@@ -196,6 +197,15 @@ class TextAdapter:
         Raises:
             UserError: no such model, or one that does not go with the settings.
         """
-        return TextPolicy(
-            self, torch.device(device), mixed_precision, seed, num_candidates, needs_reference, caching, weights, asked
+        where = torch.device(device)
+        parts = text_parts(
+            self,
+            device=where,
+            mixed_precision=mixed_precision,
+            seed=seed,
+            needs_reference=needs_reference,
+            caching=caching,
+            weights=weights,
+            asked=asked,
         )
+        return TextPolicy(self, parts, device=where, num_candidates=num_candidates, caching=caching, asked=asked)

@@ -5,47 +5,77 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from mmalign.adapters.text_cache import ReferenceBank
 from mmalign.adapters.text_lengths import groups_of_like_length, length_note, mean_length
-from mmalign.adapters.text_reading import Reader
 from mmalign.adapters.text_teacher import open_teacher
 from mmalign.adapters.text_tokens import mismatched_of, tokens_of
-from mmalign.cache import weights_fingerprint
 from mmalign.errors import UserError
-from mmalign.language.chat import Encoder
 from mmalign.language.generation import ends_of, generate_answers, generate_texts
 from mmalign.language.network import TokenNetwork
-from mmalign.language.opening import (
-    add_lora,
-    check_vocabulary,
-    frozen_copy,
-    learned_positions,
-    load_weights,
-    lora_layers,
-    lora_off,
-    open_model,
-    open_tokenizer,
-    save_full,
-    save_lora,
-)
-from mmalign.language.tiny import TINY, tiny_folder
+from mmalign.language.opening import lora_layers, lora_off, save_full, save_lora
 from mmalign.likelihoods import TokenInputs
 from mmalign.likelihoods.tokens import GRADED
 from mmalign.records import Content, Example
 from mmalign.sources import Prepared
 
-if TYPE_CHECKING:
-    from mmalign.adapters.text import TextAdapter
-
 FULL = "model"  # the folder, in a run's output, that a full fine-tune is saved to
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 EXTRAS = ("rationale", "exploration", "gold")
+
+
+class Reads(Protocol):
+    """Examples -> items -> micro-batches; holds no model."""
+
+    @property
+    def encoder(self) -> Any:
+        """How samples become token ids: `language.chat.Encoder`, or one with its interface."""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of the further completions of a row, in their order; see `TokenInputs.extras`."""
+
+    def item(self, example: Example, epoch: int) -> dict[str, Any]:
+        """Token ids of an example."""
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Several items as one micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """An opened model and what goes with it, as a policy is handed them.
+
+    Args:
+        model: as it is trained: with its LoRA, or with gradients on.
+        reference: the model as it was opened, where full fine-tuning needs a reference; else None.
+        tokenizer: of the texts.
+        files: tokenizer or processor, which is saved beside the weights.
+        reader: examples -> items -> micro-batches.
+        network: `(model, pack)` -> the model as a network of token layouts.
+        base: where a saved LoRA finds its base.
+        stock: the classes of transformers that load model and `files`.
+        frozen: dtype of what is frozen.
+        fingerprint: of the weights as they were opened and of how they are run; empty without a cache.
+        wanted: measures beside the logps that the losses ask for.
+    """
+
+    model: Any
+    reference: Any
+    tokenizer: Any
+    files: Any
+    reader: Reads
+    network: Callable[[Any, bool], TokenNetwork]
+    base: str
+    stock: tuple[str, str]
+    frozen: torch.dtype
+    fingerprint: Mapping[str, Any]
+    wanted: frozenset[str]
 
 
 class TextPolicy:
@@ -55,62 +85,39 @@ class TextPolicy:
 
     def __init__(
         self,
-        settings: TextAdapter,
+        settings: Any,
+        parts: Parts,
+        *,
         device: torch.device,
-        mixed_precision: str,
-        seed: int,
         num_candidates: int,
-        needs_reference: bool,
         caching: int | None,
-        weights: Path | None,
         asked: frozenset[str],
     ) -> None:
-        """Use `TextAdapter.open`."""
-        self.settings, self.device, self.seed = settings, device, seed
-        self.tokenizer = open_tokenizer(
-            settings.tokenizer or settings.model,
-            revision=settings.revision if settings.tokenizer is None else None,
-            trust_remote_code=settings.trust_remote_code,
-            **({} if settings.gguf_file is None or settings.tokenizer else {"gguf_file": settings.gguf_file}),
-        )
-        if settings.chat_template is not None:
-            self.tokenizer.chat_template = _text_or_file(settings.chat_template)
-        frozen = DTYPES[mixed_precision] if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        dtype = frozen if settings.lora is not None else torch.float32  # of policy and reference alike
-        model = self._opened(dtype)
-        check_vocabulary(model, self.tokenizer)
-        weights_key = weights_fingerprint(model) if settings.cache is not None else ""
-        copied = settings.lora is None and needs_reference and (settings.cache is None or caching is not None)
-        reference = frozen_copy(model, dtype) if copied else None
-        if weights is not None:
-            load_weights(model, weights)
-        elif settings.lora is not None:
-            lora = settings.lora
-            add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=seed)
-        else:
-            model.requires_grad_(True)
-        self.layers = lora_layers(model) if settings.lora is not None else []
-        self.wanted = asked_measures(asked) if caching is None else asked_measures(asked) - GRADED
-        self.teacher = open_teacher(settings, self.wanted, model, self.tokenizer, frozen, device)
+        """Use the `open` of an adapter.
+
+        Args:
+            settings: of the adapter; those of `TextAdapter` that tell of training.
+            parts: the model, and what goes with it.
+            device: where the model is.
+            num_candidates: k of the data.
+            caching: index of the process, to fill the cache; None: read it.
+            asked: names of all data that the losses ask for.
+        Raises:
+            UserError: a teacher, packing or a cache that does not go with the rest.
+        """
+        self.settings, self.parts, self.device = settings, parts, device
+        self.tokenizer, self.reader = parts.tokenizer, parts.reader
+        self.layers = lora_layers(parts.model) if settings.lora is not None else []
+        self.wanted = parts.wanted
+        self.teacher = open_teacher(settings, self.wanted, parts.model, self.tokenizer, parts.frozen, device)
         taught_padded = self.teacher is not None and not all(one.packs for one in self.teacher.networks)
-        self.network = TokenNetwork(model, pack=settings.pack is not False and not taught_padded)
-        self._copy = None if reference is None else TokenNetwork(reference, pack=self.network.packs)
+        self.network = parts.network(parts.model, settings.pack is not False and not taught_padded)
+        self._copy = None if parts.reference is None else parts.network(parts.reference, self.network.packs)
         if settings.pack is True and not self.network.packs:
             raise UserError(f"adapter.pack: got true, and {self.network.why_not}. Set it to auto or false.")
         if settings.gradient_checkpointing:
             self.network.checkpoint_gradients(True)
         self.mismatched = settings.mismatched is not False and "anchor" in asked and num_candidates == 1
-        extras = tuple(name for name in EXTRAS if {name, f"reference_{name}"} & asked)
-        encoder = Encoder(
-            tokenizer=self.tokenizer,
-            template=settings.template,
-            system_prompt=settings.system_prompt,
-            eos=settings.eos,
-            max_prompt_length=settings.max_prompt_length,
-            max_response_length=settings.max_response_length,
-            positions=learned_positions(model),
-        )
-        self.reader = Reader(encoder, extras, "draw" in asked, seed, settings.token_weights)
         self.mean_length: float | None = None
         self.cache: ReferenceBank | None = None
         if settings.cache is not None:
@@ -119,23 +126,8 @@ class TextPolicy:
                     "adapter.cache: got one with KTO's anchor on mismatched answers, which differ in every batch. Set "
                     "adapter.mismatched to false, or cache to null."
                 )
-            precision = f"{dtype} {mixed_precision} {settings.quantization} packed={self.network.packs}"
-            known = {"network": weights_key, "precision": precision}
-            self.cache = ReferenceBank(Path(settings.cache), known, caching)
-
-    def _opened(self, dtype: torch.dtype) -> Any:
-        settings = self.settings
-        return open_model(
-            settings.model,
-            revision=settings.revision,
-            dtype=dtype,
-            attention=settings.attention,
-            quantization=settings.quantization,
-            device=self.device,
-            trust_remote_code=settings.trust_remote_code,
-            tiny=settings.tiny,
-            **({} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}),
-        )
+            precision = f"{parts.fingerprint['precision']} packed={self.network.packs}"
+            self.cache = ReferenceBank(Path(settings.cache), {**parts.fingerprint, "precision": precision}, caching)
 
     # --- what the loop asks for -----------------------------------------------------------------------------------
 
@@ -227,7 +219,8 @@ class TextPolicy:
 
     def prompt_ids(self, prompt: Content) -> list[int]:
         """Token ids of a prompt, up to where the model answers."""
-        return self.reader.encoder.prompt(prompt)
+        ids: list[int] = self.reader.encoder.prompt(prompt)
+        return ids
 
     def answers(self, prompts: Sequence[Sequence[int]], *, by_reference: bool = False, **settings: Any) -> list[list[int]]:
         """Token ids of an answer of the policy as it is now, or of the reference, to each prompt.
@@ -256,10 +249,10 @@ class TextPolicy:
     def save(self, folder: Path) -> None:
         """LoRA: a PEFT adapter; full: the folder `model`. The tokenizer lies with both."""
         if self.settings.lora is not None:
-            save_lora(self.model, folder, self._base())
-            self.tokenizer.save_pretrained(folder)
+            save_lora(self.model, folder, self.parts.base)
+            self.parts.files.save_pretrained(folder)
         else:
-            save_full(self.model, self.tokenizer, folder / FULL)
+            save_full(self.model, self.parts.files, folder / FULL)
 
     def validate(self, folder: Path) -> None:
         """Write `answers.jsonl`: an answer to every prompt of `validation`."""
@@ -314,13 +307,11 @@ class TextPolicy:
     def loading_lines(self, folder: Path) -> str:
         """Stock code that loads the result, from any folder."""
         whole = folder.absolute() if self.settings.lora is not None else folder.absolute() / FULL
-        return f'model = transformers.AutoModelForCausalLM.from_pretrained("{whole}")\n' + (
-            f'tokenizer = transformers.AutoTokenizer.from_pretrained("{whole}")'
+        model, files = self.parts.stock
+        name = files.removeprefix("Auto").lower()
+        return f'model = transformers.{model}.from_pretrained("{whole}")\n' + (
+            f'{name} = transformers.{files}.from_pretrained("{whole}")'
         )
-
-    def _base(self) -> str:
-        """Where a saved LoRA finds its base."""
-        return str(tiny_folder(self.settings.tiny)) if self.settings.model == TINY else self.settings.model
 
 
 def asked_measures(asked: frozenset[str]) -> frozenset[str]:
@@ -334,12 +325,3 @@ def prompt_content(tokenizer: Any, text: str) -> Content:
     from mmalign.records import Message
 
     return Content(text=text) if tokenizer.chat_template is None else Content(messages=(Message(role="user", text=text),))
-
-
-def _text_or_file(value: str) -> str:
-    if "{" in value:
-        return value
-    try:
-        return Path(value).read_text(encoding="utf-8")
-    except OSError as fault:
-        raise UserError(f"adapter.chat_template: cannot read {value} ({fault}). Give a file, or Jinja text.") from fault
