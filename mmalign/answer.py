@@ -1,6 +1,5 @@
 """`mmalign answer`: k answers a prompt from one causal language model or several, to be scored or compared. Restartable."""
 
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from mmalign.answerers import Answerer, completed, files_of, opened_encoder, opened_model, provenance_of
 from mmalign.asked import Prompt, asked_prompts, prompt_entry
-from mmalign.config import Choice, Table, check_folder, command_line, differences, resolved, write_resolved
+from mmalign.claims import check_claim, claim, digest_of
+from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.errors import UserError
 from mmalign.makers import Dtype
 from mmalign.processes import Processes, launched_processes
@@ -153,8 +153,8 @@ def main(config: AnswerConfig) -> Answered:
     answerers = tuple(map(completed, config.answerers))
     settings = _settings(config, answerers, prompts)
     check_folder(config.output)
-    _check_state(config.output, settings)
-    run = _Run(config=config, answerers=answerers, key=_sha256(json.dumps(settings, sort_keys=True)), prompts=prompts)
+    check_claim(config.output / STATE_FILE, settings, "answers")
+    run = _Run(config=config, answerers=answerers, key=digest_of(settings), prompts=prompts)
     processes = launched_processes()
     processes.wait()  # until here nobody has written
     if processes.is_main and run.journal.parent.is_dir():
@@ -251,7 +251,7 @@ def _sample_all(
     contexts = {number: _contexts(run, encoder, work[number]) for number, encoder in encoders.items()}
     models = {min(encoders): opened_model(run.answerers[min(encoders)], device)}
     if processes.is_main:
-        _claim_folder(run.config, settings)
+        claim(run.config.output / STATE_FILE, settings, run.config)
     processes.wait()
     notes = part_of(run.journal, processes.index) if processes.several else run.journal
     for number, encoder in encoders.items():
@@ -359,37 +359,7 @@ def _settings(config: AnswerConfig, answerers: Sequence[Answerer], prompts: Sequ
     """Everything that the answers depend on, with fingerprints of what lies behind names."""
     said = [[prompt.content.key(), prompt.id] for prompt in prompts]
     own = {answerer.name: {**resolved(answerer), **files_of(answerer)} for answerer in answerers}
-    return {"prompts": f"{len(prompts)} prompts, sha256 {_sha256(json.dumps(said))}", "seed": config.seed, "generators": own}
-
-
-def _check_state(output: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder of other files, or one made with other settings."""
-    state = output / STATE_FILE
-    if state.is_file():
-        try:
-            changed = differences(json.loads(state.read_text(encoding="utf-8")), settings)
-        except ValueError as fault:
-            raise UserError(
-                f"{state}: got no valid JSON ({fault}), want the settings that made the answers. Name another output folder."
-            ) from fault
-        if changed:
-            raise UserError(
-                f"{output}: was made with other settings: {'; '.join(changed)}. "
-                "Go on with the same ones, or name another output folder."
-            )
-    elif output.exists() and (not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())):
-        raise UserError(f"{output}: exists and holds no {STATE_FILE}, want a new folder. Name another output.")
-
-
-def _claim_folder(config: AnswerConfig, settings: dict[str, Any]) -> None:
-    """Write the settings before the first answer, so that none can stand beside settings that did not make it."""
-    config.output.mkdir(parents=True, exist_ok=True)
-    replace_file(config.output / STATE_FILE, (json.dumps(settings, indent=2) + "\n").encode())
-    write_resolved(config, config.output)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return {"prompts": f"{len(prompts)} prompts, sha256 {digest_of(json.dumps(said))}", "seed": config.seed, "generators": own}
 
 
 if __name__ == "__main__":

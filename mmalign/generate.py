@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mmalign.config import check_folder, command_line, differences, resolved, write_resolved
+from mmalign.claims import check_claim, claim, digest_of
+from mmalign.config import check_folder, command_line, resolved
 from mmalign.errors import UserError
 from mmalign.makers import Dtype, Maker, files_of, opened, provenance_of
 from mmalign.processes import Processes, launched_processes
@@ -132,8 +133,8 @@ def main(config: GenerateConfig) -> Generated:
     _check_sources(config, sources)
     settings = _settings(config, prompts, sources)
     check_folder(config.output)
-    _check_state(config.output, settings)
-    run = _Run(config=config, key=_sha256(json.dumps(settings, sort_keys=True)), prompts=prompts, sources=sources)
+    check_claim(config.output / STATE_FILE, settings, "images")
+    run = _Run(config=config, key=digest_of(settings), prompts=prompts, sources=sources)
     processes = launched_processes()
     standing = _standing_rows(run.file)
     processes.wait()  # until here nobody has written
@@ -218,7 +219,8 @@ def _sample_all(run: _Run, work: Sequence[Sequence[list[Job]]], settings: dict[s
         opened(makers[number])  # a fault of any model is told before the first image
     pipe = opened(makers[due[0]]).to(device)
     if processes.is_main:
-        _claim_folder(run.config, settings)
+        claim(run.config.output / STATE_FILE, settings, run.config)
+        (run.config.output / IMAGES_FOLDER).mkdir(exist_ok=True)
         for index in run.wanted[: len(run.sources)]:
             replace_file(run.source_path(index), run.sources[index].read_bytes())
     processes.wait()
@@ -260,50 +262,16 @@ def _check_sources(config: GenerateConfig, sources: Sequence[Path]) -> None:
 def _settings(config: GenerateConfig, prompts: Sequence[str], sources: Sequence[Path]) -> dict[str, Any]:
     """Everything that the images depend on, with fingerprints of what lies behind names."""
     settings = {key: value for key, value in resolved(config).items() if key not in (*FREE_KEYS, "generators")}
-    settings["prompts"] = f"{len(prompts)} prompts, sha256 {_sha256(json.dumps(prompts))}"
+    settings["prompts"] = f"{len(prompts)} prompts, sha256 {digest_of(json.dumps(prompts))}"
     if sources:
         contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
-        settings["sources"] = f"{len(sources)} images, sha256 {_sha256(json.dumps(contents))}"
+        settings["sources"] = f"{len(sources)} images, sha256 {digest_of(json.dumps(contents))}"
     files = {maker.name: files_of(maker) for maker in config.makers}
     if not config.generators:
         return {**settings, **files[config.makers[0].name]}
     entries = {entry["name"]: entry for entry in resolved(config)["generators"]}
     own = {name: {key: value for key, value in entry.items() if key not in FREE_KEYS} for name, entry in entries.items()}
     return {**settings, "generators": {name: {**entry, **files[name]} for name, entry in own.items()}}
-
-
-def _check_state(output: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder of other files, or one made with other settings."""
-    state = output / STATE_FILE
-    if state.is_file():
-        try:
-            changed = differences(json.loads(state.read_text(encoding="utf-8")), settings)
-        except ValueError as fault:
-            raise UserError(
-                f"{state}: got no valid JSON ({fault}), want the settings that made the images. Name another output folder."
-            ) from fault
-        if changed:
-            raise UserError(
-                f"{output}: was made with other settings: {'; '.join(changed)}. "
-                "Go on with the same ones, or name another output folder."
-            )
-    elif output.exists() and (not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())):
-        raise UserError(f"{output}: exists and holds no {STATE_FILE}, want a new folder. Name another output.")
-
-
-def _claim_folder(config: GenerateConfig, settings: dict[str, Any]) -> None:
-    """Write the settings before the first image, so that no image can stand beside settings that did not make it."""
-    config.output.mkdir(parents=True, exist_ok=True)
-    state = config.output / STATE_FILE
-    partial = state.with_name(f".{STATE_FILE}.partial")
-    partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    partial.replace(state)
-    (config.output / IMAGES_FOLDER).mkdir(exist_ok=True)
-    write_resolved(config, config.output)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _standing_rows(file: Path) -> dict[str, bytes]:
