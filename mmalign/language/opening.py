@@ -57,6 +57,7 @@ def open_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     tiny: Mapping[str, Any] | None = None,
+    sees: bool = False,
     **more: Any,
 ) -> Any:
     """A causal language model of transformers, without dropout, in evaluation mode.
@@ -70,14 +71,18 @@ def open_model(
         device: where it runs.
         trust_remote_code: run code that comes with the model.
         tiny: changes of the config of a tiny model.
+        sees: a model of images and texts is wanted.
         more: further arguments of `from_pretrained`, such as `gguf_file`.
     Raises:
         UserError: no model there, one of another kind, or quantisation without a GPU or bitsandbytes.
     """
     if name == TINY:
         name = str(tiny_folder(tiny))
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    opener, kind = (
+        (AutoModelForImageTextToText, "model of images and texts") if sees else (AutoModelForCausalLM, "causal language model")
+    )
     if (Path(name) / ADAPTER_FILES[0]).is_file():
         raise UserError(
             f"adapter.model: {name} is a LoRA, want a whole model. Merge it into its base (peft's merge_and_unload) and name "
@@ -92,10 +97,10 @@ def open_model(
     read = {name: value for name, value in more.items() if name == "gguf_file"}
     try:
         config = without_dropout(AutoConfig.from_pretrained(name, **known, **read))
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **known, **more)
+        model = opener.from_pretrained(name, config=config, dtype=dtype, **known, **more)
     except (OSError, ValueError, ImportError) as fault:
         raise UserError(
-            f"adapter.model: cannot open {name} as a causal language model ({_first_line(fault)}). Name a folder or a hub id."
+            f"adapter.model: cannot open {name} as a {kind} ({_first_line(fault)}). Name a folder or a hub id."
         ) from fault
     return (model if quantization is not None else model.to(device)).eval()
 
