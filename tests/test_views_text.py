@@ -7,6 +7,8 @@ from mmalign.records import VIEWS, Comparison, Content, Dropped, Message, joint,
 
 TEXTS = ("aa", "bb", "cc", "dd")
 
+OF_SIGHT = {"blind", "crossed", "retrieved"}  # test_views_sight.py
+
 
 def row(k=4, **known):
     candidates = tuple(Content(text=text) for text in TEXTS[:k])
@@ -130,7 +132,7 @@ def test_a_step_goes_on_from_the_prefix_and_does_not_end_the_turn():
     assert (alone.side["labels"], alone.samples[0].prefix, alone.samples[0].ends_turn) == (0.0, "so", False)
 
 
-@pytest.mark.parametrize("name", sorted(set(VIEWS) - {"prompts", "reward_weighted"}))
+@pytest.mark.parametrize("name", sorted(set(VIEWS) - {"prompts", "reward_weighted", *OF_SIGHT}))
 def test_extras_and_weight_pass_through_every_view(name):
     told = row(2, ranks=(1, 2), weight=2.0, extras={"rationale": Content(text="because"), "gold": Content(text="gg")})
     for example in VIEWS[name](told):

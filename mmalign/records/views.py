@@ -259,9 +259,102 @@ def prompts(row: Comparison) -> tuple[Example, ...]:
     return (Example(id=row.id, samples=(sample,)),)
 
 
+def blind(row: Comparison, *, by: str = "auto", num_candidates: int | None = None) -> tuple[Example, ...] | Dropped:
+    """The best candidate, the worse ones, and last the blind one, which was made without seeing the image: for `blind_bpo`.
+
+    Which one is blind, its provenance says: `{"source": "blind"}`, as `mmalign blind` writes it; its rank does not count.
+
+    Source: Blind PO (arXiv 2503.14189).
+
+    Args:
+        by: what orders the others, as in `pair`.
+        num_candidates: of every example, the blind one too: 3 are the paper's. Rows with more are thinned evenly from best to
+            worst; rows with fewer are dropped. None keeps each row's.
+
+    A row with several blind candidates makes an example of each of them.
+
+    Raises:
+        UserError: num_candidates below 3; as `pair`.
+    """
+    if num_candidates is not None and num_candidates < 3:
+        raise UserError(
+            f"view: got num_candidates {num_candidates}, want 3 or more (chosen, rejected, blind), or null for all."
+        )
+    made = [i for i, origin in enumerate(row.provenance) if origin.get("source") == "blind"]
+    if not made:
+        return Dropped("no blind candidate, want one made by mmalign blind")
+    seeing = [i for i in range(len(row.candidates)) if i not in made]
+    order = _best_and_worse(row, seeing, by)
+    if isinstance(order, Dropped):
+        return order
+    if num_candidates is not None:
+        if len(order) + 1 < num_candidates:
+            return Dropped(f"{len(order) + 1} candidates, want {num_candidates}")
+        order = thinned(order, num_candidates - 1)
+    suffix = len(made) > 1
+    return tuple(_example(row, (*order, i), {}, f"#{i}" if suffix else "") for i in made)
+
+
+def crossed(row: Comparison) -> tuple[Example, ...] | Dropped:
+    """Candidates in the row's order, each with the prompt it answers: for losses that score it under another's prompt too.
+
+    Source: S-VCO (two responses, each right for its own image); SymMPO (the same of two similar images, and a rejected
+        response to the first image).
+
+    The first two candidates answer prompts of their own; a third one most often answers the first prompt.
+    """
+    if row.prompts is None:
+        return Dropped("one prompt for all candidates, want prompts, one each")
+    return too_few(row) or (_example(row, range(len(row.candidates)), {}),)
+
+
+def retrieved(row: Comparison, *, by: str = "auto") -> tuple[Example, ...] | Dropped:
+    """A pair under the row's own prompt, and as `degraded` the better candidate once more under another prompt's image.
+
+    Source: Re-Align, whose other image is a similar one that was retrieved.
+
+    The row has a candidate that says the same as an earlier one and answers a prompt of its own (`prompts`); its rank does not
+    count.
+
+    Args:
+        by: as in `pair`.
+    """
+    said = [candidate.words() for candidate in row.candidates]
+    copies = [i for i, words in enumerate(said) if words in said[:i]]
+    if row.prompts is None or len(copies) != 1:
+        return Dropped("not one candidate repeated under a prompt of its own")
+    order = _best_and_worse(row, [i for i in range(len(said)) if i not in copies], by)
+    if isinstance(order, Dropped):
+        return order
+    if said[order[0]] != said[copies[0]]:
+        return Dropped("a repeated candidate that is not the better one")
+    example = _example(row, (order[0], order[-1]), {})
+    (again,) = _example(row, copies, {}).samples
+    return (replace(example, extras={**example.extras, "degraded": again}),)
+
+
+def _best_and_worse(row: Comparison, places: Sequence[int], by: str) -> list[int] | Dropped:
+    """The best of some candidates, then the others, best first; with several best ones it is a tie."""
+    if len(places) < 2:
+        return Dropped(f"{len(places)} candidates to compare, want 2 or more")
+    part = replace(
+        row,
+        candidates=tuple(row.candidates[i] for i in places),
+        ranks=None if row.ranks is None else tuple(row.ranks[i] for i in places),
+        scores={judge: tuple(values[i] for i in places) for judge, values in row.scores.items()},
+    )
+    judged = values_of(part, by, 0.0)
+    if isinstance(judged, Dropped):
+        return judged
+    values = dict(zip(places, judged[0], strict=True))
+    order = sorted(places, key=lambda i: -values[i])
+    return order if values[order[1]] < values[order[0]] else Dropped("tie")
+
+
 def _unusable(row: Comparison) -> Dropped | None:
     """Return why a row is none for likelihoods given one prompt, if so."""
-    if row.prompts is not None and any(prompt != row.prompts[0] for prompt in row.prompts):
+    # Images are not looked at: prompts that have some, one a candidate, are taken to differ.
+    if row.prompts is not None and any(prompt != row.prompts[0] or prompt.media() for prompt in row.prompts):
         return Dropped("a prompt of its own for each candidate, want the view joint")
     return too_few(row)
 
@@ -313,5 +406,8 @@ VIEWS: dict[str, Callable[..., tuple[Example, ...] | Dropped]] = {
     "unpaired": unpaired,
     "best": best,
     "reward_weighted": reward_weighted,
+    "blind": blind,
+    "crossed": crossed,
+    "retrieved": retrieved,
     "prompts": prompts,
 }
