@@ -32,8 +32,8 @@ class ReferenceBank:
     """An opened cache of reference log-probabilities.
 
     A record holds the log-probabilities of up to 64 tokens of one sequence. Its key is made of the token ids of context and
-    continuation: rows that are added, dropped, reordered or paired anew find what is there. The fingerprint of the store is
-    that of the weights and of how they are run.
+    continuation, and of what the context shows: rows that are added, dropped, reordered or paired anew find what is there.
+    The fingerprint of the store is that of the weights and of how they are run.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], part: int | None) -> None:
@@ -153,12 +153,20 @@ def _keys(tokens: Tokens, number: int) -> list[str]:
     # Whether weights are told depends on the other rows of a batch; the key must not.
     scored = "" if left_out is None or not left_out.any() else (~left_out).numpy().tobytes().hex()
     chunks = -(-len(ids) // CHUNK)
-    return [content_key("answer", _bytes(context), _bytes(ids), scored, chunk) for chunk in range(chunks)]
+    shown = _shown(tokens, tokens.context_of[number])
+    return [content_key("answer", _bytes(context), _bytes(ids), scored, chunk, *shown) for chunk in range(chunks)]
 
 
 def _context_keys(tokens: Tokens, number: int) -> list[str]:
     ids = tokens.contexts[number]
-    return [content_key("prompt", _bytes(ids), chunk) for chunk in range(-(-(len(ids) - 1) // CHUNK))]
+    shown = _shown(tokens, number)
+    return [content_key("prompt", _bytes(ids), chunk, *shown) for chunk in range(-(-(len(ids) - 1) // CHUNK))]
+
+
+def _shown(tokens: Tokens, owner: int) -> tuple[str, ...]:
+    """The key of what a context shows; nothing for one of text alone."""
+    media = None if tokens.media is None else tokens.media[owner]
+    return () if media is None else (media.key,)
 
 
 def _bytes(ids: Tensor) -> bytes:

@@ -83,6 +83,7 @@ def text_parts(
         base=str(tiny_folder(settings.tiny)) if settings.model == TINY else settings.model,
         stock=("AutoModelForCausalLM", "AutoTokenizer"),
         frozen=frozen,
+        autocast=None if mixed_precision == "no" else DTYPES[mixed_precision],
         fingerprint={"network": weights_key, "precision": f"{dtype} {mixed_precision} {settings.quantization}"},
         wanted=asked_measures(asked) if caching is None else asked_measures(asked) - GRADED,
     )
@@ -100,6 +101,7 @@ def needs_copy(settings: Any, needs_reference: bool, caching: int | None) -> boo
 
 
 def _opened(settings: TextAdapter, dtype: torch.dtype, device: torch.device) -> Any:
+    more: dict[str, Any] = {} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}
     return open_model(
         settings.model,
         revision=settings.revision,
@@ -109,7 +111,7 @@ def _opened(settings: TextAdapter, dtype: torch.dtype, device: torch.device) -> 
         device=device,
         trust_remote_code=settings.trust_remote_code,
         tiny=settings.tiny,
-        **({} if settings.gguf_file is None else {"gguf_file": settings.gguf_file}),
+        **more,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from mmalign.adapters.text_cache import ReferenceBank
 from mmalign.adapters.text_lengths import groups_of_like_length, length_note, mean_length
 from mmalign.adapters.text_teacher import open_teacher
-from mmalign.adapters.text_tokens import mismatched_of, tokens_of
+from mmalign.adapters.text_tokens import mismatched_of, noisy_of, tokens_of
 from mmalign.errors import UserError
 from mmalign.language.generation import ends_of, generate_answers, generate_texts
 from mmalign.language.network import TokenNetwork
@@ -29,6 +29,7 @@ FULL = "model"  # the folder, in a run's output, that a full fine-tune is saved 
 EXTRAS = ("rationale", "exploration", "gold")
 
 
+@runtime_checkable
 class Reads(Protocol):
     """Examples -> items -> micro-batches; holds no model."""
 
@@ -61,6 +62,7 @@ class Parts:
         base: where a saved LoRA finds its base.
         stock: the classes of transformers that load model and `files`.
         frozen: dtype of what is frozen.
+        autocast: that of the mixed precision; None: there is none.
         fingerprint: of the weights as they were opened and of how they are run; empty without a cache.
         wanted: measures beside the logps that the losses ask for.
     """
@@ -74,6 +76,7 @@ class Parts:
     base: str
     stock: tuple[str, str]
     frozen: torch.dtype
+    autocast: torch.dtype | None
     fingerprint: Mapping[str, Any]
     wanted: frozenset[str]
 
@@ -188,11 +191,16 @@ class TextPolicy:
             pad=self.tokenizer.pad_token_id or 0,
             mismatched=mismatched_of(encoded) if self.mismatched else None,
             teacher=self.teacher,
+            noisy=noisy_of(encoded, k + len(self.reader.extras)) if "greedy" in self.reader.extras else None,
         )
+        with torch.autocast(self.device.type, dtype=self.parts.autocast, enabled=self.parts.autocast is not None):
+            inputs = inputs.echoed(self.network)
         scored = tokens.scored().to(self.device, non_blocking=True)
         side = {name: value.to(self.device, non_blocking=True) for name, value in batch["side"].items()}
         side["lengths"] = scored[: rows * k].view(rows, k)
-        side |= {f"{name}_lengths": scored[(k + n) * rows :][:rows, None] for n, name in enumerate(self.reader.extras)}
+        for number, name in enumerate(self.reader.extras):
+            own = scored[(k + number) * rows :][:rows, None]
+            side[f"{name}_lengths"] = torch.cat([side[f"{name}_lengths"], own], 1) if f"{name}_lengths" in side else own
         if self.mean_length is not None:
             side["mean_length"] = torch.full_like(scored[:rows], self.mean_length)
         reference = None if self.cache is None or not self.cache.reading else self.cache.measures(inputs)

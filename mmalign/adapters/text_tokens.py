@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +38,17 @@ def tokens_of(
         UserError: weights leave a candidate without a scored token.
     """
     contexts: list[Tensor] = []
+    media: list[Any | None] = []
     sequences: list[list[Scored]] = []
     for row in rows:
         first = len(contexts)
         contexts += [torch.tensor(ids) for ids in row.contexts]
+        media += row.media or (None,) * len(row.contexts)
         members = zip(row.continuations, row.context_of, row.scored, strict=True)
         sequences.append([(torch.tensor(ids), first + owner, _mask(len(ids), places)) for ids, owner, places in members])
         if "joint" in wanted and any(row.given):  # what is still prompt is scored with it
             own = list(zip(sequences[-1], row.given, strict=True))
+            media[first:] = [media[owner] for (_, owner, _), _ in own]
             contexts[first:] = [torch.cat([contexts[owner], ids[:given]]) for (ids, owner, _), given in own]
             sequences[-1] = [(ids[given:], first + n, scored[given:]) for n, ((ids, _, scored), given) in enumerate(own)]
         if from_difference:
@@ -59,6 +63,7 @@ def tokens_of(
         weights=_weights(chosen, None if weights is None else [one for row in weights for one in row[:num_candidates]]),
         context_weights=joint,
         heads=_heads(chosen, len(rows), num_candidates) if "shared" in wanted else None,
+        media=_told(media),
     )
 
 
@@ -84,7 +89,33 @@ def mismatched_of(rows: Sequence[Encoded]) -> Tokens:
         continuations=tuple(ids for ids, _, _ in answered),
         context_of=tuple(range(len(rows))),
         weights=_weights(answered, None),
+        media=_told([row.media[0] if row.media else None for row in rows]),
     )
+
+
+def noisy_of(rows: Sequence[Encoded], place: int) -> Tokens:
+    """Of every row one sequence more, behind its further completions: the best answer under the degraded image.
+
+    Args:
+        rows: as in `tokens_of`.
+        place: of that sequence in a row.
+    """
+    answered: list[Scored] = []
+    for number, row in enumerate(rows):
+        ids = row.continuations[place]
+        answered.append((torch.tensor(ids), number, _mask(len(ids), row.scored[place])))
+    owners = [row.context_of[place] for row in rows]
+    return Tokens(
+        contexts=tuple(torch.tensor(row.contexts[owner]) for row, owner in zip(rows, owners, strict=True)),
+        continuations=tuple(ids for ids, _, _ in answered),
+        context_of=tuple(range(len(rows))),
+        weights=_weights(answered, None),
+        media=_told([row.media[owner] if row.media else None for row, owner in zip(rows, owners, strict=True)]),
+    )
+
+
+def _told(media: Sequence[Any | None]) -> tuple[Any | None, ...] | None:
+    return None if all(one is None for one in media) else tuple(media)
 
 
 def _mask(length: int, places: Sequence[int]) -> Tensor:

@@ -5,9 +5,10 @@ step can be replayed. One `.logps` is one call of the network, the candidates fo
 """
 
 from mmalign.likelihoods.denoising import DenoisingInputs, winner_guard
+from mmalign.likelihoods.layouts import Layout, Segment, Tokens
 from mmalign.likelihoods.networks import Measures
 from mmalign.likelihoods.scores import ScoreInputs, Texts, padded_texts
-from mmalign.likelihoods.tokens import Layout, Segment, TokenInputs, Tokens
+from mmalign.likelihoods.tokens import TokenInputs
 from mmalign.likelihoods.transitions import TransitionInputs
 
 __all__ = [
