@@ -16,7 +16,7 @@ Nothing here names a model, file or seed: `mmalign.annotation.Shown` does not ho
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +42,7 @@ def shown(value: Shown, *, kind: str) -> dict[str, Any]:
     viewed = kind == "image"
     candidates = [
         {
-            "media": [_media(picture) for picture in content.images] if viewed else [],
+            "media": [_media(picture) for picture in content.pictures()] if viewed else [],
             "turns": _turns(content, images=not viewed),
             "prompt": None if value.prompts is None else _prompt(value.prompts[place]),
         }
@@ -96,7 +96,7 @@ def _turns(content: ShownContent, *, images: bool) -> list[dict[str, Any]]:
         {
             "role": "" if lone else message.role,
             "name": message.name,
-            "parts": _parts(message),
+            "parts": _parts(message if images else replace(message, images=(), places=())),
             "calls": [_call(call) for call in message.tool_calls],
             "thoughts": _text(message.thoughts) if message.thoughts else None,
         }

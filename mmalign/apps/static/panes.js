@@ -1,0 +1,111 @@
+// The candidates of one assignment as panes, made while the one before is still judged: detached, decoded, ready to be put in.
+
+import { el, isNarrow } from "./dom.js";
+import { conversation, folded, words } from "./texts.js";
+import { picture } from "./viewer.js";
+
+export const nameOf = (place, count) => (count === 2 ? ["Left", "Right"][place] : String(place + 1));
+
+/**
+ * Build what an assignment shows.
+ *
+ * @returns {{shown, prompt: Node[], panes: {figure, frame, node}[], isViewed: boolean, ready: Promise<number[]>}} `ready` gives
+ *   the places whose media cannot be decoded
+ */
+export function prepare(shown, flags, mode) {
+  const prompt = promptOf(shown.prompt, shown.prefix);
+  const panes = shown.candidates.map((candidate, place) => paneOf(shown, candidate, place, flags, mode));
+  const ready = Promise.all(
+    panes.map(async (pane, place) => ((await decoded(pane.loads)) ? null : place)).concat(decoded(prompt.loads).then((ok) => (ok ? null : -1))),
+  ).then((places) => places.filter((place) => place !== null));
+  return { shown, prompt: prompt.nodes, panes, isViewed: panes.every((pane) => pane.node), ready };
+}
+
+async function decoded(loads) {
+  const found = await Promise.allSettled(loads);
+  return found.every((one) => one.status === "fulfilled");
+}
+
+function promptOf(prompt, prefix) {
+  const loads = [];
+  const nodes = conversation(prompt.turns, { alt: "Picture of the prompt", loads });
+  if (prompt.tools.length) {
+    const tools = prompt.tools.map((tool) => el("pre", { className: "schema", attrs: { tabindex: 0 } }, tool.schema));
+    nodes.push(folded(`Tools: ${prompt.tools.map((tool) => tool.name).join(", ")}`, ...tools));
+  }
+  if (prefix) nodes.push(el("div", { className: "turn assistant" }, el("div", { className: "role" }, "All go on from"), words(prefix)));
+  return { nodes, loads };
+}
+
+function paneOf(shown, candidate, place, flags, mode) {
+  const name = nameOf(place, shown.candidates.length);
+  const pane = { loads: [], node: null, frame: null, reading: null };
+  const own = candidate.prompt ? promptOf(candidate.prompt, null) : { nodes: [], loads: [] };
+  pane.loads.push(...own.loads);
+  const content = [];
+  if (own.nodes.length) content.push(el("div", { className: "own-prompt" }, own.nodes));
+  if (candidate.media.length) {
+    const { node, ready } = picture(candidate.media[0], `${name} picture`);
+    pane.loads.push(ready);
+    pane.node = node;
+    pane.frame = el("div", { className: "frame" }, node);
+    content.push(pane.frame);
+    if (candidate.media.length > 1) content.push(film(candidate.media, pane, name));
+  }
+  pane.write = (newMode) => {
+    if (!candidate.turns.length) return;
+    const turns = conversation(candidate.turns, { mode: newMode, changes: shown.changes?.[place], alt: `Picture of ${name}`, loads: pane.loads });
+    pane.reading.replaceChildren(...turns);
+  };
+  if (candidate.turns.length) {
+    pane.reading = el("div", { className: pane.node ? "reading caption" : "reading", attrs: { tabindex: 0, role: "region", "aria-label": `${name} text` } });
+    pane.write(mode);
+    content.push(pane.reading);
+  }
+  const marks = flags.map((flag) => pill("flag", flag, { "data-flag": flag, "data-place": place, "aria-label": `${name}: ${flag}` }));
+  pane.figure = el("figure", { className: "pane", attrs: { "data-place": place } }, el("figcaption", {}, el("span", { className: "name" }, name), marks), ...content);
+  return pane;
+}
+
+/** A checkbox or radio that looks like a pill. */
+export function pill(className, text, attrs, type = "checkbox") {
+  return el("label", { className: `pill ${className}` }, el("input", { type, attrs }), el("span", {}, text));
+}
+
+/** The frames of a video that came as pictures: a slider that puts one after the other into the pane. */
+function film(media, pane, name) {
+  const frames = media.map((one, number) => (number ? picture(one, `${name} picture`) : null));
+  pane.loads.push(...frames.slice(1).map((frame) => frame.ready));
+  const slider = el("input", { type: "range", min: 0, max: media.length - 1, value: 0, className: "film", attrs: { "aria-label": `${name}: frame` } });
+  slider.addEventListener("input", () => {
+    for (const other of document.querySelectorAll(".film")) {
+      other.value = slider.value;
+      other.dispatchEvent(new Event("film"));
+    }
+  });
+  slider.addEventListener("film", () => {
+    pane.node.src = media[Math.min(Number(slider.value), media.length - 1)].src;
+  });
+  return slider;
+}
+
+/** Resolve when every pane has been on screen for more than its half: at once where all stand side by side. */
+export function allSeen(stage, panes, noted) {
+  if (!isNarrow() || panes.length < 2) return Promise.resolve();
+  const waiting = new Set(panes.map((pane) => pane.figure));
+  return new Promise((resolve) => {
+    const observer = new IntersectionObserver(
+      (entries) => {
+        for (const entry of entries) {
+          if (entry.intersectionRatio > 0.5) waiting.delete(entry.target);
+        }
+        noted(waiting.size);
+        if (waiting.size && stage.contains(panes[0].figure)) return;
+        observer.disconnect();
+        resolve();
+      },
+      { root: stage, threshold: [0.51] },
+    );
+    for (const pane of panes) observer.observe(pane.figure);
+  });
+}
