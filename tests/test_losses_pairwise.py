@@ -19,7 +19,7 @@ SUMMED: dict[str, tuple[str, dict[str, Any], float]] = {
     "sigmoid_b0.5": ("dpo", {"beta": 0.5}, 1),
     "hinge_b0.1": ("hinge", {}, 1),
     "hinge_b0.5": ("hinge", {"beta": 0.5}, 1),
-    "ipo_b0.1": ("ipo", {"normalise": "length", **BY_LENGTH}, 1),
+    "ipo_b0.1": ("ipo", BY_LENGTH, 1),
     "robust_b0.1": ("robust", {}, 1),
     "robust_b0.5_e0.3": ("robust", {"beta": 0.5, "label_smoothing": 0.3}, 1),
     "exo_pair_b0.1": ("exo", {"beta": 0.1}, 1),
@@ -143,7 +143,7 @@ def test_the_golden_pairs_have_tails_of_their_own() -> None:
 
 FROM_LOGITS: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid": ("dpo", {}),
-    "ipo": ("ipo", {"normalise": "length"}),
+    "ipo": ("ipo", {}),
     "sigmoid_norm": ("ln_dpo", {"beta": 2.0}),
     "ld_alpha0.0": ("ld_dpo", {"alpha": 0.0}),
     "ld_alpha0.5": ("ld_dpo", {}),
@@ -216,6 +216,10 @@ TAILED = {**REFERRED, "shared": tensor([-0.5, -1.0]), "reference_shared": tensor
         ("dpo", {**REFERRED, "beta": 1.0, "beta_scale": tensor(2.0)}, SP_M3),
         # (0.5 / 1 - (-1) / 4) - 1/4: 0.5
         ("ipo", {**REFERRED, "beta": 2.0, "normalise": "length", "lengths": tensor([1.0, 4.0])}, 0.25),
+        ("ipo", {**REFERRED, "beta": 2.0, "lengths": tensor([1.0, 4.0])}, 0.25),
+        # (1.5 - 0.25)^2, as on data without lengths
+        ("ipo", {**REFERRED, "beta": 2.0, "normalise": "none", "lengths": tensor([1.0, 4.0])}, 1.5625),
+        ("ipo", {**REFERRED, "beta": 2.0}, 1.5625),
         # log-ratio over |reference|: 1/3 and -1, times 3
         ("davir_dpo", {**REFERRED, "beta": 3.0}, SP_M4),
         # z + 0.1 (5 - 15)

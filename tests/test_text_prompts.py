@@ -87,7 +87,7 @@ def test_joint_scores_the_tokens_of_the_prompt_that_another_answer_merges_away()
 
 @pytest.mark.parametrize(
     ("name", "settings", "k"),
-    [("simpo", {}, 2), ("nll", {}, 2), ("kto", {}, 1), ("dpo", {"divergence": "js"}, 2), ("ipo", {"normalise": "length"}, 2)],
+    [("simpo", {}, 2), ("nll", {}, 2), ("kto", {}, 1), ("dpo", {"divergence": "js"}, 2), ("ipo", {}, 2)],
 )
 def test_scoring_from_the_first_difference_is_refused_where_it_would_change_the_loss(
     name: str, settings: dict[str, Any], k: int
@@ -95,7 +95,8 @@ def test_scoring_from_the_first_difference_is_refused_where_it_would_change_the_
     adapter = TextAdapter(model="tiny", score="difference")
     with pytest.raises(UserError, match=f"got difference with loss {name}"):
         adapter.check_losses([Choice(name=name, target=LOSSES[name], settings=settings)], k)
-    adapter.check_losses([Choice(name="dpo", target=LOSSES["dpo"], settings={"beta": 0.1})], 2)
+    for summed, more in (("dpo", {"beta": 0.1}), ("ipo", {"normalise": "none"})):
+        adapter.check_losses([Choice(name=summed, target=LOSSES[summed], settings=more)], 2)
 
 
 def test_under_bfloat16_the_reference_of_a_full_fine_tune_starts_as_the_policy(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ class TextAdapter:
         if self.score == "response":
             return
         for loss in losses:
-            plain = loss.settings.get("divergence", "reverse_kl") == "reverse_kl" and loss.settings.get("normalise") != "length"
+            summed = loss.name != "ipo" or loss.settings.get("normalise") == "none"
+            plain = loss.settings.get("divergence", "reverse_kl") == "reverse_kl" and summed
             if num_candidates < 2 or loss.name not in OF_DIFFERENCES or not plain:
                 raise UserError(
                     f"adapter.score: got difference with loss {loss.name}, which depends on more than differences of summed "

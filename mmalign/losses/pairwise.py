@@ -115,7 +115,7 @@ def ipo(
     *,
     beta: float = 0.1,
     scale_free: bool = False,
-    normalise: Literal["none", "length"] = "none",
+    normalise: Literal["auto", "none", "length"] = "auto",
     divergence: Divergence = "reverse_kl",
     divergence_alpha: float = 0.5,
 ) -> PreferenceLoss:
@@ -126,21 +126,23 @@ def ipo(
     `scale_free` multiplies by beta^2, (beta * delta - margin - 1/2)^2, which keeps the loss and its gradient of one size for
     any beta: use it for diffusion, where delta is about 1e-3.
 
-    Source: Azar et al. 2023, eq. 17 (beta is the paper's tau), which is on summed log-probs. On text the authors recommend
-        means over tokens, and TRL's `ipo` is `normalise: length`; the code of the DPO authors, OpenRLHF and NeMo sum.
+    Source: Azar et al. 2023, eq. 17 (beta is the paper's tau), which is written on summed log-probs. On text its authors mean
+        the average over tokens, by which their results were measured and which TRL 1.16's `loss_type: ipo` takes: `auto` does
+        so too, with the same beta. The code of the DPO authors, OpenRLHF and NeMo sums (`normalise: none`).
     Args:
         policy, reference, prob, weight, margin, divergence, divergence_alpha: as in `dpo`.
-        lengths: number of scored tokens of each candidate; needed by `normalise: length` only.
+        lengths: number of scored tokens of each candidate, on text; needed by `normalise: length`.
         beta: reward per nat. Published: 0.1 for text.
         scale_free: the form with target 1/2 in reward units. Published: False.
-        normalise: none as in the paper, or the mean over each candidate's tokens.
+        normalise: length: the mean over each candidate's tokens. none: their sum. auto: length where the data have lengths, as
+            texts do and images do not.
     Raises:
         ValueError: `normalise: length` without lengths, beta not positive, or an unknown divergence.
     """
     check_beta("ipo", beta)
     check_divergence("ipo", divergence, divergence_alpha)
     scores = transform(policy - reference, divergence, divergence_alpha)
-    if normalise == "length":
+    if normalise == "length" or (normalise == "auto" and lengths is not None):
         if lengths is None:
             raise ValueError("ipo.normalise: got length on data without lengths, want none, or text.")
         scores = per_token(scores, lengths)
