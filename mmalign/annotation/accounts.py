@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -190,7 +191,7 @@ def sign_in(database: Database, name: str, password: str, address: str, now: flo
         if not right or account is None or not account.active:
             log(connection, now, "sign_in", annotator=None if row is None else row.id, of="wrong")
             return SignIn(status="wrong")
-        connection.execute(delete(THROTTLE).where(THROTTLE.c.subject.in_([_digest(s) for s in subjects.values()])))
+        _forgive(connection, subjects)
         token = open_session(connection, account.id, now, session_s)
         log(connection, now, "sign_in", annotator=account.id, of="ok")
         return SignIn(status="ok", account=account, token=token)
@@ -205,7 +206,7 @@ def _wait(connection: Connection, kind: str, subject: str, now: float) -> float:
     row = connection.execute(select(THROTTLE).where(THROTTLE.c.subject == _digest(subject))).first()
     if row is None or now - row.last_at > FORGET_S or row.failures < FREE_FAILURES[kind]:
         return 0.0
-    wait = min(2.0 ** min(row.failures - FREE_FAILURES[kind], 30), LONGEST_WAIT_S)
+    wait: float = min(2.0 ** min(row.failures - FREE_FAILURES[kind], 30), LONGEST_WAIT_S)
     return max(0.0, float(row.last_at) + wait - now)
 
 
@@ -217,6 +218,14 @@ def _note_failure(connection: Connection, subject: str, now: float) -> None:
         return
     failures = 1 if now - row.last_at > FORGET_S else row.failures + 1
     connection.execute(update(THROTTLE).where(THROTTLE.c.subject == digest).values(failures=failures, last_at=now))
+
+
+def _forgive(connection: Connection, subjects: Mapping[str, str]) -> None:
+    """Forget a name's failures after a right password; of its address only this try, or one account would free it to guess."""
+    named = [_digest(subjects[kind]) for kind in ("pair", "name")]
+    connection.execute(delete(THROTTLE).where(THROTTLE.c.subject.in_(named)))
+    of_address = THROTTLE.c.subject == _digest(subjects["address"])
+    connection.execute(update(THROTTLE).where(of_address).values(failures=THROTTLE.c.failures - 1))
 
 
 def open_session(connection: Connection, account: int, now: float, session_s: float) -> str:

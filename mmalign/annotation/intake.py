@@ -236,7 +236,7 @@ def store_rows(
     for number, one in enumerate(prepared, start):
         if one.content_hash not in known:
             fresh.setdefault(one.content_hash, (number, one))
-    keys = _store_files(connection, project.id, {sha: f for _, one in fresh.values() for sha, f in one.files.items()})
+    keys = _store_files(connection, project.id, {sha: file for one in prepared for sha, file in one.files.items()})
     protocol = Protocol.from_json(project.protocol)
     rows = [_item(one, keys, project, protocol, role, source, batch, number) for number, one in fresh.values()]
     if rows:
@@ -251,9 +251,16 @@ def store_rows(
 
 
 def _store_files(connection: Connection, project: int, files: Mapping[str, File]) -> dict[str, str]:
-    """Write the files that the project does not have and return the key of each hash."""
-    held = select(MEDIA.c.sha256, MEDIA.c.key).where(MEDIA.c.project == project, MEDIA.c.sha256.in_(list(files)))
-    keys = {row.sha256: row.key for row in connection.execute(held)} if files else {}
+    """Write the files that the project does not have, note where the others lie now, and return the key of each hash."""
+    if not files:
+        return {}
+    held = select(MEDIA.c.sha256, MEDIA.c.key, MEDIA.c.path).where(MEDIA.c.project == project, MEDIA.c.sha256.in_(list(files)))
+    keys: dict[str, str] = {}
+    for row in connection.execute(held).all():
+        keys[row.sha256] = row.key
+        path = files[row.sha256].path
+        if row.path is not None and path is not None and path != row.path:
+            connection.execute(update(MEDIA).where(MEDIA.c.key == row.key).values(path=path))
     new = [(secrets.token_urlsafe(16), file) for sha, file in files.items() if sha not in keys]
     if new:
         values = ("sha256", "path", "mime", "width", "height", "num_bytes")

@@ -95,6 +95,6 @@ def want(connection: Connection, project: int, item: int, votes: int) -> None:
     if row is None or votes < 1:
         raise UserError(f"want: got {votes} votes for the item {item}, want at least 1 for an ordinary item of the project.")
     take_slot(connection, project, item, row.want - votes)
-    connection.execute(update(ITEM).where(ITEM.c.id == item).values(want=votes))
+    connection.execute(update(ITEM).where(ITEM.c.id == item).values(want=votes, steered=True))
     wanted = PROJECT.c.num_wanted + votes - row.want
     connection.execute(update(PROJECT).where(PROJECT.c.id == project).values(num_wanted=wanted))

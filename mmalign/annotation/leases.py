@@ -164,6 +164,8 @@ def _lease(connection: Connection, project: Any, who: Any, chosen: Next, now: fl
         connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == id).values(**values))
     if holds:
         take_slot(connection, project.id, chosen.item, 1)
+    if chosen.kind == "active":
+        connection.execute(update(ITEM).where(ITEM.c.id == chosen.item).values(steered=True))
     if chosen.repeats is not None:
         connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == chosen.repeats).values(repeated=True))
     cursors = {"cursor": chosen.cursor, "freed_cursor": chosen.freed_cursor}

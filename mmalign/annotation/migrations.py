@@ -16,7 +16,7 @@ APPEND_ONLY = ("vote", "event")
 
 
 def _create(connection: Connection) -> None:
-    """Version 1: all tables, and triggers that refuse to change or delete what is append only."""
+    """Make all tables as they are today, and triggers that refuse to change or delete what is append only."""
     METADATA.create_all(connection)
     if connection.dialect.name == "postgresql":
         connection.execute(
@@ -36,14 +36,23 @@ def _create(connection: Connection) -> None:
             connection.execute(text(f"CREATE TRIGGER {name} BEFORE {action} ON {table} {body}"))
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create,)
+def _steered(connection: Connection) -> None:
+    """Version 2: items tell whether a selection asked for them. Of old ones it is known where they were handed out so."""
+    no = "0" if connection.dialect.name == "sqlite" else "false"
+    yes = "1" if connection.dialect.name == "sqlite" else "true"
+    connection.execute(text(f"ALTER TABLE item ADD COLUMN steered BOOLEAN DEFAULT {no} NOT NULL"))
+    connection.execute(text(f"UPDATE item SET steered = {yes} WHERE id IN (SELECT item FROM assignment WHERE kind = 'active')"))
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_steered,)
+FIRST = 1
 
 
 def migrate(database: Database, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> int:
     """Bring a database to the newest version, all in one transaction, and return the version it had (0: it was empty).
 
     Args:
-        migrations: number n brings version n to n + 1.
+        migrations: the first one brings version 1 to 2.
 
     Raises:
         UserError: a newer mmalign made it, or it holds tables that are not ours.
@@ -55,13 +64,16 @@ def migrate(database: Database, migrations: Sequence[Callable[[Connection], None
             found = max(connection.scalars(select(SCHEMA_VERSION.c.version)), default=0)
         elif tables & set(METADATA.tables):
             raise UserError("store: got a database with other tables in it, want an empty one or one of mmalign. Name another.")
-        if found > len(migrations):
+        newest = FIRST + len(migrations)
+        if found > newest:
             raise UserError(
-                f"store: got a database of version {found}, this mmalign knows {len(migrations)}. Update mmalign to open it."
+                f"store: got a database of version {found}, this mmalign knows {newest}. Update mmalign to open it."
             )
-        for number, step in enumerate(migrations[found:], found + 1):
-            step(connection)
-            connection.execute(SCHEMA_VERSION.insert().values(version=number, at=time.time()))
+        if not found:
+            _create(connection)
+        for number in range(found + 1, newest + 1) if found else (newest,):
             if found:
+                migrations[number - FIRST - 1](connection)
                 logger.info("the database of judgements was brought to version %d", number)
+            connection.execute(SCHEMA_VERSION.insert().values(version=number, at=time.time()))
         return found

@@ -25,7 +25,7 @@ class Next:
     """An item to hand out.
 
     Args:
-        kind: random, active, gold, repeat, calibration.
+        kind: random, active (for its priority, or as more people are wanted), gold, repeat, calibration.
         repeats: the assignment that is asked again.
         cursor, freed_cursor: where the person's cursors go.
     """
@@ -76,13 +76,15 @@ def _ordinary(connection: Connection, who: Any, protocol: Protocol, rng: random.
         found = connection.execute(query.order_by(ITEM.c.priority.desc()).limit(1)).first()
         if found is not None:
             return Next(item=found.id, kind="active")
-    free = select(ITEM.c.id, ITEM.c.position, ITEM.c.freed).where(ITEM.c.project == who.project, FREE, _not_mine(who))
+    free = select(ITEM.c.id, ITEM.c.position, ITEM.c.freed, ITEM.c.steered).where(
+        ITEM.c.project == who.project, FREE, _not_mine(who)
+    )
     found = connection.execute(free.where(ITEM.c.freed > who.freed_cursor).order_by(ITEM.c.freed).limit(1)).first()
     if found is not None:
-        return Next(item=found.id, kind="random", freed_cursor=found.freed)
+        return Next(item=found.id, kind="active" if found.steered else "random", freed_cursor=found.freed)
     found = connection.execute(free.where(ITEM.c.position > who.cursor).order_by(ITEM.c.position).limit(1)).first()
     if found is not None:
-        return Next(item=found.id, kind="random", cursor=found.position)
+        return Next(item=found.id, kind="active" if found.steered else "random", cursor=found.position)
     return None
 
 

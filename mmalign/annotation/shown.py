@@ -99,7 +99,7 @@ class Shown:
 def show(connection: Connection, assignment: Any, guideline_version: int) -> Shown:
     """Build what an assignment (a row of its table) shows.
 
-    Names of speakers and free keys of messages are told of prompts alone: a candidate's could name its maker.
+    Names of speakers are told in prompts alone, and not of assistants: they could name a maker.
     """
     item = connection.execute(select(ITEM.c.row, ITEM.c.role).where(ITEM.c.id == assignment.item)).one()
     row = json.loads(item.row)
@@ -153,7 +153,7 @@ def _message(value: Mapping[str, Any], media: Mapping[str, Picture], *, told: bo
         text=value["text"] or "",
         images=tuple(media[image["key"]] for image in value["images"]),
         places=tuple(value["places"]),
-        name=value["name"] if told else None,
+        name=value["name"] if told and value["role"] != "assistant" else None,
         tool_calls=tuple(json.loads(value["tool_calls"]) if value["tool_calls"] else ()),
         thoughts=thoughts,
     )

@@ -93,6 +93,7 @@ class Vote:
         surplus: more people judged the item than were wanted, since a lease had ended before its vote came.
         dwell_ms: time on the screen as the browser measured it.
         leased_at, displayed_at, submitted_at: seconds since 1970, UTC.
+        guideline_version: the one that the person had read; the newest where they have read none.
         is_latest: whether no later revision replaces it.
     """
 
@@ -177,7 +178,7 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
 
 def _objection(connection: Connection, vote: Cast, row: Any, project: Any, protocol: Protocol, now: float) -> tuple[str, str]:
     """Return why a vote is refused, and in words where there is more to say; empty when it is not."""
-    if not project.is_open:
+    if not project.is_open and row.state != "leased":
         return "closed", ""
     if vote.revision != row.revision + 1:
         return "bad_revision", ""
@@ -215,6 +216,7 @@ def _store(connection: Connection, vote: Cast, row: Any, project: Any, given: Ve
     """Write the vote; the item's slot goes with whether it counts: a skip leaves it to others."""
     counts = row.kind in ("random", "active") and given.choice != "skip"
     left = take_slot(connection, project.id, row.item, counts - row.holds)
+    who = participation(connection, project.id, vote.annotator, now)
     connection.execute(
         insert(VOTE).values(
             assignment=row.id,
@@ -227,11 +229,10 @@ def _store(connection: Connection, vote: Cast, row: Any, project: Any, given: Ve
             dwell_ms=vote.dwell_ms,
             displayed_at=row.displayed_at,
             submitted_at=now,
-            guideline_version=project.guideline_version,
+            guideline_version=who.guideline_read or project.guideline_version,
             app_version=vote.app_version,
         )
     )
-    who = participation(connection, project.id, vote.annotator, now)
     number = row.vote_number if row.revision else who.num_votes + 1
     changes = {"state": "voted", "holds": counts, "revision": vote.revision, "vote_number": number}
     connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(**changes))
