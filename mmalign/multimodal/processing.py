@@ -167,7 +167,8 @@ class SightedEncoder:
 
     @cached_property
     def _media_tokens(self) -> dict[Kind, str]:
-        return {kind: getattr(self.processor, f"{kind}_token") for kind in self.family.placeholders}
+        tokens: dict[Kind, str] = {kind: getattr(self.processor, f"{kind}_token") for kind in self.family.placeholders}
+        return tokens
 
     # --- texts as ids -----------------------------------------------------------------------------------------------
 
@@ -257,9 +258,9 @@ class SightedEncoder:
         """Ids with images expanded and with single placeholders, both as they begin; and what they show."""
         text = self.tokenizer.placed(text)
         head, rest = self.family.divided(text)
-        settings: dict[str, Any] = {"add_special_tokens": False, **self.family.processor_settings, **self.settings}
-        given = self.family.given(prompt.shown)
+        settings: dict[str, Any] = {"add_special_tokens": False, **self.settings}
         try:
+            given = self.family.given(prompt.shown)
             outputs = self.processor(text=[head], return_tensors="pt", **given, **settings)
         except (ValueError, TypeError, IndexError) as fault:
             where = prompt.shown[0][1][0].place()
@@ -294,8 +295,8 @@ class SightedEncoder:
             maker = self.processor.image_processor if kind == "image" else self.processor.video_processor
             name = "pixel_values" if kind == "image" else "pixel_values_videos"
             mean, std = (torch.tensor(getattr(maker, key)) for key in ("image_mean", "image_std"))
-            shaped = self.family.channels(tensors[name], self.processor)
-            tensors = {**tensors, name: condition.pixels(shaped, mean, std).reshape(tensors[name].shape)}
+            changed = condition.pixels(self.family.apart(tensors[name], self.processor, kind), mean, std)
+            tensors = {**tensors, name: self.family.together(changed, tensors[name])}
         key = image_key(self.model_type, kind, tensors)
         return SeenImage(key=key, kind=kind, tensors=tensors, num_tokens=count)
 
@@ -316,7 +317,6 @@ class SightedEncoder:
     def _types(self, ids: Sequence[int]) -> Tensor:
         """0 text, 1 image, 2 video."""
         kinds = np.zeros(len(ids), dtype=np.int64)
-        for number, kind in ((1, "image"), (2, "video")):
-            if kind in self.family.placeholders:
-                kinds[np.asarray(ids) == getattr(self.processor, f"{kind}_token_id")] = number
+        for token, kind in self.family.ids(self.processor).items():
+            kinds[np.asarray(ids) == token] = kind
         return torch.from_numpy(kinds)
