@@ -6,13 +6,17 @@ Every importer takes settings only (path, split ...) and returns Imported: the t
 from collections.abc import Callable
 
 from mmalign.importers.argilla import argilla
+from mmalign.importers.beavertails_v import beavertails_v
 from mmalign.importers.comparisons import comparisons
 from mmalign.importers.helpsteer import helpsteer2, helpsteer2_preference
 from mmalign.importers.hh_rlhf import hh_rlhf, nectar
 from mmalign.importers.hpdv2 import hpdv2
+from mmalign.importers.image_pairs import rlaif_v, spa_vl
 from mmalign.importers.image_reward_db import image_reward_db
 from mmalign.importers.imagefolder import imagefolder
 from mmalign.importers.llama_factory import llama_factory
+from mmalign.importers.llava_hound import llava_hound
+from mmalign.importers.mmsafe_po import mmsafe_po
 from mmalign.importers.ms_swift import ms_swift
 from mmalign.importers.oasst import oasst
 from mmalign.importers.pick_a_pic import pick_a_pic
@@ -25,11 +29,13 @@ from mmalign.importers.tables import Imported
 from mmalign.importers.trl import trl
 from mmalign.importers.trl_format import extract_prompt, to_trl, unpair
 from mmalign.importers.ultrafeedback import ultrafeedback
+from mmalign.importers.vlfeedback import vlfeedback
 
 __all__ = [
     "IMPORTERS",
     "Imported",
     "argilla",
+    "beavertails_v",
     "comparisons",
     "dove",
     "extract_prompt",
@@ -40,19 +46,24 @@ __all__ = [
     "image_reward_db",
     "imagefolder",
     "llama_factory",
+    "llava_hound",
+    "mmsafe_po",
     "ms_swift",
     "nectar",
     "oasst",
     "pick_a_pic",
     "pku_safe_rlhf",
     "prompts",
+    "rlaif_v",
     "shp",
     "single_images",
+    "spa_vl",
     "step_dpo",
     "to_trl",
     "trl",
     "ultrafeedback",
     "unpair",
+    "vlfeedback",
 ]
 
 IMPORTERS: dict[str, Callable[..., Imported]] = {
@@ -77,4 +88,10 @@ IMPORTERS: dict[str, Callable[..., Imported]] = {
     "argilla": argilla,
     "llama_factory": llama_factory,
     "ms_swift": ms_swift,
+    "mmsafe_po": mmsafe_po,
+    "spa_vl": spa_vl,
+    "rlaif_v": rlaif_v,
+    "vlfeedback": vlfeedback,
+    "beavertails_v": beavertails_v,
+    "llava_hound": llava_hound,
 }
