@@ -65,6 +65,7 @@ ROOMS = (
         "rank",
         "evaluate",
         "evaluate_texts",
+        "export",
         "prepare",
         "validate_data",
         "text_findings",

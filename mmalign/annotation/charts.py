@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, LABELS, ROOM, ROW, TOP = 640, 200, 110, 26, 10
+WIDTH, LABELS, ROOM, ROW, TOP = 720, 220, 160, 26, 10
 STYLE = (
     "<style>text{font:13px system-ui,sans-serif;fill:currentColor}.soft{opacity:.65}.axis{stroke:currentColor;opacity:.35}"
     ".at{stroke:currentColor;stroke-dasharray:3 3;opacity:.5}.whisker{stroke:#2563eb;stroke-width:2}.mark{fill:#2563eb}</style>"
@@ -66,7 +66,7 @@ def _row_texts(label: str, told: str, y: float) -> str:
     short = label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
     return (
         f'<text x="{LABELS - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(short)}</text>'
-        f'<text x="{WIDTH - ROOM + 8}" y="{y + 4:.1f}" font-size="11">{escape(told)}</text>'
+        f'<text x="{WIDTH - ROOM + 8}" y="{y + 4:.1f}">{escape(told)}</text>'
     )
 
 
@@ -93,4 +93,4 @@ def _x(value: float, low: float, high: float) -> float:
 
 
 def _told(value: float, percent: bool) -> str:
-    return f"{value:.0%}" if percent else f"{value:.2f}"
+    return f"{value:.0%}" if percent else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before a zero

@@ -192,8 +192,8 @@ def _raters(ballots: Sequence[Ballot], majorities: dict[str, Share]) -> dict[str
 def _agreement(whole: Dashboard) -> list[Row]:
     measured = {
         "raw agreement": whole.raw,
-        "Krippendorff's alpha, nominal": whole.alpha_nominal,
-        f"Krippendorff's alpha, ordinal ({whole.grade})": whole.alpha_ordinal,
+        "Krippendorff alpha, nominal": whole.alpha_nominal,
+        f"alpha, ordinal ({whole.grade})": whole.alpha_ordinal,
     }
     rows = [
         {"measure": name, "value": one.value, "low": one.low, "high": one.high, "items": one.num_items}
@@ -202,7 +202,7 @@ def _agreement(whole: Dashboard) -> list[Row]:
     ]
     if whole.fleiss is not None:
         rows.append(
-            {"measure": "Fleiss' kappa", "value": whole.fleiss, "low": None, "high": None, "items": whole.num_overlapping}
+            {"measure": "Fleiss kappa", "value": whole.fleiss, "low": None, "high": None, "items": whole.num_overlapping}
         )
     return rows
 

@@ -48,6 +48,8 @@ def trl(
     messages or conversations, whose last answer is the completion; prompt alone. Beyond TRL: prompt, completions with scores
     or ranks; `chosen` and `rejected` that are objects of prompt and completion (joint pairs); a `prefix` of both answers.
 
+    An answer may also be an image, `{bytes, path}`, as pairs of generated images have them.
+
     Messages are {role, content}, or {from, value} with the names human and gpt. Images: `image`, `images`, or inside the
     parts of messages. Further columns: tools, system, prob, margin, weight, chosen_score and rejected_score (the judge
     `score`), rationale, exploration, gold, id. Others are not read, which is told.
@@ -118,13 +120,14 @@ def _pair(row: Mapping[str, Any], reader: "_Reader") -> Comparison:
     missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing:
         raise UserError(f"got no {missing[0]}, want chosen and rejected. Complete or remove the row.")
-    chosen, rejected = (_listed(row[name]) if not isinstance(row[name], str) else row[name] for name in ("chosen", "rejected"))
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise UserError("got a text and a conversation, want chosen and rejected of one form. Correct the row.")
+    plain = [isinstance(row[name], str) or _is_picture(row[name]) for name in ("chosen", "rejected")]
+    chosen, rejected = (row[n] if one else _listed(row[n]) for n, one in zip(("chosen", "rejected"), plain, strict=True))
+    if isinstance(chosen, str) != isinstance(rejected, str) or plain[0] != plain[1]:
+        raise UserError("got two forms of answers, want chosen and rejected of one form. Correct the row.")
     prompt = row.get("prompt", row.get("messages"))
-    if prompt is None:
+    if prompt is None and not _is_picture(chosen):
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    elif not isinstance(chosen, str):
+    elif not plain[0]:
         prompt, chosen, rejected = _conversations(prompt, chosen, rejected)
     scores = next(((row[a], row[b]) for a, b in SCORES if a in row and b in row), None)
     known: dict[str, Any] = {"ranks": (1.0, 2.0)} if "prob" not in row else {"prob": _number(row, "prob")}
@@ -202,7 +205,8 @@ class _Reader:
         if prompt is None:
             raise UserError("got no prompt, want one. Complete or remove the row.")
         system = self.row.get("system")
-        talks = bool(system) or any(isinstance(value, list | Mapping) for value in (prompt, *answers))
+        said = [value for value in (prompt, *answers) if not _is_picture(value)]
+        talks = bool(system) or any(isinstance(value, list | Mapping) for value in said)
         numbers: dict[str, Any] = {name: _number(self.row, name) for name in ("margin", "weight") if name in self.row}
         prefix = self.row.get("prefix")
         return Comparison(
@@ -240,6 +244,8 @@ class _Reader:
         return [*messages[:first], told, *messages[first + 1 :]]
 
     def _answer(self, value: Any, talks: bool) -> Content:
+        if _is_picture(value):
+            return Content(images=(self._image(value),))
         if not talks:
             return Content(text=_words(value, "completion"))
         entries = [{"role": "assistant", "content": value}] if isinstance(value, str) else _listed(value)
@@ -260,10 +266,15 @@ class _Reader:
 
 def _without_gaps(name: str, value: Any) -> Any:
     """Return a conversation as a list, without the keys that a table gave each message."""
-    if name not in CONVERSATIONS or isinstance(value, str):
+    if name not in CONVERSATIONS or isinstance(value, str) or _is_picture(value):
         return value
     value = without_nulls(value)
     return [value] if isinstance(value, Mapping) and "completion" not in value else value
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value is an image as `datasets` stores it undecoded, and no message."""
+    return isinstance(value, Mapping) and bool(value) and set(value) <= {"bytes", "path"}
 
 
 def _role(message: Mapping[str, Any]) -> Any:

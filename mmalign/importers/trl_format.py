@@ -70,22 +70,32 @@ def trl_row(example: Example) -> dict[str, Any]:
     if len(example.samples) != 2 or example.samples[0].prompt != example.samples[1].prompt:
         raise UserError(f"{example.id}: got {len(example.samples)} samples, want a pair with one prompt. Use the view pair.")
     chosen, rejected = example.samples
-    contents = (chosen.prompt, chosen.completion, rejected.completion)
-    if any(content.messages for content in contents):
-        sides = {"chosen": _messages(chosen.completion, "assistant"), "rejected": _messages(rejected.completion, "assistant")}
-        prefix = [{"role": "assistant", "content": chosen.prefix}] if chosen.prefix else []
-        row: dict[str, Any] = {"prompt": [*_messages(chosen.prompt, "user"), *prefix], **sides}
-    else:
-        row = {"prompt": _text(chosen, chosen.prompt) + (chosen.prefix or "")}
-        row |= {"chosen": _text(chosen, chosen.completion), "rejected": _text(rejected, rejected.completion)}
-    images = [media for content in contents for media in content.media()]
+    row = laid_out(chosen, {"chosen": chosen.completion, "rejected": rejected.completion})
     side: dict[str, Any] = {name: example.side[name] for name in ("prob", "margin", "weight") if name in example.side}
     scores = example.side.get("scores")
     if isinstance(scores, tuple):
         side |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     further = {name: sample.completion.words() for name, sample in example.extras.items()}
-    tools = {"tools": list(chosen.prompt.tools)} if chosen.prompt.tools else {}
-    return {**row, **tools, **({"images": images} if images else {}), **side, **further}
+    return {**row, **side, **further}
+
+
+def laid_out(sample: Sample, answers: Mapping[str, Content]) -> dict[str, Any]:
+    """Return the prompt of a sample and answers to it under their names, with tools and images where there are some.
+
+    Raises:
+        UserError: images in place of a text.
+    """
+    contents = (sample.prompt, *answers.values())
+    if any(content.messages for content in contents):
+        prefix = [{"role": "assistant", "content": sample.prefix}] if sample.prefix else []
+        row: dict[str, Any] = {"prompt": [*_messages(sample.prompt, "user"), *prefix]}
+        row |= {name: _messages(content, "assistant") for name, content in answers.items()}
+    else:
+        row = {"prompt": _text(sample, sample.prompt) + (sample.prefix or "")}
+        row |= {name: _text(sample, content) for name, content in answers.items()}
+    images = [media for content in contents for media in content.media()]
+    tools = {"tools": list(sample.prompt.tools)} if sample.prompt.tools else {}
+    return {**row, **tools, **({"images": images} if images else {})}
 
 
 def _messages(content: Content, role: str) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ def _write_jsonl(rows: Iterator[Comparison], target: Path, partial: Path) -> Non
     def place(image: Media) -> str:
         if image.path and Path(image.path).is_absolute() and Path(image.path).is_relative_to(folder):
             return Path(image.path).relative_to(folder).as_posix()
-        return f"{media.name}/{_store(image, media)}"
+        return f"{media.name}/{store_media(image, media)}"
 
     with open(partial, "w", encoding="utf-8") as file:
         for row in rows:
@@ -162,7 +162,7 @@ def _write_imagefolder(rows: Iterator[Comparison], target: Path, partial: Path) 
                     f"{row.where or row.id}: imagefolder metadata holds a text prompt and one image a candidate. "
                     "Write .jsonl or .parquet instead."
                 )
-            names = [f"images/{_store(c.images[0], partial / 'images')}" for c in row.candidates]
+            names = [f"images/{store_media(c.images[0], partial / 'images')}" for c in row.candidates]
             file.write(_json_line({"id": row.id, "file_names": names, "prompt": row.prompt.text, **_side(row)}))
 
 
@@ -234,7 +234,7 @@ def _json_line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _store(image: Media, folder: Path) -> str:
+def store_media(image: Media, folder: Path) -> str:
     """Write an image under its content key, once, and return its name."""
     data = image.read()
     name = image.key()[:32] + _suffix(data)
