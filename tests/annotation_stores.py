@@ -37,7 +37,7 @@ class Clock:
 
 
 class Postgres:
-    """A PostgreSQL server with a new database for each that asks."""
+    """A PostgreSQL server with a new schema, which looks like an empty database, for each that asks."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -46,11 +46,12 @@ class Postgres:
     def database(self) -> str:
         self._count += 1
         name = f"mmalign_test_{os.getpid()}_{self._count}"
-        engine = create_engine(self.url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
+        engine = create_engine(self.url)
+        with engine.begin() as connection:
+            connection.execute(text(f"CREATE SCHEMA {name}"))
         engine.dispose()
-        return make_url(self.url).set(database=name).render_as_string(hide_password=False)
+        address = make_url(self.url).update_query_dict({"options": f"-csearch_path={name}"})
+        return address.render_as_string(hide_password=False)
 
 
 def _someone() -> str | None:
