@@ -34,9 +34,16 @@ export class Answers {
   /** Lines for the legend: [keys, meaning]. */
   get legend() {
     if (this.ranking) {
-      return [[["1", "…", String(this.count)], "next best"], [["="], "as good as the one before"], [["⌫"], "take back"], [["Enter"], "submit"], ...this.#others()];
+      return [
+        [["1", "…", String(this.count)], "next best"],
+        [["="], "as good as the one before"],
+        [["⌫"], "take back"],
+        [["Enter"], "submit"],
+        ...this.#others(),
+      ];
     }
-    if (this.protocol.strength) return [[["1", "…", "7"], "left much … right much"], [["←", "→"], "side alone"], ...this.#others()];
+    if (this.protocol.strength)
+      return [[["1", "…", "7"], "left much … right much"], [["←", "→"], "side alone"], ...this.#others()];
     return [[["←", "1"], "left"], [["→", "2"], "right"], ...this.#others()];
   }
 
@@ -50,7 +57,9 @@ export class Answers {
   }
 
   #label(choice) {
-    return { left: "Left", right: "Right", tie: "Tie", both_bad: this.count === 2 ? "Both bad" : "All bad", skip: "Skip" }[choice];
+    return { left: "Left", right: "Right", tie: "Tie", both_bad: this.count === 2 ? "Both bad" : "All bad", skip: "Skip" }[
+      choice
+    ];
   }
 
   setLive(isLive) {
@@ -71,8 +80,14 @@ export class Answers {
       const numbers = middle.map((choice, place) => this.#button(choice, [String(place + 3), LETTERS[choice]]));
       return this.row.replaceChildren(left, ...numbers, right);
     }
-    const scale = el("div", { className: "scale", attrs: { role: "group", "aria-label": "How much better" } }, [-3, -2, -1, 0, 1, 2, 3].map((s) => this.#strength(s)));
-    const rest = middle.filter((choice) => choice !== "tie").map((choice, place) => this.#button(choice, [String(place + 8), LETTERS[choice]]));
+    const scale = el(
+      "div",
+      { className: "scale", attrs: { role: "group", "aria-label": "How much better" } },
+      [-3, -2, -1, 0, 1, 2, 3].map((s) => this.#strength(s)),
+    );
+    const rest = middle
+      .filter((choice) => choice !== "tie")
+      .map((choice, place) => this.#button(choice, [String(place + 8), LETTERS[choice]]));
     this.#keys.set("ArrowLeft", () => this.#give("left"));
     this.#keys.set("ArrowRight", () => this.#give("right"));
     this.row.replaceChildren(scale, ...rest);
@@ -105,7 +120,12 @@ export class Answers {
     const name = nameOf(Number(strength > 0), 2);
     const label = strength ? `${name} is ${STRENGTHS[size]}` : "Equally good";
     const text = strength ? [name, el("small", {}, SHORT[size])] : "Equal";
-    const button = el("button", { type: "button", className: "choice", attrs: { "data-choice": choice, "data-strength": strength, "aria-label": label } }, el("span", {}, text), key(digit));
+    const button = el(
+      "button",
+      { type: "button", className: "choice", attrs: { "data-choice": choice, "data-strength": strength, "aria-label": label } },
+      el("span", {}, text),
+      key(digit),
+    );
     button.addEventListener("click", act);
     return button;
   }
@@ -117,13 +137,21 @@ export class Answers {
     for (let place = 0; place < this.count; place += 1) this.#keys.set(String(place + 1), () => this.ranking.press(place));
     this.#keys.set("Backspace", () => this.ranking.back());
     this.#keys.set("=", () => this.ranking.toggleEqual());
-    this.row.replaceChildren(this.ranking.node, ...this.#offered().map((choice) => this.#button(choice, [LETTERS[choice]])), submit);
+    this.row.replaceChildren(
+      this.ranking.node,
+      ...this.#offered().map((choice) => this.#button(choice, [LETTERS[choice]])),
+      submit,
+    );
   }
 
   #drawDetails(drafted) {
     const names = [...Array(this.count).keys()].map((place) => nameOf(place, this.count));
     const groups = this.protocol.aspects.map((aspect, number) => {
-      const options = [...names.slice(0, this.count === 2 ? 1 : this.count), "Tie", ...names.slice(this.count === 2 ? 1 : this.count)];
+      const options = [
+        ...names.slice(0, this.count === 2 ? 1 : this.count),
+        "Tie",
+        ...names.slice(this.count === 2 ? 1 : this.count),
+      ];
       const radios = options.map((name) => pill("", name, { name: `aspect-${number}`, value: name.toLowerCase() }, "radio"));
       for (const radio of radios) radio.firstChild.addEventListener("change", drafted);
       return el("fieldset", { attrs: { "data-aspect": aspect } }, el("legend", {}, aspect), radios);
@@ -134,7 +162,13 @@ export class Answers {
 
   #reason(drafted) {
     const wanted = this.protocol.rationale === "required";
-    this.text = el("textarea", { id: "rationale", rows: 1, maxLength: 4000, placeholder: wanted ? "Why? (wanted)" : "Why? (optional)", attrs: { "aria-required": String(wanted) } });
+    this.text = el("textarea", {
+      id: "rationale",
+      rows: 1,
+      maxLength: 4000,
+      placeholder: wanted ? "Why? (wanted)" : "Why? (optional)",
+      attrs: { "aria-required": String(wanted) },
+    });
     this.text.addEventListener("input", drafted);
     return el("label", { className: "rationale" }, el("span", { className: "soft" }, "Reason ", key("R")), this.text);
   }
@@ -178,7 +212,8 @@ export class Answers {
     if (ranks) this.ranking.ranks = ranks;
     for (const button of this.row.querySelectorAll(".choice")) {
       const own = button.dataset.strength === undefined || String(strength) === button.dataset.strength;
-      if (button.dataset.choice !== "ranks") button.setAttribute("aria-pressed", String(button.dataset.choice === choice && own));
+      if (button.dataset.choice !== "ranks")
+        button.setAttribute("aria-pressed", String(button.dataset.choice === choice && own));
     }
   }
 
@@ -193,7 +228,11 @@ export class Answers {
 
   /** Bring the first aspect, flag or the reason into focus. */
   focus(what) {
-    const target = { a: () => this.details.querySelector("fieldset input"), g: () => document.querySelector("#stage [data-flag]"), r: () => this.text }[what]();
+    const target = {
+      a: () => this.details.querySelector("fieldset input"),
+      g: () => document.querySelector("#stage [data-flag]"),
+      r: () => this.text,
+    }[what]();
     target?.focus();
     return Boolean(target);
   }

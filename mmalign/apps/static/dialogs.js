@@ -20,7 +20,9 @@ export function openDialog(title, content, { closing = "Close", isMain = false, 
 
 /** The instructions; new ones are to be read before judging goes on. */
 export function instructions(guideline, { isNew = false } = {}) {
-  const text = guideline.text.trim() ? words(guideline) : el("p", { className: "soft" }, "There are no instructions for this project yet.");
+  const text = guideline.text.trim()
+    ? words(guideline)
+    : el("p", { className: "soft" }, "There are no instructions for this project yet.");
   const version = el("p", { className: "soft" }, `Version ${guideline.version}`);
   return openDialog("Instructions", [text, version], isNew ? { closing: "Start judging", isMain: true } : {});
 }
@@ -29,11 +31,26 @@ export function instructions(guideline, { isNew = false } = {}) {
 export function keyHelp(sections, isOn, setOn) {
   const lists = sections.flatMap(([title, lines]) => [
     el("h3", {}, title),
-    el("dl", {}, lines.flatMap(([names, meaning]) => [el("dt", {}, names.flatMap((name, n) => (n ? [" ", key(name)] : [key(name)]))), el("dd", {}, meaning)])),
+    el(
+      "dl",
+      {},
+      lines.flatMap(([names, meaning]) => [
+        el(
+          "dt",
+          {},
+          names.flatMap((name, n) => (n ? [" ", key(name)] : [key(name)])),
+        ),
+        el("dd", {}, meaning),
+      ]),
+    ),
   ]);
   const box = el("input", { type: "checkbox", checked: isOn });
   box.addEventListener("change", () => setOn(box.checked));
-  return openDialog("Keys", [...lists, el("h3", {}, "Setting"), el("label", {}, box, " Single keys judge (buttons always do)")]);
+  return openDialog("Keys", [
+    ...lists,
+    el("h3", {}, "Setting"),
+    el("label", {}, box, " Single keys judge (buttons always do)"),
+  ]);
 }
 
 export function enlarge(node) {

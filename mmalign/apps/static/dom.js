@@ -53,3 +53,23 @@ export const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 export const isNarrow = () => matchMedia("(max-width: 760px)").matches;
 
 export const wantsStillness = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+/** What `localStorage` or `sessionStorage` (by its name) holds; nothing where it is forbidden. */
+export function recall(storage, name) {
+  try {
+    return window[storage].getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+/** Keep a text in a storage, by its name; null forgets it. Where that is forbidden or full, it lasts as long as the page. */
+export function remember(storage, name, text) {
+  try {
+    if (text === null) window[storage].removeItem(name);
+    else window[storage].setItem(name, text);
+  } catch {
+    return false;
+  }
+  return true;
+}

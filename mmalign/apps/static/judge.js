@@ -6,11 +6,14 @@
 
 import { Answers } from "./answers.js";
 import { Api, Refused, SignedOut, Unreachable } from "./api.js";
-import { enlarge, instructions, keyHelp } from "./dialogs.js";
-import { announce, byId, el, key, painted, pause, toast, wantsStillness } from "./dom.js";
+import { drawLegend, hasKeys, openKeys, press } from "./commands.js";
+import { enlarge, instructions } from "./dialogs.js";
+import { announce, byId, el, key, painted, pause, recall, remember, toast, wantsStillness } from "./dom.js";
 import { listen } from "./keys.js";
+import { askToSignIn, banner, tellBroken, tellFinished, tellProgress, tellSaved } from "./notices.js";
 import { Outbox } from "./outbox.js";
-import { allSeen, nameOf, prepare } from "./panes.js";
+import { prepare } from "./panes.js";
+import { allSeen, drawTabs } from "./tabs.js";
 import { textTools, viewerTools } from "./tools.js";
 import { Viewer } from "./viewer.js";
 
@@ -40,12 +43,15 @@ class Judge {
       send: (action, body) => this.api.post(action, body),
       answered: (message, reply) => this.#answered(message, reply),
       refused: (message, fault) => this.#refused(message, fault),
-      changed: () => this.#tellSaved(),
+      changed: () => this.outbox && tellSaved(this.outbox),
     });
-    this.#tellSaved();
+    tellSaved(this.outbox);
     await this.outbox.flush();
     await this.refresh();
-    setInterval(() => document.visibilityState === "visible" && this.phase === "live" && this.api.post("renew", {}).catch(() => {}), RENEW_MS);
+    setInterval(
+      () => document.visibilityState === "visible" && this.phase === "live" && this.api.post("renew", {}).catch(() => {}),
+      RENEW_MS,
+    );
   }
 
   /** Ask anew what is to be judged. */
@@ -65,7 +71,7 @@ class Judge {
         toast("");
         return reply;
       } catch (fault) {
-        if (fault instanceof SignedOut) this.#askToSignIn();
+        if (fault instanceof SignedOut) askToSignIn();
         else if (fault instanceof Unreachable) toast("No connection to the server; trying again.", { stays: true });
         else throw fault;
         await pause(wait);
@@ -73,14 +79,9 @@ class Judge {
     }
   }
 
-  #askToSignIn() {
-    const link = el("a", { href: `/login?next=${encodeURIComponent(location.pathname)}` }, "Sign in again");
-    this.#banner(["You have been signed out. What you judged is kept in this tab. ", link]);
-  }
-
   /** Go by a reply of the server: what is current, what comes after it. */
   async #adopt({ current, ahead, progress }) {
-    if (progress) this.#tellProgress(progress);
+    if (progress) this.#count(progress);
     const now = this.prepared?.shown;
     const isSame = (one) => one && now && one.assignment === now.assignment && one.revision === now.revision;
     const waits = ["loading", "sending", "finished"].includes(this.phase);
@@ -89,6 +90,11 @@ class Judge {
     if (current) await this.show(this.#prepared(current));
     else this.#finish();
     this.#prefetch(ahead);
+  }
+
+  #count(progress) {
+    this.judged = progress.judged;
+    tellProgress(progress);
   }
 
   #prepared(shown) {
@@ -114,9 +120,11 @@ class Judge {
     broken = broken.length ? broken : await this.#decodeAgain(prepared);
     if (turn !== this.#turn) return;
     this.viewer?.refresh();
-    if (broken.length) return this.#tellBroken(broken);
+    if (broken.length) {
+      return tellBroken(broken, prepared.panes, () => this.show(prepare(prepared.shown, this.protocol.flags, this.mode)));
+    }
     await painted();
-    await allSeen(byId("stage"), prepared.panes, (left) => left && announce("Swipe to see the others."));
+    await allSeen(prepared.panes, () => announce("Swipe to see the others."));
     if (turn !== this.#turn) return;
     this.shownAt = performance.now();
     this.phase = "guard";
@@ -148,8 +156,14 @@ class Judge {
     byId("prompt").replaceChildren(...prepared.prompt);
     byId("prompt").hidden = prepared.prompt.length === 0;
     byId("prompt").scrollTop = shown.prompt.turns.length > 1 ? byId("prompt").scrollHeight : 0;
-    this.#tabs(panes);
-    this.answers = new Answers({ shown, protocol: this.protocol, choose: (verdict) => this.#vote(verdict), drafted: () => this.#keepDraft() });
+    this.unwatch?.();
+    this.unwatch = drawTabs(panes);
+    this.answers = new Answers({
+      shown,
+      protocol: this.protocol,
+      choose: (verdict) => this.#vote(verdict),
+      drafted: () => this.#keepDraft(),
+    });
     stage.onchange = () => this.#keepDraft();
     if (prepared.isViewed) {
       let update = () => {};
@@ -157,39 +171,19 @@ class Judge {
       update = viewerTools(this.viewer, panes.length === 2);
       update();
     } else {
-      this.#write(this.mode);
+      this.write(this.mode);
     }
     this.#restore(shown);
-    this.#drawLegend();
-  }
-
-  /** On a narrow screen: which pane is seen, and which has not been yet. */
-  #tabs(panes) {
-    document.querySelector(".tabs")?.remove();
-    const tabs = panes.map((pane, place) => {
-      const tab = el("button", { type: "button", className: "unseen", attrs: { "aria-pressed": "false" } }, nameOf(place, panes.length));
-      tab.addEventListener("click", () => pane.figure.scrollIntoView({ inline: "center", block: "nearest", behavior: wantsStillness() ? "auto" : "smooth" }));
-      return tab;
-    });
-    byId("stage").before(el("div", { className: "tabs", attrs: { role: "group", "aria-label": "Show" } }, tabs));
-    this.watcher?.disconnect();
-    this.watcher = new IntersectionObserver((entries) => {
-      for (const { target, intersectionRatio } of entries) {
-        const tab = tabs[target.dataset.place];
-        tab.setAttribute("aria-pressed", String(intersectionRatio > 0.5));
-        if (intersectionRatio > 0.5) tab.classList.remove("unseen");
-      }
-    }, { root: byId("stage"), threshold: [0.51] });
-    for (const pane of panes) this.watcher.observe(pane.figure);
+    drawLegend(this);
   }
 
   /** Write texts in another way. */
-  #write(mode) {
+  write(mode) {
     const { shown, panes } = this.prepared;
     this.mode = mode;
     const kept = mode === "differences" && !shown.changes ? "rendered" : mode;
     for (const pane of panes) pane.write(kept);
-    textTools(kept, Boolean(shown.changes), (one) => this.#write(one));
+    textTools(kept, Boolean(shown.changes), (one) => this.write(one));
   }
 
   get #draftKey() {
@@ -197,27 +191,23 @@ class Judge {
   }
 
   #keepDraft() {
-    try {
-      sessionStorage.setItem(this.#draftKey, JSON.stringify(this.answers.extras));
-    } catch {
-      // storage is full or forbidden: the draft lives as long as the page
-    }
+    remember("sessionStorage", this.#draftKey, JSON.stringify(this.answers.extras));
   }
 
   #restore({ earlier }) {
-    const draft = sessionStorage.getItem(this.#draftKey);
-    this.#banner([]);
+    const draft = recall("sessionStorage", this.#draftKey);
+    banner([]);
     if (earlier) {
       this.answers.mark(earlier);
       this.answers.extras = earlier;
       const keep = el("button", { type: "button" }, "Keep it ", key("Esc"));
       keep.addEventListener("click", () => this.keep());
-      this.#banner([`You judged this before: ${this.answers.describe(earlier)}. Judge it again, or leave it so.`, keep]);
+      banner([`You judged this before: ${this.answers.describe(earlier)}. Judge it again, or leave it so.`, keep]);
       announce(`Revising. You judged this before: ${this.answers.describe(earlier)}.`);
     } else {
       const number = this.judged === undefined ? "" : ` ${this.judged + 1}`;
       announce(`Item${number}.${this.prepared.shown.calibration ? " Practice: the answer is told afterwards." : ""}`);
-      if (this.prepared.shown.calibration) this.#banner(["Practice: you are told the expected answer after yours."]);
+      if (this.prepared.shown.calibration) banner(["Practice: you are told the expected answer after yours."]);
     }
     if (draft) this.answers.extras = JSON.parse(draft);
   }
@@ -227,17 +217,23 @@ class Judge {
     const { assignment, revision, calibration } = this.prepared.shown;
     this.phase = "sending";
     this.answers.setLive(false);
-    sessionStorage.removeItem(this.#draftKey);
+    remember("sessionStorage", this.#draftKey, null);
     announce(`${this.answers.describe(verdict)}.`);
     performance.mark("vote");
-    const body = { assignment, revision, ...verdict, dwell_ms: Math.round(performance.now() - this.shownAt), app_version: VERSION };
+    const body = {
+      assignment,
+      revision,
+      ...verdict,
+      dwell_ms: Math.round(performance.now() - this.shownAt),
+      app_version: VERSION,
+    };
     this.outbox.add("vote", body);
     if (this.ahead && !calibration) this.show(this.ahead);
   }
 
   #answered(message, reply) {
     if (message.action !== "vote") return;
-    if (reply.progress) this.#tellProgress(reply.progress);
+    if (reply.progress) this.#count(reply.progress);
     if (reply.status === "refused") {
       toast(`Not counted: ${reply.message}.`, { stays: true });
       if (!this.outbox.numVotes) this.#resync();
@@ -272,7 +268,7 @@ class Judge {
       this.#adopt(reply);
     };
     go.addEventListener("click", this.goOn, { once: true });
-    this.#banner([told, go], right ? "right" : "wrong");
+    banner([told, go], right ? "right" : "wrong");
     announce(told);
   }
 
@@ -313,29 +309,10 @@ class Judge {
     this.#turn += 1;
     this.phase = "finished";
     this.prepared = null;
-    delete document.body.dataset.shown;
     this.viewer?.close();
     this.viewer = null;
-    document.querySelector(".tabs")?.remove();
-    byId("prompt").hidden = true;
-    for (const id of ["view", "details", "choices", "legend"]) byId(id).replaceChildren();
-    const again = el("button", { type: "button", className: "main" }, "Look again");
-    again.addEventListener("click", () => this.refresh());
-    const told = el("div", { className: "finished" }, el("h2", {}, "Nothing left to judge"), el("p", { className: "soft" }, "Thank you. There may be more when others add items or give some back."), again);
-    byId("stage").className = "stage";
-    byId("stage").replaceChildren(told);
-    this.#banner([]);
-    announce("Nothing left to judge.");
-  }
-
-  #tellBroken(places) {
-    for (const place of places) {
-      const { figure, frame } = this.prepared.panes[place] ?? {};
-      const retry = el("button", { type: "button" }, "Load again");
-      retry.addEventListener("click", () => this.show(prepare(this.prepared.shown, this.protocol.flags, this.mode)));
-      (frame ?? figure ?? byId("prompt")).replaceChildren(el("div", { className: "broken" }, "This picture could not be loaded.", retry));
-    }
-    announce("A picture could not be loaded.");
+    delete document.body.dataset.shown;
+    tellFinished(() => this.refresh());
   }
 
   /** Show instructions that are new to this browser, before anything is judged by them. */
@@ -344,93 +321,14 @@ class Judge {
     const guideline = await this.#patiently(() => this.api.guideline());
     this.guidelineVersion = version;
     const name = `mmalign-guideline:${this.project}`;
-    if (!guideline.text.trim() || localStorage.getItem(name) === String(guideline.version)) return;
+    if (!guideline.text.trim() || recall("localStorage", name) === String(guideline.version)) return;
     await instructions(guideline, { isNew: true });
-    localStorage.setItem(name, String(guideline.version));
+    remember("localStorage", name, String(guideline.version));
     this.api.post("guideline", { version: guideline.version }).catch(() => {});
   }
 
   async openInstructions() {
     instructions(await this.#patiently(() => this.api.guideline()));
-  }
-
-  #banner(content, kind = "") {
-    const banner = byId("banner");
-    banner.className = `banner ${kind}`;
-    banner.replaceChildren(...content);
-    banner.hidden = content.length === 0;
-  }
-
-  #tellProgress({ judged, total }) {
-    this.judged = judged;
-    byId("bar").max = Math.max(total ?? judged, 1);
-    byId("bar").value = judged;
-    byId("bar").hidden = !total;
-    byId("count").textContent = total ? `${judged} of ${total}` : `${judged} judged`;
-  }
-
-  #tellSaved() {
-    const { numVotes, failing } = this.outbox ?? {};
-    const place = byId("saved");
-    const told = `${numVotes} judgement${numVotes === 1 ? "" : "s"} kept here`;
-    place.classList.toggle("failing", Boolean(failing && numVotes));
-    place.textContent = failing && numVotes ? `No connection · ${told}` : numVotes ? "Saving …" : "";
-    if (failing === "signed out") this.#askToSignIn();
-  }
-
-  get viewKeys() {
-    if (this.viewer) {
-      const pair = [[["X"], "blink"], [["D"], "difference"]];
-      return [[["Z"], "fit or 1:1"], [["+", "−"], "zoom"], [["⇧", "arrows"], "move"], ...(this.prepared.panes.length === 2 ? pair : [])];
-    }
-    return [[["P"], "plain text"], ...(this.prepared?.shown.changes ? [[["D"], "differences"]] : [])];
-  }
-
-  #drawLegend() {
-    const lines = [...this.answers.legend, ...this.viewKeys, [["U"], "undo"]];
-    byId("legend").replaceChildren(...lines.map(([names, meaning]) => el("span", {}, ...names.flatMap((name) => [key(name), " "]), meaning)));
-  }
-
-  openKeys() {
-    const focus = [[["R"], "write a reason (Esc leaves it)"], [["A"], "aspects"], [["G"], "flags"]];
-    const page = [[["U"], "undo, or Ctrl Z"], [["Esc"], "keep what is being revised"], [["I"], "instructions"], [["?"], "keys"]];
-    const judging = this.answers ? [["Judge", this.answers.legend], ["View", this.viewKeys]] : [];
-    keyHelp([...judging, ["Details", focus], ["Page", page]], this.hasKeys, (isOn) => localStorage.setItem("mmalign-keys", isOn ? "on" : "off"));
-  }
-
-  get hasKeys() {
-    return localStorage.getItem("mmalign-keys") !== "off";
-  }
-
-  /** Do what a key means; say whether it means anything. */
-  press(name, shift) {
-    if (this.phase === "feedback" && (name === "Enter" || name === " ")) return this.goOn() ?? true;
-    if (name === "Escape") return this.keep() ?? true;
-    if (shift && name.startsWith("Arrow")) return this.#pan(name);
-    const page = { u: () => this.undo(), undo: () => this.undo(), i: () => this.openInstructions(), "?": () => this.openKeys() }[name];
-    if (page) return page() ?? true;
-    if (!this.prepared) return false;
-    if (["a", "g", "r"].includes(name)) return this.answers.focus(name);
-    return this.answers.press(name) || (this.viewer ? this.#pressViewer(name) : this.#pressTexts(name));
-  }
-
-  #pan(name) {
-    const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[name];
-    this.viewer?.pan(dx, dy);
-    return Boolean(this.viewer);
-  }
-
-  #pressViewer(name) {
-    const { viewer } = this;
-    const acts = { z: () => viewer.toggleZoom(), "+": () => viewer.step(1), "=": () => viewer.step(1), "-": () => viewer.step(-1), x: () => viewer.toggle("blink"), d: () => viewer.toggle("difference"), " ": () => viewer.flip() };
-    acts[name]?.();
-    return name in acts;
-  }
-
-  #pressTexts(name) {
-    const mode = { p: "plain", d: "differences" }[name];
-    if (mode) this.#write(this.mode === mode ? "rendered" : mode);
-    return Boolean(mode);
   }
 
   /** The page is left: what is held may go to others; coming back gives the same again. */
@@ -439,27 +337,11 @@ class Judge {
   }
 }
 
-function setTheme() {
-  const root = document.documentElement;
-  const next = { undefined: "light", light: "dark", dark: "" }[root.dataset.theme];
-  if (next) root.dataset.theme = next;
-  else delete root.dataset.theme;
-  localStorage.setItem("mmalign-theme", next);
-  nameTheme();
-}
-
-function nameTheme() {
-  byId("theme").firstChild.textContent = { light: "Light", dark: "Dark" }[document.documentElement.dataset.theme] ?? "Auto";
-  byId("theme").setAttribute("aria-label", `Theme: ${byId("theme").textContent}`);
-}
-
 const judge = new Judge(location.pathname.split("/").filter(Boolean).at(-1));
-listen((name, shift) => judge.press(name, shift), () => judge.hasKeys);
+listen((name, shift) => press(judge, name, shift), hasKeys);
 byId("undo").addEventListener("click", () => judge.undo());
 byId("instructions").addEventListener("click", () => judge.openInstructions());
-byId("keys").addEventListener("click", () => judge.openKeys());
-byId("theme").addEventListener("click", setTheme);
-nameTheme();
+byId("keys").addEventListener("click", () => openKeys(judge));
 document.addEventListener("click", (event) => {
   const button = event.target.closest?.("[data-enlarge]");
   if (button) enlarge(button.firstChild);

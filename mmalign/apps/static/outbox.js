@@ -4,7 +4,7 @@
 // revision that were on screen, so that sending it twice stores it once.
 
 import { Refused, SignedOut, Unreachable } from "./api.js";
-import { pause } from "./dom.js";
+import { pause, recall, remember } from "./dom.js";
 
 const FIRST_WAIT_MS = 250;
 const LONGEST_WAIT_MS = 4000;
@@ -22,11 +22,7 @@ export class Outbox {
     this.refused = refused;
     this.changed = changed;
     this.failing = null;
-    try {
-      this.#waiting = JSON.parse(sessionStorage.getItem(this.storageKey) ?? "[]");
-    } catch {
-      this.#waiting = [];
-    }
+    this.#waiting = JSON.parse(recall("sessionStorage", this.storageKey) ?? "[]");
     for (const message of this.#waiting) message.resent = true;
     addEventListener("online", () => this.retry());
   }
@@ -108,12 +104,7 @@ export class Outbox {
   }
 
   #keep() {
-    try {
-      if (this.#waiting.length) sessionStorage.setItem(this.storageKey, JSON.stringify(this.#waiting));
-      else sessionStorage.removeItem(this.storageKey);
-    } catch {
-      // storage is full or forbidden: the messages are still in memory
-    }
+    remember("sessionStorage", this.storageKey, this.#waiting.length ? JSON.stringify(this.#waiting) : null);
     this.changed();
   }
 }

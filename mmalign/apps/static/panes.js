@@ -1,6 +1,6 @@
 // The candidates of one assignment as panes, made while the one before is still judged: detached, decoded, ready to be put in.
 
-import { el, isNarrow } from "./dom.js";
+import { el } from "./dom.js";
 import { conversation, folded, words } from "./texts.js";
 import { picture } from "./viewer.js";
 
@@ -16,7 +16,9 @@ export function prepare(shown, flags, mode) {
   const prompt = promptOf(shown.prompt, shown.prefix);
   const panes = shown.candidates.map((candidate, place) => paneOf(shown, candidate, place, flags, mode));
   const ready = Promise.all(
-    panes.map(async (pane, place) => ((await decoded(pane.loads)) ? null : place)).concat(decoded(prompt.loads).then((ok) => (ok ? null : -1))),
+    panes
+      .map(async (pane, place) => ((await decoded(pane.loads)) ? null : place))
+      .concat(decoded(prompt.loads).then((ok) => (ok ? null : -1))),
   ).then((places) => places.filter((place) => place !== null));
   return { shown, prompt: prompt.nodes, panes, isViewed: panes.every((pane) => pane.node), ready };
 }
@@ -33,7 +35,8 @@ function promptOf(prompt, prefix) {
     const tools = prompt.tools.map((tool) => el("pre", { className: "schema", attrs: { tabindex: 0 } }, tool.schema));
     nodes.push(folded(`Tools: ${prompt.tools.map((tool) => tool.name).join(", ")}`, ...tools));
   }
-  if (prefix) nodes.push(el("div", { className: "turn assistant" }, el("div", { className: "role" }, "All go on from"), words(prefix)));
+  if (prefix)
+    nodes.push(el("div", { className: "turn assistant" }, el("div", { className: "role" }, "All go on from"), words(prefix)));
   return { nodes, loads };
 }
 
@@ -54,16 +57,31 @@ function paneOf(shown, candidate, place, flags, mode) {
   }
   pane.write = (newMode) => {
     if (!candidate.turns.length) return;
-    const turns = conversation(candidate.turns, { mode: newMode, changes: shown.changes?.[place], alt: `Picture of ${name}`, loads: pane.loads });
+    const turns = conversation(candidate.turns, {
+      mode: newMode,
+      changes: shown.changes?.[place],
+      alt: `Picture of ${name}`,
+      loads: pane.loads,
+    });
     pane.reading.replaceChildren(...turns);
   };
   if (candidate.turns.length) {
-    pane.reading = el("div", { className: pane.node ? "reading caption" : "reading", attrs: { tabindex: 0, role: "region", "aria-label": `${name} text` } });
+    pane.reading = el("div", {
+      className: pane.node ? "reading caption" : "reading",
+      attrs: { tabindex: 0, role: "region", "aria-label": `${name} text` },
+    });
     pane.write(mode);
     content.push(pane.reading);
   }
-  const marks = flags.map((flag) => pill("flag", flag, { "data-flag": flag, "data-place": place, "aria-label": `${name}: ${flag}` }));
-  pane.figure = el("figure", { className: "pane", attrs: { "data-place": place } }, el("figcaption", {}, el("span", { className: "name" }, name), marks), ...content);
+  const marks = flags.map((flag) =>
+    pill("flag", flag, { "data-flag": flag, "data-place": place, "aria-label": `${name}: ${flag}` }),
+  );
+  pane.figure = el(
+    "figure",
+    { className: "pane", attrs: { "data-place": place } },
+    el("figcaption", {}, el("span", { className: "name" }, name), marks),
+    ...content,
+  );
   return pane;
 }
 
@@ -76,7 +94,14 @@ export function pill(className, text, attrs, type = "checkbox") {
 function film(media, pane, name) {
   const frames = media.map((one, number) => (number ? picture(one, `${name} picture`) : null));
   pane.loads.push(...frames.slice(1).map((frame) => frame.ready));
-  const slider = el("input", { type: "range", min: 0, max: media.length - 1, value: 0, className: "film", attrs: { "aria-label": `${name}: frame` } });
+  const slider = el("input", {
+    type: "range",
+    min: 0,
+    max: media.length - 1,
+    value: 0,
+    className: "film",
+    attrs: { "aria-label": `${name}: frame` },
+  });
   slider.addEventListener("input", () => {
     for (const other of document.querySelectorAll(".film")) {
       other.value = slider.value;
@@ -87,25 +112,4 @@ function film(media, pane, name) {
     pane.node.src = media[Math.min(Number(slider.value), media.length - 1)].src;
   });
   return slider;
-}
-
-/** Resolve when every pane has been on screen for more than its half: at once where all stand side by side. */
-export function allSeen(stage, panes, noted) {
-  if (!isNarrow() || panes.length < 2) return Promise.resolve();
-  const waiting = new Set(panes.map((pane) => pane.figure));
-  return new Promise((resolve) => {
-    const observer = new IntersectionObserver(
-      (entries) => {
-        for (const entry of entries) {
-          if (entry.intersectionRatio > 0.5) waiting.delete(entry.target);
-        }
-        noted(waiting.size);
-        if (waiting.size && stage.contains(panes[0].figure)) return;
-        observer.disconnect();
-        resolve();
-      },
-      { root: stage, threshold: [0.51] },
-    );
-    for (const pane of panes) observer.observe(pane.figure);
-  });
 }

@@ -11,7 +11,14 @@ export class Ranking {
     this.changed = changed;
     this.row = el("ol", { className: "order", attrs: { "aria-label": "Order, best first" } });
     this.rest = el("div", { className: "unranked", attrs: { role: "group", "aria-label": "Not ranked yet" } });
-    this.node = el("div", { className: "ranking" }, el("span", { className: "soft edge" }, "Best"), this.row, el("span", { className: "soft edge" }, "Worst"), this.rest);
+    this.node = el(
+      "div",
+      { className: "ranking" },
+      el("span", { className: "soft edge" }, "Best"),
+      this.row,
+      el("span", { className: "soft edge" }, "Worst"),
+      this.rest,
+    );
     this.#draw();
   }
 
@@ -33,7 +40,9 @@ export class Ranking {
 
   set ranks(ranks) {
     this.#order = ranks.map((_, candidate) => candidate).sort((a, b) => ranks[a] - ranks[b]);
-    this.#equal = new Set(this.#order.keys().filter((place) => place && ranks[this.#order[place]] === ranks[this.#order[place - 1]]));
+    this.#equal = new Set(
+      this.#order.keys().filter((place) => place && ranks[this.#order[place]] === ranks[this.#order[place - 1]]),
+    );
     this.#draw();
   }
 
@@ -61,13 +70,20 @@ export class Ranking {
     if (place < 1) return false;
     if (!this.#equal.delete(place)) this.#equal.add(place);
     this.#draw();
-    announce(`${this.#order[place] + 1} is ${this.#equal.has(place) ? "as good as" : "worse than"} ${this.#order[place - 1] + 1}.`);
+    announce(
+      `${this.#order[place] + 1} is ${this.#equal.has(place) ? "as good as" : "worse than"} ${this.#order[place - 1] + 1}.`,
+    );
     return true;
   }
 
   #remove(place) {
     this.#order.splice(place, 1);
-    this.#equal = new Set([...this.#equal].filter((p) => p !== place).map((p) => (p > place ? p - 1 : p)).filter((p) => p > 0));
+    this.#equal = new Set(
+      [...this.#equal]
+        .filter((p) => p !== place)
+        .map((p) => (p > place ? p - 1 : p))
+        .filter((p) => p > 0),
+    );
   }
 
   /** Put a candidate at a place of the order; what was equal there no longer is. */
@@ -96,14 +112,33 @@ export class Ranking {
 
   #sign(place) {
     const equal = this.#equal.has(place);
-    const sign = el("button", { type: "button", className: "sign", attrs: { "aria-pressed": String(equal), "aria-label": `${this.#order[place] + 1} is as good as ${this.#order[place - 1] + 1}` } }, equal ? "=" : "›");
+    const sign = el(
+      "button",
+      {
+        type: "button",
+        className: "sign",
+        attrs: {
+          "aria-pressed": String(equal),
+          "aria-label": `${this.#order[place] + 1} is as good as ${this.#order[place - 1] + 1}`,
+        },
+      },
+      equal ? "=" : "›",
+    );
     sign.addEventListener("click", () => this.toggleEqual(place));
     return sign;
   }
 
   #chip(candidate, place) {
     const where = place < 0 ? "not ranked" : `number ${place + 1}`;
-    const chip = el("button", { type: "button", className: "chip", attrs: { "data-candidate": candidate, "aria-label": `Candidate ${candidate + 1}, ${where}` } }, String(candidate + 1));
+    const chip = el(
+      "button",
+      {
+        type: "button",
+        className: "chip",
+        attrs: { "data-candidate": candidate, "aria-label": `Candidate ${candidate + 1}, ${where}` },
+      },
+      String(candidate + 1),
+    );
     chip.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!step || place < 0 || place + step < 0) return;

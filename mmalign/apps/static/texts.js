@@ -22,7 +22,11 @@ export function conversation(turns, { mode = "rendered", changes = [], alt = "Pi
       if (part.media) {
         const { node, ready } = picture(part.media, alt);
         loads.push(ready);
-        return el("button", { type: "button", className: "inline-picture", attrs: { "aria-label": `${alt}: enlarge`, "data-enlarge": true } }, node);
+        return el(
+          "button",
+          { type: "button", className: "inline-picture", attrs: { "aria-label": `${alt}: enlarge`, "data-enlarge": true } },
+          node,
+        );
       }
       const here = start;
       start += [...part.text].length + 1;
@@ -30,11 +34,23 @@ export function conversation(turns, { mode = "rendered", changes = [], alt = "Pi
     });
     const thoughts = turn.thoughts && folded("Thoughts", words(turn.thoughts, mode));
     const calls = (turn.calls ?? []).map((call) =>
-      el("div", { className: "call" }, el("span", { className: "soft" }, "calls "), el("code", {}, `${call.name}(${call.arguments})`)),
+      el(
+        "div",
+        { className: "call" },
+        el("span", { className: "soft" }, "calls "),
+        el("code", {}, `${call.name}(${call.arguments})`),
+      ),
     );
     const label = turn.role ? (ROLES[turn.role] ?? turn.role) + (turn.name ? ` · ${turn.name}` : "") : null;
     const known = turn.role in ROLES ? turn.role : "other";
-    return el("div", { className: label ? `turn ${known}` : "turn" }, label ? el("div", { className: "role" }, label) : null, thoughts, body, calls);
+    return el(
+      "div",
+      { className: label ? `turn ${known}` : "turn" },
+      label ? el("div", { className: "role" }, label) : null,
+      thoughts,
+      body,
+      calls,
+    );
   });
 }
 

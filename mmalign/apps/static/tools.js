@@ -19,14 +19,24 @@ export function viewerTools(viewer, isPair) {
   const difference = isPair && tool("Difference", "D", () => viewer.toggle("difference"), { "aria-pressed": "false" });
   const note = el("span", { className: "soft", attrs: { "aria-live": "off" } });
   byId("view").replaceChildren(
-    ...[zoom, tool("−", null, () => viewer.step(-1), { "aria-label": "Zoom out" }), tool("+", null, () => viewer.step(1), { "aria-label": "Zoom in" }), blink, difference, note].filter(Boolean),
+    ...[
+      zoom,
+      tool("−", null, () => viewer.step(-1), { "aria-label": "Zoom out" }),
+      tool("+", null, () => viewer.step(1), { "aria-label": "Zoom in" }),
+      blink,
+      difference,
+      note,
+    ].filter(Boolean),
   );
   return () => {
     zoom.firstChild.textContent = viewer.zoomText;
     if (!isPair) return;
     blink.setAttribute("aria-pressed", String(viewer.overlay === "blink"));
     difference.setAttribute("aria-pressed", String(viewer.overlay === "difference"));
-    const seen = { blink: `${viewer.front ? "Right" : "Left"} is shown; Space shows the other`, difference: viewer.gain > 1 ? `${viewer.gain} times as bright` : "black is equal" };
+    const seen = {
+      blink: `${viewer.front ? "Right" : "Left"} is shown; Space shows the other`,
+      difference: viewer.gain > 1 ? `${viewer.gain} times as bright` : "black is equal",
+    };
     note.textContent = seen[viewer.overlay] ?? "";
   };
 }
@@ -35,5 +45,7 @@ export function viewerTools(viewer, isPair) {
 export function textTools(mode, hasChanges, choose) {
   const keys = { rendered: null, plain: "P", differences: "D" };
   const offered = MODES.filter((one) => one !== "differences" || hasChanges);
-  byId("view").replaceChildren(...offered.map((one) => tool(MODE_NAMES[one], keys[one], () => choose(one), { "aria-pressed": String(one === mode) })));
+  byId("view").replaceChildren(
+    ...offered.map((one) => tool(MODE_NAMES[one], keys[one], () => choose(one), { "aria-pressed": String(one === mode) })),
+  );
 }

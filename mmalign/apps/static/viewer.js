@@ -96,7 +96,10 @@ export class Viewer {
   pan(dx, dy) {
     const { frame } = this.panes[0];
     const [width, height] = this.#size(this.panes[0]);
-    this.#centre = [this.#centre[0] + (dx * PAN_STEP * frame.clientWidth) / width, this.#centre[1] + (dy * PAN_STEP * frame.clientHeight) / height];
+    this.#centre = [
+      this.#centre[0] + (dx * PAN_STEP * frame.clientWidth) / width,
+      this.#centre[1] + (dy * PAN_STEP * frame.clientHeight) / height,
+    ];
     this.#layOut();
   }
 
@@ -176,10 +179,14 @@ export class Viewer {
 
   #hear(pane) {
     const { frame } = pane;
-    frame.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      this.#about(pane, event, this.#scale(pane) * Math.exp(-event.deltaY * 0.0022));
-    }, { passive: false });
+    frame.addEventListener(
+      "wheel",
+      (event) => {
+        event.preventDefault();
+        this.#about(pane, event, this.#scale(pane) * Math.exp(-event.deltaY * 0.0022));
+      },
+      { passive: false },
+    );
     frame.addEventListener("dblclick", (event) => this.toggleZoom(this.#pointOf(pane, event)));
     frame.addEventListener("pointerdown", (event) => {
       if (event.button !== 0 || pane.node.controls) return;
@@ -201,7 +208,10 @@ export class Viewer {
       const apart = (p) => Math.hypot(p.clientX - other.clientX, p.clientY - other.clientY);
       this.#about(pane, event, (this.#scale(pane) * apart(event)) / Math.max(apart(before), 1));
     } else if (!this.isFit) {
-      this.#centre = [this.#centre[0] - (event.clientX - before.clientX) / width, this.#centre[1] - (event.clientY - before.clientY) / height];
+      this.#centre = [
+        this.#centre[0] - (event.clientX - before.clientX) / width,
+        this.#centre[1] - (event.clientY - before.clientY) / height,
+      ];
       this.#layOut();
     }
     this.#pointers.set(event.pointerId, event);
