@@ -211,20 +211,16 @@ class SightedEncoder:
 
     def _joined(self, groups: Sequence[Sequence[int]], parts: Sequence[Encoded]) -> Encoded:
         """A row whose samples were encoded group by group, in its own order."""
-        size = sum(map(len, groups))
-        continuations: list[Ids] = [()] * size
-        context_of, given = [0] * size, [0] * size
-        others: list[Ids] = [()] * size
-        contexts: list[Ids] = []
-        media: list[Seen | None] = []
-        for group, part in zip(groups, parts, strict=True):
-            for place, number in enumerate(group):
-                continuations[number] = part.continuations[place]
-                context_of[number] = len(contexts) + part.context_of[place]
-                given[number] = part.given[place]
-                others[number] = part.others[place] if part.others else ()
-            contexts += part.contexts
-            media += part.media
+        placed = {number: (part, n) for group, part in zip(groups, parts, strict=True) for n, number in enumerate(group)}
+        members = [placed[number] for number in range(len(placed))]
+        owners = dict.fromkeys((id(part), part.context_of[n]) for part, n in members)
+        number_of = {owner: number for number, owner in enumerate(owners)}
+        by_id = {id(part): part for part in parts}
+        contexts = [by_id[part].contexts[n] for part, n in owners]
+        media = [by_id[part].media[n] for part, n in owners]
+        continuations = [part.continuations[n] for part, n in members]
+        context_of = [number_of[id(part), part.context_of[n]] for part, n in members]
+        others = [part.others[n] if part.others else () for part, n in members]
         longest = max(len(contexts[c]) + len(ids) for c, ids in zip(context_of, continuations, strict=True))
         if self.positions is not None and longest > self.positions:
             raise UserError(
@@ -235,7 +231,7 @@ class SightedEncoder:
             tuple(contexts),
             tuple(continuations),
             tuple(context_of),
-            tuple(given),
+            tuple(part.given[n] for part, n in members),
             sum(part.cut_prompts for part in parts),
             sum(part.cut_responses for part in parts),
             tuple(media) if any(seen is not None for seen in media) else (),

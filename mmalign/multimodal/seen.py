@@ -45,8 +45,8 @@ class Seen:
     Args:
         key: hash of all that is shown.
         images: in the order of their placeholders in the ids.
-        token_types: of each token of the context, as the family's processor types it: 0 text, 1 image, 2 video. None: not told.
-        positions: m-rope indices (time, height, width) of each token; a continuation goes on at their maximum + 1 on all three
+        token_types: what each token of the context stands for: 0 a text, 1 an image, 2 a video. None: not told.
+        positions: m-rope indices (time, height, width) of each token; a continuation goes on at `next_position` on all three
             axes. None: places in the sequence.
         blocks: (start, stop) of tokens of the context that see each other in both directions, beside what comes before them.
         crossed: of each token of the context, which tiles of which image it attends to across: Mllama's cross-attention mask,
@@ -62,8 +62,12 @@ class Seen:
 
     @property
     def next_position(self) -> int | None:
-        """M-rope index of the first token of a continuation; None where places in the sequence count."""
-        return None if self.positions is None else int(self.positions.max()) + 1
+        """M-rope index of the first token of a continuation; None where places in the sequence count.
+
+        That of the last token + 1, the maximum + 1 but for videos of more frames than rows: transformers goes on with texts
+        behind them from an earlier index when it runs a whole sequence.
+        """
+        return None if self.positions is None else int(self.positions[:, -1].max()) + 1
 
     def to(self, device: torch.device | str) -> Seen:
         """The same on a device."""

@@ -97,5 +97,7 @@ def _sharpen(model: Any) -> None:
         elif isinstance(weight, torch.Tensor) and weight.dim() >= 2:
             torch.nn.init.normal_(weight, std=GAIN / weight[0].numel() ** 0.5)
     for name, parameter in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # Gemma 3's projector, which is zero at first
+            torch.nn.init.normal_(parameter, std=GAIN / parameter.shape[0] ** 0.5)
         if name.endswith("gate") and parameter.numel() == 1:  # Mllama's are shut at first, and it sees nothing
             torch.nn.init.constant_(parameter, 0.5)
