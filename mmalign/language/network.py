@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,37 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
+@runtime_checkable
+class Sight(Protocol):
+    """What a model that sees is given beside the ids of a layout; see `multimodal.network`."""
+
+    @property
+    def within_windows(self) -> bool:
+        """See `packed.Row`."""
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the model attends to images across, so that its rows cannot be packed."""
+
+    def probe(self, vocab: int) -> Tokens:
+        """Tokens to try a model with."""
+
+    def alike(self, layout: Layout) -> list[tuple[Int[Tensor, " some"], Layout]]:
+        """Padded rows in groups that the model can run together."""
+
+    def blocks(self, layout: Layout) -> dict[int, tuple[tuple[int, int], ...]]:
+        """See `packed.Row`."""
+
+    def arguments(self, model: Any, layout: Layout, takes: frozenset[str]) -> dict[str, Any]:
+        """Arguments of the backbone that take the place of others."""
+
+    def logits(self, model: Any, layout: Layout) -> Float[Tensor, "rows length vocab"]:
+        """The model's own, of the probe's padded rows."""
+
+    def touched(self, model: Any, layout: Layout) -> Tensor | None:
+        """Zero with a graph to weights that the layout does not use; None: there are none."""
+
+
 class TokenNetwork(nn.Module):
     """A causal language model that gives sums of log-probabilities instead of logits.
 
@@ -37,6 +68,7 @@ class TokenNetwork(nn.Module):
         pack: try to run packed rows; False: padded rows only, and the model's attention stays as it was.
         kernel: of packed attention, see `packed.Row`.
         rows, accumulators: see `slot_sums`.
+        sight: what gives a model that sees the images of a layout's media; None: a model of texts.
     Raises:
         UserError: an encoder-decoder, an output layer that is not a plain or LoRA linear one, or logits that mmalign does
             not get as the model does.
@@ -50,12 +82,14 @@ class TokenNetwork(nn.Module):
         kernel: Literal["sdpa", "flex"] = "sdpa",
         rows: int | None = None,
         accumulators: int = 2,
+        sight: Sight | None = None,
     ) -> None:
         """Check the probe's log-probabilities, and whether rows may be packed."""
         super().__init__()
         self.model = model
         self.kernel: Literal["sdpa", "flex"] = kernel
         self.rows, self.accumulators = rows, accumulators
+        self.sight = sight
         if model.config.is_encoder_decoder:
             raise UserError(f"model: got {type(model).__name__}, an encoder-decoder, want a causal language model.")
         self._takes = frozenset(inspect.signature(self.backbone.forward).parameters)
@@ -132,16 +166,38 @@ class TokenNetwork(nn.Module):
 
         No mask is needed for rows padded on the right: no token attends to what follows it.
         """
-        arguments: dict[str, Any] = {"attention_mask": None}
-        if layout.segments:
-            arguments = packed.row_arguments(layout, self.kernel)
-        if "position_ids" in self._takes:
-            arguments["position_ids"] = layout.positions
-        out = self.backbone(input_ids=layout.ids, use_cache=False, **arguments)
+        if self.sight is None or layout.segments or not self.sight.crosses:
+            states = self._run(layout)
+        else:
+            parts = [(rows, self._run(part)) for rows, part in self.sight.alike(layout)]
+            states = torch.cat([part for _, part in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
+        nothing = None if self.sight is None else self.sight.touched(self.model, layout)
+        return states if nothing is None else states + nothing.to(states.dtype)
+
+    def _run(self, layout: Layout) -> Tensor:
+        arguments = self._arguments(layout)
+        out = self._entry(arguments)(use_cache=False, **arguments)
         if layout.segments and not arguments[packed.NAME].windows:
             raise ValueError("layout: got a packed one for a model whose attention was changed since. Pad the rows.")
         states: Tensor = out.last_hidden_state
         return states
+
+    def _arguments(self, layout: Layout) -> dict[str, Any]:
+        """Of the backbone, for a layout."""
+        arguments: dict[str, Any] = {"attention_mask": None}
+        if layout.segments:
+            blocks: dict[str, Any] = {}
+            if self.sight is not None:
+                blocks = {"blocks": self.sight.blocks(layout), "within_windows": self.sight.within_windows}
+            arguments = packed.row_arguments(layout, self.kernel, **blocks)
+        if "position_ids" in self._takes:
+            arguments["position_ids"] = layout.positions
+        arguments["input_ids"] = layout.ids
+        return arguments if self.sight is None else arguments | self.sight.arguments(self.model, layout, self._takes)
+
+    def _entry(self, arguments: dict[str, Any]) -> Any:
+        """What is called: the backbone, or its language model alone with what only that takes (Qwen3-VL's deepstack)."""
+        return self.backbone.language_model if "deepstack_visual_embeds" in arguments else self.backbone
 
     def head(self, states: Float[Tensor, "n dim"]) -> Head:
         """The output layer as it stands now, with the adapters that are switched on."""
@@ -182,10 +238,10 @@ class TokenNetwork(nn.Module):
         """Compare the probe's log-probabilities with those of the model's own logits."""
         if self._is_meta():
             return
-        layout = _probe(self.model).padded().to(self._device())
+        layout = self._probe().padded().to(self._device())
         with _at_rest(self.model):
             ours = self(layout)["logps"]
-            logits = self.model(input_ids=layout.ids, use_cache=False).logits.flatten(0, 1)[layout.at]
+            logits = self._logits(layout).flatten(0, 1)[layout.at]
         theirs = logits.to(ours.dtype).log_softmax(-1).gather(1, layout.target[:, None])[:, 0]
         sums = ours.new_zeros(layout.num_slots).index_add(0, layout.slot, theirs)
         off = float((ours - sums).abs().max())
@@ -198,25 +254,32 @@ class TokenNetwork(nn.Module):
     def _try_packing(self) -> str:
         """Set the model's attention to the packed one and compare; why it may not be, with the attention set back, or ""."""
         reason = _static_reason(self.model, self.backbone)
+        if not reason and self.sight is not None and self.sight.crosses:
+            reason = "its tokens attend to images across, not within the row"
         if reason or self._is_meta():
             return reason
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(packed.register())
+        before = self.model.config.get_text_config()._attn_implementation
+        self._attend(packed.register())
         reason = self._compare()
         if reason:
-            self.model.set_attn_implementation(before)
+            self._attend(before)
         return reason
+
+    def _attend(self, implementation: str) -> None:
+        """Set the attention of the language model; that of a vision tower stays as it is."""
+        parts = self.model.config.sub_configs
+        self.model.set_attn_implementation({"text_config": implementation} if "text_config" in parts else implementation)
 
     def _compare(self) -> str:
         """Why the probe's packed row does not give what its padded rows do; or ""."""
-        tokens = _probe(self.model)
+        tokens = self._probe()
         self.why_not = ""
         with _at_rest(self.model):
             padded = self(tokens.padded().to(self._device()))["logps"]
             layout = tokens.packed().to(self._device())
-            arguments = packed.row_arguments(layout)
+            arguments = self._arguments(layout)
             try:
-                self.backbone(input_ids=layout.ids, use_cache=False, position_ids=layout.positions, **arguments)
+                self._entry(arguments)(use_cache=False, **arguments)
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
                 return f"its layers do not take a packed row ({str(error).splitlines()[0][:200]})"
             reason = _strange_windows(arguments[packed.NAME].windows, self.model.config.get_text_config())
@@ -227,6 +290,17 @@ class TokenNetwork(nn.Module):
         if not off <= self._tolerance():
             return f"{type(self.model).__name__} makes of a packed row what is {off:.3g} nats off"
         return ""
+
+    def _probe(self) -> Tokens:
+        vocab = self.model.config.get_text_config().vocab_size
+        return _probe(vocab) if self.sight is None else self.sight.probe(vocab)
+
+    def _logits(self, layout: Layout) -> Tensor:
+        """The model's own logits of padded rows."""
+        if self.sight is not None:
+            return self.sight.logits(self.model, layout)
+        logits: Tensor = self.model(input_ids=layout.ids, use_cache=False).logits
+        return logits
 
     def _tolerance(self) -> float:
         """Of the least precise weights; quantised ones compute in bfloat16."""
@@ -300,9 +374,8 @@ def _strange_windows(windows: Sequence[int | None], config: Any) -> str:
     return ""
 
 
-def _probe(model: Any) -> Tokens:
+def _probe(vocab: int) -> Tokens:
     """A few random tokens: two contexts, continuations of several lengths."""
-    vocab = model.config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
     one = [torch.randint(vocab, (length,), generator=draw) for length in (5, 3, 4, 1, 3, 4, 2)]
     return Tokens(contexts=tuple(one[:2]), continuations=tuple(one[2:]), context_of=(0, 0, 1, 0, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,10 +26,14 @@ class Row:
         segments: of the row, one after the other without a gap.
         kernel: "sdpa": one call a context and one for its continuations of one length, on any device. "flex": one call of
             FlexAttention, on CUDA.
+        blocks: of contexts by number, (start, stop) of tokens that also see each other forwards: an image's, or a prefix.
+        within_windows: whether a sliding window bounds what they see of each other.
     """
 
     segments: tuple[Segment, ...]
     kernel: Literal["sdpa", "flex"] = "sdpa"
+    blocks: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    within_windows: bool = False
     windows: list[int | None] = field(default_factory=list)
     lengths: list[int] = field(init=False)
     groups: list[tuple[int | None, list[int]]] = field(init=False)  # a context, and segments of one length that continue it
@@ -54,6 +58,19 @@ class Row:
             self._masks[key] = seen if window is None else seen & (distance < window)
         return self._masks[key]  # type: ignore[no-any-return]
 
+    def mask_of(self, number: int, window: int | None, device: torch.device) -> Bool[Tensor, "tokens tokens"]:
+        """Which tokens of a context its tokens see, where some also see what follows them."""
+        key = ("context", number, window, device)
+        if key not in self._masks:
+            length = self.lengths[number]
+            seen = self.mask(length, length, window, device).clone()
+            for start, stop in self.blocks[number]:
+                places = torch.arange(start, stop, device=device)
+                near = places[:, None] - places < (window if window is not None and self.within_windows else length)
+                seen[start:stop, start:stop] |= near
+            self._masks[key] = seen
+        return self._masks[key]  # type: ignore[no-any-return]
+
     def block_mask(self, window: int | None, device: torch.device) -> Any:
         """The same for the whole row at once, as FlexAttention takes it."""
         from torch.nn.attention.flex_attention import create_block_mask
@@ -61,7 +78,7 @@ class Row:
         key = ("block", window, device)
         if key not in self._masks:
             length = sum(self.lengths)
-            seen = _mask_function(self.segments, length, window, device)
+            seen = _mask_function(self.segments, length, window, device, self.blocks, self.within_windows)
             self._masks[key] = create_block_mask(seen, None, None, length, length, device=device)
         return self._masks[key]
 
@@ -80,14 +97,18 @@ def register() -> str:
     return NAME
 
 
-def row_arguments(layout: Layout, kernel: Literal["sdpa", "flex"] = "sdpa") -> dict[str, Any]:
+def row_arguments(layout: Layout, kernel: Literal["sdpa", "flex"] = "sdpa", **blocks: Any) -> dict[str, Any]:
     """Keyword arguments of a model's forward for a packed layout.
 
     They reach every layer by name, so that gradient checkpointing sees them when it computes a layer again. The mask is a
     stand-in: transformers takes one of four axes as it is and builds none of its own.
+
+    Args:
+        layout: packed.
+        kernel, blocks: see `Row`.
     """
     stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)
-    return {NAME: Row(segments=layout.segments, kernel=kernel), "attention_mask": stand_in}
+    return {NAME: Row(segments=layout.segments, kernel=kernel, **blocks), "attention_mask": stand_in}
 
 
 def attention(
@@ -118,13 +139,15 @@ def attention(
         is_causal: False: both ways.
         others: those of other attention functions.
     Raises:
-        ValueError: a packed row of a layer that is not causal, or has attention sinks or a position bias.
+        ValueError: a packed row of a layer that is not causal, where the row does not tell who sees what follows; or that has
+            attention sinks or a position bias.
     """
     row: Row | None = others.pop(NAME, None)
     if row is None:
         return _padded(module, query, key, value, attention_mask, dropout, scaling, softcap, is_causal, others)
     strange = [name for name in STRANGE if others.get(name) is not None]
-    if strange or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if strange or not (causal or row.blocks):
         raise ValueError(f"packed attention: got {strange[0] if strange else 'a layer that is not causal'}, want neither.")
     row.windows.append(sliding_window)
     if row.kernel == "flex":
@@ -151,7 +174,10 @@ def _by_segment(
         width = seen[0].shape[2]
         near = None if window is None or window >= width else window
         plain = context is None and near is None and settings["softcap"] is None
-        mask = None if plain else row.mask(queried.shape[2], width, near, query.device)
+        if context is None and members[0] in row.blocks:
+            mask: Tensor | None = row.mask_of(members[0], near, query.device)
+        else:
+            mask = None if plain else row.mask(queried.shape[2], width, near, query.device)
         attended = _attend(queried, seen[0], seen[1], mask, **settings)
         for place, number in enumerate(members):
             out[number] = attended[place : place + 1]
@@ -220,9 +246,17 @@ def _repeated(states: Tensor, times: int) -> Tensor:
     return states if times == 1 else states.repeat_interleave(times, dim=1)
 
 
-def _mask_function(segments: Sequence[Segment], length: int, window: int | None, device: torch.device) -> Any:
+def _mask_function(
+    segments: Sequence[Segment],
+    length: int,
+    window: int | None,
+    device: torch.device,
+    blocks: Mapping[int, tuple[tuple[int, int], ...]] | None = None,
+    within_windows: bool = False,
+) -> Any:
     """(batch, head, query, key) -> whether the query sees the key, for FlexAttention."""
     owner, context, position = (torch.zeros(length, dtype=torch.long, device=device) for _ in range(3))
+    block = torch.arange(-length, 0, device=device)  # of each token its own, but in blocks
     for number, segment in enumerate(segments):
         part = slice(segment.start, segment.stop)
         before = 0 if segment.after is None else segments[segment.after].stop - segments[segment.after].start
@@ -230,10 +264,19 @@ def _mask_function(segments: Sequence[Segment], length: int, window: int | None,
         context[part] = number if segment.after is None else segment.after
         position[part] = torch.arange(before, before + segment.stop - segment.start, device=device)
 
+    for number, spans in (blocks or {}).items():
+        for start, stop in spans:
+            first = segments[number].start
+            block[first + start : first + stop] = first + start
     reach = length if window is None else window
+    wide = reach if within_windows else length
     # Nothing but tensor functions inside: FlexAttention traces it.
     return lambda batch, head, q, k: (
-        ((owner[q] == owner[k]) | (context[q] == owner[k])) & (position[q] >= position[k]) & (position[q] - position[k] < reach)
+        (
+            ((owner[q] == owner[k]) | (context[q] == owner[k]))
+            & ((position[q] >= position[k]) & (position[q] - position[k] < reach))
+        )
+        | ((block[q] == block[k]) & (position[q] - position[k] < wide))
     )
 
 
