@@ -83,7 +83,7 @@ ROOMS = (
         "pairs",
         "row_files",
     },
-    {"cli", "__main__", "apps"},
+    {"cli", "__main__", "apps", "annotate"},
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 SIDEWAYS = {
@@ -115,6 +115,8 @@ SIDEWAYS = {
     "quickstart": {"train", "generate", "score", "evaluate", "prepare", "text_quickstart"},
     "text_quickstart": {"train"},
     "__main__": {"cli"},
+    "annotate": {"apps"},
+    "apps": {"annotate"},
 }
 HEAVY = {"transformers", "diffusers", "peft", "open_clip", "gradio", "datasets", "sklearn", "matplotlib"}
 PRINTERS = {"cli", "config"}

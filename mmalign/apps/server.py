@@ -1,7 +1,7 @@
 """The server of the annotation apps: judging pages and routes at the root, Gradio below /admin, one guard before both."""
 
 import logging
-import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -63,17 +63,26 @@ class Settings:
         return Limits(hosts=hosts, upload_bytes=self.upload_mb * 2**20)
 
 
-def check(settings: Settings, store: Store) -> None:
-    """Refuse to be reached by others without accounts, or to wait for an administrator who cannot come.
+def check_reach(settings: Settings) -> None:
+    """Refuse to be reached by others without accounts.
 
     Raises:
-        UserError: a host beyond loopback without accounts; accounts without any administrator.
+        UserError: a host beyond loopback without accounts.
     """
     if settings.host not in LOOPBACK and not settings.accounts:
         raise UserError(
             f"host: got {settings.host!r} without accounts, want {' or '.join(LOOPBACK[:2])}: everybody who reaches the server "
             "could judge, read and export. Name --accounts FILE, or leave host away."
         )
+
+
+def check(settings: Settings, store: Store) -> None:
+    """As `check_reach`, and refuse to wait for an administrator who cannot come.
+
+    Raises:
+        UserError: accounts without any administrator.
+    """
+    check_reach(settings)
     if settings.accounts and not any(one.may("admin") for one in store.accounts() if one.name != OWN):
         raise UserError("accounts: got no administrator, want at least one account of role admin. Name --accounts FILE.")
 
@@ -131,11 +140,14 @@ async def _malformed(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "; ".join(told)}, status_code=422)
 
 
-def serve(app: App, settings: Settings) -> None:
-    """Run the application until it is interrupted."""
+def serve(app: App, settings: Settings, listener: socket.socket | None = None) -> None:
+    """Run the application until it is interrupted.
+
+    Args:
+        listener: a socket that is bound already, in place of the settings' host and port.
+    """
     import uvicorn
 
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -147,4 +159,4 @@ def serve(app: App, settings: Settings) -> None:
         timeout_graceful_shutdown=5,
         lifespan="on",
     )
-    uvicorn.Server(config).run()
+    uvicorn.Server(config).run(sockets=None if listener is None else [listener])
