@@ -41,7 +41,7 @@ def open_data(path: str | Path) -> Iterator[Comparison | Fault]:
     place = Path(path).expanduser()
     if place.is_dir() and (place / "chosen").is_dir() and (place / "rejected").is_dir():
         return rows_of(imagefolder(path=str(place), faulty="drop", verify=False))
-    if place.is_dir() and not any(place.glob(f"*{suffix}") for suffix in (".jsonl", ".parquet", ".tar", ".arrow")):
+    if place.is_dir() and not any(any(place.glob(f"*{end}")) for end in (".jsonl", ".parquet", ".tar", ".arrow")):
         folders = sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
         if any(_images(folder) for folder in folders):
             return _folders(place, folders)
