@@ -44,7 +44,7 @@ class Answerer:
     batch_size: int
     dtype: Dtype
     trust_remote_code: bool
-    tiny: dict[str, int] | None = None
+    tiny: dict[str, int | str] | None = None
 
     def check(self, where: str) -> None:
         """Refuse what the types do not tell. Raises ValueError, its message beginning with `where`."""
@@ -91,7 +91,7 @@ def files_of(answerer: Answerer) -> dict[str, str | None]:
     if answerer.tokenizer is not None:
         found["files of tokenizer"] = fingerprint(Path(answerer.tokenizer).expanduser())
     if answerer.chat_template is not None:
-        found["files of chat_template"] = _short_hash(_template_text(answerer.chat_template))
+        found["files of chat_template"] = _short_hash(template_text(answerer.chat_template))
     return found
 
 
@@ -104,7 +104,7 @@ def opened_encoder(answerer: Answerer) -> Any:
     from mmalign.language.chat import Encoder
     from mmalign.language.opening import open_tokenizer
 
-    with _own_words():
+    with own_words():
         tokenizer = open_tokenizer(
             answerer.tokenizer or str(answerer.model),
             revision=answerer.revision if answerer.tokenizer is None else None,
@@ -112,7 +112,7 @@ def opened_encoder(answerer: Answerer) -> Any:
             **({} if answerer.gguf_file is None or answerer.tokenizer else {"gguf_file": answerer.gguf_file}),
         )
     if answerer.chat_template is not None:
-        tokenizer.chat_template = _template_text(answerer.chat_template)
+        tokenizer.chat_template = template_text(answerer.chat_template)
     return Encoder(
         tokenizer=tokenizer,
         template=answerer.template or "auto",
@@ -132,7 +132,7 @@ def opened_model(answerer: Answerer, device: Any) -> Any:
     from mmalign.language.opening import load_weights, open_model
 
     more: dict[str, Any] = {} if answerer.gguf_file is None else {"gguf_file": answerer.gguf_file}
-    with _own_words(), tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
+    with own_words(), tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
         model = open_model(
             str(answerer.model),
             revision=answerer.revision,
@@ -195,7 +195,8 @@ def _weights_of(tuned: str) -> Path:
     return there
 
 
-def _template_text(value: str) -> str:
+def template_text(value: str) -> str:
+    """The Jinja text that a setting gives, or names a file of."""
     if "{" in value:
         return value
     try:
@@ -209,7 +210,7 @@ def _short_hash(text: str) -> str:
 
 
 @contextmanager
-def _own_words() -> Iterator[None]:
+def own_words() -> Iterator[None]:
     """Faults told under the settings of this verb."""
     try:
         yield

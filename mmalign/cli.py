@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "prepare": ("mmalign.prepare", "PrepareConfig", "encode images and prompts once into a cache for training"),
     "generate": ("mmalign.generate", "GenerateConfig", "sample candidates for prompts, seeds recorded"),
     "answer": ("mmalign.answer", "AnswerConfig", "sample answers of language models, tuned ones too, seeds recorded"),
+    "blind": ("mmalign.blind", "BlindConfig", "answer prompts without their images, as rejected answers for Blind PO"),
     "score": ("mmalign.score", "ScoreConfig", "judge candidates with one or more scorers"),
     "rank": ("mmalign.rank", "RankConfig", "merge and rank scored candidates for RankDPO, or select expert images"),
     "select": ("mmalign.select", "SelectConfig", "keep the rows that are worth training on"),
