@@ -114,7 +114,7 @@ def check_images(examples: Examples, count: int) -> None:
         if checked >= count:
             return
         for sample in examples[index].samples:
-            for media in (*sample.prompt.images, *sample.completion.images):
+            for media in (*sample.prompt.media(), *sample.completion.media()):
                 media.inspect()
                 checked += 1
 
@@ -184,6 +184,8 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
     )
     if "mean_length" in objective.asked & set(adapter.side):
         policy.survey(examples)
+    if getattr(adapter, "swaps", False):
+        policy.meet(examples)
     return policy
 
 

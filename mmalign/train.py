@@ -47,7 +47,10 @@ FOLDERS = (
     "tensorboard",
     "wandb",
 )  # beside the checkpoints, in a run's output
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+)
 logger = logging.getLogger(__name__)
 
 

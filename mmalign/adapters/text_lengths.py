@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
-from mmalign.language.chat import Encoded, Encoder
+from mmalign.language.chat import Encoded
 from mmalign.records import Example, Sample
 
 LEAST_IN_GROUP = 32  # examples of like length
 SURVEYED = 4096  # examples that are tokenised before a run, to tell lengths and what is cut
+Encodes = Any  # language.chat.Encoder, or one with its interface
 AT_ONCE = 256  # examples in one call of the tokenizer
 
 
-def mean_length(encoder: Encoder, examples: Sequence[Example]) -> float:
-    """Mean number of tokens of the best answers, of at most the first thousands of examples."""
-    lengths = [one.lengths[0] for one in _encoded(encoder, [e.samples[:1] for e in _looked_at(examples)])]
+def mean_length(encoder: Encodes, examples: Sequence[Example], most: int = SURVEYED) -> float:
+    """Mean number of tokens of the best answers, of at most the first `most` examples."""
+    lengths = [one.lengths[0] for one in _encoded(encoder, [e.samples[:1] for e in _looked_at(examples, most)])]
     return sum(lengths) / len(lengths)
 
 
-def length_note(encoder: Encoder, examples: Sequence[Example]) -> str:
-    """Lengths of prompts and answers, and how many are cut, of at most the first thousands of examples."""
-    looked = _looked_at(examples)
+def length_note(encoder: Encodes, examples: Sequence[Example], most: int = SURVEYED) -> str:
+    """Lengths of prompts and answers, and how many are cut, of at most the first `most` examples."""
+    looked = _looked_at(examples, most)
     prompts: list[int] = []
     if looked[0].samples[0].completion.is_empty():  # of a source that has them written
         prompts = [len(encoder.prompt(example.samples[0].prompt)) for example in looked]
@@ -54,11 +56,11 @@ def groups_of_like_length(examples: Sequence[Example], count: int) -> tuple[tupl
     return tuple(tuple(sorted(order[a:b])) for a, b in pairwise(bounds))
 
 
-def _looked_at(examples: Sequence[Example]) -> list[Example]:
-    return [examples[i] for i in range(min(len(examples), SURVEYED))]
+def _looked_at(examples: Sequence[Example], most: int) -> list[Example]:
+    return [examples[i] for i in range(min(len(examples), most))]
 
 
-def _encoded(encoder: Encoder, rows: Sequence[Sequence[Sample]]) -> Iterator[Encoded]:
+def _encoded(encoder: Encodes, rows: Sequence[Sequence[Sample]]) -> Iterator[Encoded]:
     for start in range(0, len(rows), AT_ONCE):
         yield from encoder.all(rows[start : start + AT_ONCE])
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmalign.adapters.text_cache import ReferenceBank
-from mmalign.adapters.text_lengths import groups_of_like_length, length_note, mean_length
+from mmalign.adapters.text_lengths import SURVEYED, groups_of_like_length, length_note, mean_length
 from mmalign.adapters.text_teacher import open_teacher
 from mmalign.adapters.text_tokens import mismatched_of, noisy_of, tokens_of
 from mmalign.errors import UserError
@@ -65,6 +65,8 @@ class Parts:
         autocast: that of the mixed precision; None: there is none.
         fingerprint: of the weights as they were opened and of how they are run; empty without a cache.
         wanted: measures beside the logps that the losses ask for.
+        note: what else a plan tells of what is trained.
+        looked_at: examples that are read before a run, to tell lengths.
     """
 
     model: Any
@@ -79,6 +81,8 @@ class Parts:
     autocast: torch.dtype | None
     fingerprint: Mapping[str, Any]
     wanted: frozenset[str]
+    note: str = ""
+    looked_at: int = SURVEYED
 
 
 class TextPolicy:
@@ -171,11 +175,11 @@ class TextPolicy:
     def prepare(self, batch: Mapping[str, Any]) -> Prepared:
         """Token sequences of a step, lengths, and what is known of the reference."""
         encoded, k = batch["encoded"], batch["k"]
-        rows = len(encoded)
+        rows, extras = len(encoded), self.reader.extras
         tokens = tokens_of(
             encoded,
             k,
-            len(self.reader.extras),
+            len(extras),
             wanted=self.wanted,
             from_difference=self.settings.score == "difference",
             weights=batch["weights"],
@@ -184,27 +188,27 @@ class TextPolicy:
             tokens=tokens,
             num_candidates=k,
             batch=rows,
-            extras=self.reader.extras,
+            extras=extras,
             wanted=self.wanted,
             device=self.device,
             pack=self.network.packs,
             pad=self.tokenizer.pad_token_id or 0,
             mismatched=mismatched_of(encoded) if self.mismatched else None,
             teacher=self.teacher,
-            noisy=noisy_of(encoded, k + len(self.reader.extras)) if "greedy" in self.reader.extras else None,
+            noisy=noisy_of(encoded, k + len(extras), batch["weights"]) if "greedy" in extras else None,
         )
         with torch.autocast(self.device.type, dtype=self.parts.autocast, enabled=self.parts.autocast is not None):
             inputs = inputs.echoed(self.network)
         scored = tokens.scored().to(self.device, non_blocking=True)
         side = {name: value.to(self.device, non_blocking=True) for name, value in batch["side"].items()}
         side["lengths"] = scored[: rows * k].view(rows, k)
-        for number, name in enumerate(self.reader.extras):
+        for number, name in enumerate(extras):
             own = scored[(k + number) * rows :][:rows, None]
             side[f"{name}_lengths"] = torch.cat([side[f"{name}_lengths"], own], 1) if f"{name}_lengths" in side else own
         if self.mean_length is not None:
             side["mean_length"] = torch.full_like(scored[:rows], self.mean_length)
         reference = None if self.cache is None or not self.cache.reading else self.cache.measures(inputs)
-        samples = rows * (k + len(self.reader.extras))
+        samples = rows * (k + len(extras))
         notes = {
             "tokens/cut_prompts": sum(one.cut_prompts for one in encoded) / samples,
             "tokens/cut_responses": sum(one.cut_responses for one in encoded) / samples,
@@ -217,7 +221,12 @@ class TextPolicy:
 
         One number for the whole run: a mean over tokens then depends on neither micro-batch nor process.
         """
-        self.mean_length = mean_length(self.reader.encoder, examples)
+        self.mean_length = mean_length(self.reader.encoder, examples, self.parts.looked_at)
+
+    def meet(self, examples: Sequence[Example]) -> None:
+        """Let the reader take images of other examples for those that are shown them."""
+        reader: Any = self.reader
+        self.reader = reader.surveyed(examples)
 
     def groups(self, examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
         """Examples of like length, where rows are padded; packed rows need none."""
@@ -292,11 +301,12 @@ class TextPolicy:
         rows = "packed rows, prompts shared" if self.network.packs else f"padded rows ({self.network.why_not})"
         share = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
         taught = f"; taught by {self.teacher.num_parameters:,} frozen parameters" if self.teacher is not None else ""
-        return f"{type(self.model).__name__}, {how}: {share}; {rows}{taught}"
+        note = f"; {self.parts.note}" if self.parts.note else ""
+        return f"{type(self.model).__name__}, {how}: {share}; {rows}{taught}{note}"
 
     def notes(self, examples: Sequence[Example]) -> list[str]:
         """Lengths of prompts and answers, and how many are cut."""
-        return [length_note(self.reader.encoder, examples)]
+        return [length_note(self.reader.encoder, examples, self.parts.looked_at)]
 
     @property
     def num_encoder_parameters(self) -> int:

@@ -49,30 +49,40 @@ class Reader:
             raise UserError(f"{example.id}: {fault}") from fault
         side = dict(example.side)
         if self.draws:
-            digest = hashlib.sha256(f"{self.seed} {epoch} {example.id}".encode()).digest()
-            side["draw"] = int.from_bytes(digest[:6], "big") / 2**48
+            side["draw"] = drawn_number(self.seed, epoch, example.id)
         weights = None if self.weights is None else weights_of(self.weights, example, encoded)
         return {"id": example.id, "encoded": encoded, "side": side, "k": len(example.samples), "weights": weights}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Several items as one micro-batch.
+        """Several items as one micro-batch; see `collated`."""
+        return collated(items, weighted=self.weights is not None)
 
-        Raises:
-            UserError: the items differ in their number of candidates or in their side data.
-        """
-        counts = {item["k"] for item in items}
-        if len(counts) > 1:
-            raise UserError(
-                f"data: got {sorted(counts)} candidates in one batch, want one number. "
-                "Set data.view.num_candidates, or filter the rows."
-            )
-        return {
-            "id": [item["id"] for item in items],
-            "encoded": [item["encoded"] for item in items],
-            "side": side_tensors([item["side"] for item in items]),
-            "k": next(iter(counts)),
-            "weights": None if self.weights is None else [item["weights"] for item in items],
-        }
+
+def drawn_number(seed: int, epoch: int, example: str) -> float:
+    """A number in [0, 1) that belongs to an example in an epoch, however batches are split."""
+    digest = hashlib.sha256(f"{seed} {epoch} {example}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def collated(items: Sequence[Mapping[str, Any]], *, weighted: bool) -> dict[str, Any]:
+    """Several items as one micro-batch.
+
+    Raises:
+        UserError: the items differ in their number of candidates or in their side data.
+    """
+    counts = {item["k"] for item in items}
+    if len(counts) > 1:
+        raise UserError(
+            f"data: got {sorted(counts)} candidates in one batch, want one number. "
+            "Set data.view.num_candidates, or filter the rows."
+        )
+    return {
+        "id": [item["id"] for item in items],
+        "encoded": [item["encoded"] for item in items],
+        "side": side_tensors([item["side"] for item in items]),
+        "k": next(iter(counts)),
+        "weights": [item["weights"] for item in items] if weighted else None,
+    }
 
 
 def weights_of(choice: Choice, example: Example, encoded: Encoded) -> list[list[float]]:

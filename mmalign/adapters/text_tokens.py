@@ -33,7 +33,8 @@ def tokens_of(
         num_extras: further completions of each row.
         wanted: measures; `shared` asks for heads, `joint` for scored contexts.
         from_difference: leave out the tokens that all candidates of a row begin with, where they answer one prompt.
-        weights: of each row and candidate, factors of the scored tokens' log-probabilities; further completions weigh 1.
+        weights: of each row and candidate, factors of the scored tokens' log-probabilities; those of further completions may
+            follow, and are 1 else.
     Raises:
         UserError: weights leave a candidate without a scored token.
     """
@@ -55,12 +56,15 @@ def tokens_of(
             sequences[-1] = _from_difference(sequences[-1], num_candidates)
     chosen = [sequence for row in sequences for sequence in row[:num_candidates]]
     chosen += [row[num_candidates + n] for n in range(num_extras) for row in sequences]
+    told = None if weights is None else [one for row in weights for one in row[:num_candidates]]
+    if told is not None and weights is not None and len(weights[0]) > num_candidates:
+        told += [row[num_candidates + n] for n in range(num_extras) for row in weights]
     joint = tuple(torch.ones(len(context) - 1) for context in contexts) if "joint" in wanted else None
     return Tokens(
         contexts=tuple(contexts),
         continuations=tuple(ids for ids, _, _ in chosen),
         context_of=tuple(owner for _, owner, _ in chosen),
-        weights=_weights(chosen, None if weights is None else [one for row in weights for one in row[:num_candidates]]),
+        weights=_weights(chosen, told),
         context_weights=joint,
         heads=_heads(chosen, len(rows), num_candidates) if "shared" in wanted else None,
         media=_told(media),
@@ -93,13 +97,15 @@ def mismatched_of(rows: Sequence[Encoded]) -> Tokens:
     )
 
 
-def noisy_of(rows: Sequence[Encoded], place: int) -> Tokens:
+def noisy_of(rows: Sequence[Encoded], place: int, weights: Sequence[Sequence[Sequence[float]]] | None = None) -> Tokens:
     """Of every row one sequence more, behind its further completions: the best answer under the degraded image.
 
     Args:
         rows: as in `tokens_of`.
         place: of that sequence in a row.
+        weights: as in `tokens_of`, of this sequence too.
     """
+    told = None if weights is None else [row[place] for row in weights]
     answered: list[Scored] = []
     for number, row in enumerate(rows):
         ids = row.continuations[place]
@@ -109,7 +115,7 @@ def noisy_of(rows: Sequence[Encoded], place: int) -> Tokens:
         contexts=tuple(torch.tensor(row.contexts[owner]) for row, owner in zip(rows, owners, strict=True)),
         continuations=tuple(ids for ids, _, _ in answered),
         context_of=tuple(range(len(rows))),
-        weights=_weights(answered, None),
+        weights=_weights(answered, told),
         media=_told([row.media[owner] if row.media else None for row, owner in zip(rows, owners, strict=True)]),
     )
 
