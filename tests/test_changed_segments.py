@@ -1,5 +1,6 @@
 """RLHF-V's weights of tokens: what counts as changed (the authors' numbers), and the weights that follow."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def test_only_scored_tokens_are_weighed() -> None:
     weights = changed_segments(example(), encoded((3, 4, 5), (3, 6, 5), given=1), average=False)
     assert weights == [[5, 5], [5, 5]]
     assert changed_segments(example(), encoded((3, 4, 5), (3, 4, 5)), average=False) == [[1, 1, 1]] * 2
+    told_by_tool = replace(encoded((3, 4, 5), (3, 9, 9, 6, 5)), others=((), (1, 2)))
+    assert changed_segments(example(), told_by_tool, average=False) == [[1, 5, 5], [1, 5, 5]]
 
 
 def test_the_weights_are_those_that_the_authors_tokens_had() -> None:

@@ -60,9 +60,9 @@ def changed_segments(
         raise UserError(f"{where} got {len(example.samples)} answers, want two, chosen and rejected. Set data.view to pair.")
     if not gamma > 0 or min_match < 1:
         raise UserError(f"{where} got gamma {gamma:g} and min_match {min_match}, want both above 0. Correct the config.")
-    answers = [
-        list(ids[given:]) for ids, given in zip(encoded.continuations[:2], encoded.given[:2], strict=True)
-    ]  # chosen, rejected
+    answers = [  # chosen, rejected
+        [ids[place] for place in places] for ids, places in zip(encoded.continuations[:2], encoded.scored[:2], strict=True)
+    ]
     shared = [PROMPT] * min_match
     places = changed_tokens([*shared, *answers[1]], [*shared, *answers[0]], min_match=min_match)
     weights = []
