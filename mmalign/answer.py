@@ -41,6 +41,7 @@ class Generator:
     gguf_file: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     template: Literal["auto", "always"] | None = None
     system_prompt: str | None = None
     num_candidates: int | None = None
@@ -62,6 +63,9 @@ class AnswerConfig:
     gguf_file: str | None = field(default=None, metadata={"help": "file in the model's folder that holds GGUF weights"})
     tokenizer: str | None = field(default=None, metadata={"help": "folder or hub id; null: the model's"})
     chat_template: str | None = field(default=None, metadata={"help": "Jinja text or a file of it; null: the tokenizer's"})
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = field(
+        default=None, metadata={"help": "given to the chat template, as enable_thinking: false"}
+    )
     template: Literal["auto", "always"] | None = field(
         default=None, metadata={"help": "auto: only messages go through the chat template; always: texts are users' messages"}
     )

@@ -16,7 +16,10 @@ from mmalign.errors import UserError
 from mmalign.makers import Dtype, fingerprint
 from mmalign.snapshots import is_checkpoint, weights_file, write_stock_weights
 
-INHERITED = ("model", "revision", "gguf_file", "tokenizer", "chat_template", "template", "system_prompt", "tiny")
+INHERITED = (
+    *("model", "revision", "gguf_file", "tokenizer", "chat_template", "chat_template_kwargs", "template", "system_prompt"),
+    "tiny",
+)
 LORA, FULL = "adapter_model.safetensors", "model"  # what a run leaves in its output folder
 NOT_TOLD = ("name", "first", "num_candidates", "batch_size", "trust_remote_code")
 
@@ -33,6 +36,7 @@ class Answerer:
     gguf_file: str | None
     tokenizer: str | None
     chat_template: str | None
+    chat_template_kwargs: dict[str, bool | int | float | str] | None
     template: Literal["auto", "always"] | None
     system_prompt: str | None
     num_candidates: int
@@ -116,6 +120,7 @@ def opened_encoder(answerer: Answerer) -> Any:
     return Encoder(
         tokenizer=tokenizer,
         template=answerer.template or "auto",
+        template_kwargs=answerer.chat_template_kwargs or {},
         system_prompt=answerer.system_prompt,
         max_prompt_length=answerer.max_prompt_length,
     )

@@ -367,7 +367,7 @@ def test_options_of_the_chat_template_in_a_column_are_warned_of(tmp_path, caplog
         [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "chat_template_kwargs": {"think": True}}]
     ).to_parquet(tmp_path / "x.parquet")
     trl(path=str(tmp_path / "x.parquet"))
-    assert "chat_template_kwargs is not read: the chat template is run with its defaults" in caplog.text
+    assert "chat_template_kwargs is not read, row by row" in caplog.text
     (setting,) = re.findall(r"adapter\.(\w+)", caplog.text)
     assert setting in {one.name for one in fields(TextAdapter)}
 

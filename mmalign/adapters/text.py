@@ -60,6 +60,7 @@ class TextAdapter:
         tokenizer: folder or hub id; None: the model's.
         gguf_file: file in the model's folder or repository that holds the weights, to read a GGUF model.
         chat_template: Jinja text, or a file of it, instead of the tokenizer's.
+        chat_template_kwargs: given to the chat template of every conversation, by its own names, as `enable_thinking: false`.
         template, system_prompt, eos, max_prompt_length, max_response_length: see `language.chat.Encoder`.
         score: response: all tokens of an answer. difference: from the first token on in which the answers of a row differ; what
             they share cancels in differences of pairs.
@@ -86,6 +87,7 @@ class TextAdapter:
     tokenizer: str | None = None
     gguf_file: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     template: Literal["auto", "always"] = "auto"
     system_prompt: str | None = None
     eos: Literal["auto", "always", "never"] = "auto"

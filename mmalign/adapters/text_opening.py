@@ -67,6 +67,7 @@ def text_parts(
     encoder = Encoder(
         tokenizer=tokenizer,
         template=settings.template,
+        template_kwargs=settings.chat_template_kwargs or {},
         system_prompt=settings.system_prompt,
         eos=settings.eos,
         max_prompt_length=settings.max_prompt_length,

@@ -27,6 +27,8 @@ READ = (
     *(name for names in SCORES for name in names),
 )
 
+LOOKED_AT = 1000  # rows, for what a column that is not read has in it
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +68,7 @@ def trl(
         UserError: no such data set or split; faulty rows.
     """
     table = open_rows(path, split, folder, subset)
-    _tell_unread(table.column_names)
+    _tell_unread(table)
     place = Path(local_path(path))
     root = place.parent if place.is_file() else place
     convert = partial(comparison_of, root=root, step_separator=step_separator)
@@ -74,13 +76,18 @@ def trl(
     return import_rows(table, convert, name="trl", least=0, **kept)
 
 
-def _tell_unread(columns: Sequence[str]) -> None:
-    if "chat_template_kwargs" in columns:
-        logger.warning(
-            "the column chat_template_kwargs is not read: the chat template is run with its defaults. Where other values are "
-            "wanted, give the tokenizer's chat_template as adapter.chat_template, with the values written in."
+def _tell_unread(table: Any) -> None:
+    column = "chat_template_kwargs"
+    if column in table.column_names:
+        values = table[:LOOKED_AT][column]
+        alike = all(value == values[0] for value in values)
+        found = (
+            f"to {values[0]}, as the first {len(values)} rows have"
+            if alike
+            else "to what is wanted of all rows: the rows differ in it"
         )
-    unread = [name for name in columns if name not in (*READ, "chat_template_kwargs")]
+        logger.warning("the column %s is not read, row by row. Set adapter.%s %s.", column, column, found)
+    unread = [name for name in table.column_names if name not in (*READ, column)]
     if unread:
         logger.info("columns that are not read: %s", ", ".join(unread))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from mmalign.language.turns import said_by_others
 from mmalign.records import Content, Message, Sample
 
 Eos = Literal["auto", "always", "never"]
+GIVEN = ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation")
 ENCODING = ("__call__", "_encode_plus")  # of a tokenizer of transformers
 
 
@@ -92,6 +94,7 @@ class Encoder:
     Args:
         tokenizer: of transformers.
         template: auto: only messages go through the template. always: a prompt that is a text is taken for the user's message.
+        template_kwargs: given to the template, by names of its own.
         system_prompt: put before conversations that have no system message.
         eos: auto: an answer that is a text and ends its turn gets the end-of-text token, messages end as their template ends
             them. always: messages too, where it is not there yet. never: none is added.
@@ -104,12 +107,28 @@ class Encoder:
 
     tokenizer: Any
     template: Literal["auto", "always"] = "auto"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
     eos: Eos = "auto"
     max_prompt_length: int | None = None
     max_response_length: int | None = None
     positions: int | None = None
     begun: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that the template would not read, or that are not the reader's to give.
+
+        Raises:
+            UserError: names the first of them.
+        """
+        for name in self.template_kwargs:
+            if name in GIVEN:
+                raise UserError(f"adapter.chat_template_kwargs: got {name}, which the data decide. Remove it.")
+            template = self.tokenizer.chat_template
+            if isinstance(template, str) and not re.search(rf"\b{re.escape(name)}\b", template):
+                raise UserError(
+                    f"adapter.chat_template_kwargs: got {name}, which the chat template does not read. Correct or remove it."
+                )
 
     def __call__(self, samples: Sequence[Sample]) -> Encoded:
         """Token ids of samples, those of one prompt in one context.
@@ -312,6 +331,7 @@ class Encoder:
                 tokenize=False,
                 add_generation_prompt=not ends and not goes_on,
                 continue_final_message=goes_on,
+                **self.template_kwargs,
             )
         except Exception as fault:  # jinja's errors have no common base with those that templates raise
             raise UserError(
