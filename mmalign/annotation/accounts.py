@@ -1,6 +1,7 @@
 """Accounts: people, roles and passwords; sessions that outlive restarts and end; sign-ins that get slower as they fail."""
 
 import base64
+import functools
 import hashlib
 import hmac
 import os
@@ -84,7 +85,10 @@ def _scrypt(password: str, salt: bytes, *, n: int, r: int, p: int) -> bytes:
     return hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
 
 
-NOBODY = hash_password(secrets.token_hex())  # so that an unknown name takes as long as a known one
+@functools.cache
+def _nobody() -> str:
+    """Return the hash of a password that nobody has, so that an unknown name takes as long as a known one."""
+    return hash_password(secrets.token_hex())
 
 
 def add(connection: Connection, name: str, password: str | None, role: Role, now: float) -> Account:
@@ -185,7 +189,7 @@ def sign_in(database: Database, name: str, password: str, address: str, now: flo
             _note_failure(connection, subject, now)
         row = connection.execute(select(ANNOTATOR).where(ANNOTATOR.c.folded == folded)).first()
     hashed = None if row is None or not row.active else row.password
-    right = fits(password[:LONGEST_PASSWORD], hashed or NOBODY) and hashed is not None and len(password) <= LONGEST_PASSWORD
+    right = fits(password[:LONGEST_PASSWORD], hashed or _nobody()) and hashed is not None and len(password) <= LONGEST_PASSWORD
     with database.write() as connection:
         account = None if row is None else by_id(connection, row.id)
         if not right or account is None or not account.active:
