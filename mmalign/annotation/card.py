@@ -26,7 +26,6 @@ class Facts:
         title: of the data set.
         kind: image or text.
         format, told: its name and what it is in one line.
-        files: the data files in the folder; empty where `datasets.load_from_disk` opens the folder itself.
         num_rows: of the data.
         dropped: items that are not in it, by reason.
         importer: what `mmalign train` reads it with; None: it is not for training.
@@ -39,7 +38,6 @@ class Facts:
     kind: str
     format: str
     told: str
-    files: Sequence[str]
     num_rows: int
     dropped: Counter[str]
     importer: str | None
@@ -72,10 +70,8 @@ def card(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
 
 def _head(facts: Facts) -> str:
     tags = ["mmalign", "preference", "human-feedback"]
-    lines = ["---", f"pretty_name: {_quoted(facts.title)}", "tags:", *(f"- {tag}" for tag in tags)]
-    if facts.files:
-        lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", f"    path: {facts.files[0]}"]
-    return "\n".join([*lines, "---", ""])
+    # No `configs`: with them `datasets` tells local folders apart by their last name alone and serves an older export's rows.
+    return "\n".join(["---", f"pretty_name: {_quoted(facts.title)}", "tags:", *(f"- {tag}" for tag in tags), "---", ""])
 
 
 def _quoted(text: str) -> str:
@@ -92,6 +88,8 @@ def _counts(facts: Facts, whole: Dashboard) -> str:
         "votes by choice": choices or "none",
         "people": len(whole.raters),
     }
+    if whole.blind is not None:
+        rows["preferred after training, judged blind, by item"] = str(whole.blind)
     if facts.excluded:
         rows["people whose votes were left out on demand"] = facts.excluded
     return "## Counts\n\n" + _table(("", ""), [(name, str(value)) for name, value in rows.items()])

@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmalign.annotation.agreement import against_majority, alpha, cohen, fleiss, raw_agreement
 from mmalign.annotation.ballots import Ballot, by_rater, choices, counts_of, grades, judged, plain
+from mmalign.annotation.before_after import AFTER, BEFORE, blind_win_rate
 from mmalign.annotation.bias import Repeats, gold_accuracy, left_rate, longer_rate, place_rates, repeats
 from mmalign.annotation.charts import bars, points
 from mmalign.annotation.pooling import pool
 from mmalign.annotation.ranking import Skill, Standing, bradley_terry, skills
 from mmalign.annotation.shares import Estimate, Share
+
+if TYPE_CHECKING:
+    from mmalign.statistics import WinRate
 
 Row = dict[str, Any]
 
@@ -58,6 +62,7 @@ class Dashboard:
         left, places, longer: shares that tell a bias of side, of place in a list, of length.
         raters: by name.
         standings, skills: sources from best to worst.
+        blind: win rate of what was made after training over what was made before, where that is what was judged.
         dropped: judged items that give no preference, by reason.
         on_random: the same on the random slice, where items were also chosen by their votes: report these numbers then.
     """
@@ -79,6 +84,7 @@ class Dashboard:
     raters: dict[str, Rater]
     standings: list[Standing]
     skills: list[Skill]
+    blind: "WinRate | None"
     dropped: Counter[str]
     on_random: "Dashboard | None" = None
 
@@ -116,6 +122,12 @@ class Dashboard:
         if people:
             title = "Agreement with the majority of the others"
             found["raters"] = points(people, title=title, low=0.0, high=1.0, percent=True)
+        if self.blind is not None:
+            rate = self.blind
+            row = ("after training", rate.rate, rate.low, rate.high)
+            found["blind"] = points(
+                [row], title="Preferred over before training", low=0.0, high=1.0, reference=0.5, percent=True
+            )
         if self.standings:
             ends = [one.high if one.high is not None else one.strength for one in self.standings]
             starts = [one.low if one.low is not None else one.strength for one in self.standings]
@@ -168,8 +180,15 @@ def _dashboard(ballots: Sequence[Ballot], *, num_items: int | None, num_resample
         raters=_raters(ballots, against_majority(units)),
         standings=bradley_terry(ballots, **drawn),
         skills=skills(ballots),
+        blind=_blind(ballots),
         dropped=Counter(one.dropped for one in verdicts.values() if one.dropped is not None),
     )
+
+
+def _blind(ballots: Sequence[Ballot]) -> "WinRate | None":
+    if not any(sorted(one.sources) == [AFTER, BEFORE] for one in ballots):
+        return None  # without loading what tells a win rate
+    return blind_win_rate(ballots)
 
 
 def _raters(ballots: Sequence[Ballot], majorities: dict[str, Share]) -> dict[str, Rater]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mmalign.records.verdicts import Pairs
 from mmalign.records.writing import store_media
 
 CARD = "README.md"
-MARK = "export.json"
+MARK = ".export.json"  # hidden, so that `datasets` takes it for no data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +173,12 @@ def export(store: Store, project: int, folder: str | Path, settings: Settings) -
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        num_rows, files = _write(work, partial)
+        num_rows = _write(work, partial)
         if not num_rows:
             raise UserError(
                 f"export: got no row ({_reasons(work.dropped) or 'no votes'}), want at least one. Judge more items."
             )
-        _describe(work, partial, target, num_rows, files)
+        _describe(work, partial, target, num_rows)
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
@@ -234,16 +234,16 @@ def _reasons(dropped: Counter[str]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
 
 
-def _write(work: _Work, folder: Path) -> tuple[int, list[str]]:
-    """Write the data into the folder; return the number of rows and the data files."""
+def _write(work: _Work, folder: Path) -> int:
+    """Write the data into the folder; return the number of rows."""
     name = work.settings.format
     if name == "comparisons":
-        return _write_comparisons(work, folder, work.container, "train")
+        return _write_comparisons(work, folder)
     if name == "hpdv2":
-        return _write_hpdv2(work, folder), ["train.json"]
+        return _write_hpdv2(work, folder)
     if name == "judgements":
         if not work.people:
-            return 0, []
+            return 0
         called = {name: name if work.settings.names else number for name, number in work.people.items()}
         kept = {name: told for name, told in called.items() if name not in work.settings.without}
         return write_judgements(work.store, work.project, folder, kept, suffix=work.container)
@@ -251,12 +251,11 @@ def _write(work: _Work, folder: Path) -> tuple[int, list[str]]:
         rows = list(work.rows(False))
         names = list(dict.fromkeys(key for row in rows for key in row))
         (folder / "items.csv").write_text(as_csv([{key: row.get(key) for key in names} for row in rows]), encoding="utf-8")
-        return len(rows), ["items.csv"]
-    count = CONTAINERS[work.container](work.rows, folder, "train") if any(True for _ in work.rows(False)) else 0
-    return count, [] if work.container == "datasets" else [f"train.{work.container}"]
+        return len(rows)
+    return CONTAINERS[work.container](work.rows, folder, "train") if any(True for _ in work.rows(False)) else 0
 
 
-def _write_comparisons(work: _Work, folder: Path, container: str, name: str) -> tuple[int, list[str]]:
+def _write_comparisons(work: _Work, folder: Path) -> int:
     counted = 0
 
     def rows() -> Iterator[Comparison]:
@@ -273,11 +272,11 @@ def _write_comparisons(work: _Work, folder: Path, container: str, name: str) -> 
             origins = row.provenance or ({},) * len(row.candidates)
             yield replace(row, provenance=tuple({**origin, **note} for origin in origins))
 
-    if container == "datasets":
+    if work.container == "datasets":
         write(rows(), folder, format="arrow", replace=True)
-        return counted, []
-    write(rows(), folder / f"{name}.{container}")
-    return counted, [f"{name}.{container}"]
+    else:
+        write(rows(), folder / f"train.{work.container}")
+    return counted
 
 
 def _write_hpdv2(work: _Work, folder: Path) -> int:
@@ -306,7 +305,7 @@ def _write_hpdv2(work: _Work, folder: Path) -> int:
     return len(entries)
 
 
-def _describe(work: _Work, folder: Path, target: Path, num_rows: int, files: Collection[str]) -> None:
+def _describe(work: _Work, folder: Path, target: Path, num_rows: int) -> None:
     """Write the card, and beside it what the export was told to do."""
     num_items = work.store.progress(work.project.id).items
     settings = asdict(work.settings)
@@ -315,7 +314,6 @@ def _describe(work: _Work, folder: Path, target: Path, num_rows: int, files: Col
         kind=work.project.kind,
         format=work.settings.format,
         told=work.format.told,
-        files=list(files),
         num_rows=num_rows,
         dropped=work.dropped,
         importer=work.format.importer,

@@ -13,10 +13,8 @@ from mmalign.annotation.votes import Vote
 from mmalign.records import Comparison, write
 
 
-def write_judgements(
-    store: Store, project: Project, folder: Path, people: Mapping[str, str], *, suffix: str
-) -> tuple[int, list[str]]:
-    """Write judgements.*, items.* and project.json into a folder; return the number of votes and the first file.
+def write_judgements(store: Store, project: Project, folder: Path, people: Mapping[str, str], *, suffix: str) -> int:
+    """Write judgements.*, items.* and project.json into a folder; return the number of votes.
 
     Items bear their number in the store as id, which votes call `item`; the id that a row has in the data is the votes' `id`.
 
@@ -48,7 +46,7 @@ def write_judgements(
         "items": roles,
     }
     (folder / "project.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return count, [f"judgements.{suffix}"]
+    return count
 
 
 def judgement_row(vote: Vote, annotator: str) -> dict[str, Any]:
