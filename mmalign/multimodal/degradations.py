@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from mmalign.records.frames import animation
 from mmalign.records.media import Media
 
 Disorder = Literal["drop", "reverse", "shuffle"]
+T = TypeVar("T")
 STEPS = 1000  # of the noise schedule
 
 
@@ -126,8 +127,8 @@ def cropped(image: Image.Image, draw: Generator, *, least: float = 0.01, most: f
     return image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def disordered(frames: Sequence[Image.Image], draw: Generator, *, how: Disorder, clips: int) -> list[Image.Image]:
-    """Frames of a video whose clips are dropped, reversed or shuffled.
+def disordered(frames: Sequence[T], draw: Generator, *, how: Disorder, clips: int) -> list[T]:
+    """Frames of a video whose clips are dropped, reversed or shuffled; fewer than two frames stay as they are.
 
     Source: TEMPLE, AAAI 2026: answers to such videos are the rejected ones.
     Args:
@@ -135,10 +136,10 @@ def disordered(frames: Sequence[Image.Image], draw: Generator, *, how: Disorder,
         clips: of one length, as far as the frames allow.
     """
     count = min(clips, len(frames))
-    bounds = [round(n * len(frames) / count) for n in range(count + 1)]
-    parts = [list(frames[a:b]) for a, b in pairwise(bounds)]
     if count < 2:
         return list(frames)
+    bounds = [round(n * len(frames) / count) for n in range(count + 1)]
+    parts = [list(frames[a:b]) for a, b in pairwise(bounds)]
     if how == "drop":
         gone = int(torch.randint(count, (1,), generator=draw))
         kept = [part for number, part in enumerate(parts) if number != gone]
@@ -165,20 +166,16 @@ def _swap(prompt: Content, draw: Generator, other: Content | None) -> Content:
 
 def _clips(prompt: Content, draw: Generator, other: Content | None, *, how: Disorder, clips: int) -> Content:
     def of(images: tuple[Media, ...]) -> tuple[Media, ...]:
-        if len(images) == 1:
-            media = images[0]
-            return (_png(disordered(media.frames(), draw, how=how, clips=clips), media),) if media.num_frames() > 1 else images
-        opened = [media.open() for media in images]
-        number = {id(frame): n for n, frame in enumerate(opened)}
-        return tuple(images[number[id(frame)]] for frame in disordered(opened, draw, how=how, clips=clips))
-
-    def kept(places: tuple[int, ...], images: tuple[Media, ...]) -> tuple[int, ...]:
-        return places[: len(images)]
+        if len(images) != 1:
+            return tuple(disordered(images, draw, how=how, clips=clips))
+        media = images[0]
+        moves = media.num_frames() > 1
+        return (_png(disordered(media.frames(), draw, how=how, clips=clips), media),) if moves else images
 
     messages = []
     for message in prompt.messages:
         images = of(message.images)
-        messages.append(replace(message, images=images, places=kept(message.places, images)))
+        messages.append(replace(message, images=images, places=message.places[: len(images)]))
     return replace(prompt, images=of(prompt.images), messages=tuple(messages))
 
 

@@ -156,6 +156,12 @@ class SightedEncoder:
             raise UserError(f"got a {unknown}, which {self.model_type} does not see. Use another model, or single frames.")
         return _Prompt(replace(sample, prompt=marked_content), shown, condition)
 
+    @cached_property
+    def _placeholder_ids(self) -> set[int]:
+        """Token ids that stand for an image or a video, or for a part of one."""
+        single = self.processor.tokenizer.convert_tokens_to_ids(list(self._media_tokens.values()))
+        return {*single, *self.family.ids(self.processor)}
+
     def _check_texts(self, content: Content, sample: Sample) -> None:
         for kind, token in self._media_tokens.items():
             for text in (content.words(), sample.prefix or "", sample.completion.words()):
@@ -199,7 +205,8 @@ class SightedEncoder:
                 memo[known] = self._processed(text, prompt)
             expanded, single, seen = memo[known]
             lost = len(single) - len(plain)  # tokens at the end of the prompt that its answers are tokenised with
-            if lost < 0 or tuple(single[: len(plain)]) != plain or (lost and expanded[-lost:] != single[-lost:]):
+            tail = single[len(plain) :]
+            if tuple(single[: len(plain)]) != plain or self._placeholder_ids & set(tail) or expanded[-lost:][:lost] != tail:
                 raise UserError(
                     "adapter.chat_template: it writes a prompt with images otherwise once it is answered. Give another one."
                 )
