@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,6 +12,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from mmalign.annotation.media import MediaFile
+from mmalign.apps.archives import file_name, packed
 from mmalign.apps.sign_in import Door, Number, Reads, Reviews, TheDoor, TheStore
 from mmalign.errors import UserError
 
@@ -128,13 +128,13 @@ def export(
     from mmalign.annotation.export import export as write_export
 
     work = Path(tempfile.mkdtemp(prefix="mmalign-export-"))
-    name = f"{_plain(store.project(project).name)}-{format}"
+    name = file_name(f"{store.project(project).name}-{format}")
     settings = Settings(
         format=format, container=container or None, min_votes=min_votes, min_agreement=min_agreement, names=names
     )
     try:
-        done = write_export(store, project, work / _plain(name), settings)
-        archive = _zipped(done.folder, work / f"{_plain(name)}.zip")
+        done = write_export(store, project, work / name, settings)
+        archive = packed(done.folder)
     except UserError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise HTTPException(409, str(error)) from error
@@ -143,17 +143,3 @@ def export(
         raise
     cleaning = BackgroundTask(shutil.rmtree, work, ignore_errors=True)
     return FileResponse(archive, filename=archive.name, media_type="application/zip", background=cleaning)
-
-
-def _zipped(folder: Path, archive: Path) -> Path:
-    """Pack a folder; media are packed already, so nothing is compressed but texts."""
-    with zipfile.ZipFile(archive, "w", strict_timestamps=False) as target:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            small = file.suffix in (".json", ".jsonl", ".csv", ".md")
-            way = zipfile.ZIP_DEFLATED if small else zipfile.ZIP_STORED
-            target.write(file, Path(folder.name) / file.relative_to(folder), compress_type=way)
-    return archive
-
-
-def _plain(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)[:60].strip("-") or "project"

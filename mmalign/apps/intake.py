@@ -93,7 +93,8 @@ class Intake(threading.Thread):
                 self._add(one)
         except UserError as fault:
             self.fault = fault
-            logger.error("%s", fault)
+            if self.usable.is_set():  # else who waits in `begin` is told
+                logger.error("%s", fault)
         except Exception as fault:
             self.fault = fault
             logger.exception("the intake of %s was broken off", [one.place for one in self.data])

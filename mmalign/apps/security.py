@@ -157,7 +157,7 @@ class _Reply:
             policy = ADMIN_POLICY.format(nonce=self._nonce)
         elif self._path.startswith(MEDIA):
             policy = MEDIA_POLICY
-        headers["content-security-policy"] = policy
+        headers.setdefault("content-security-policy", policy)
         for name, value in HEADERS.items():
             headers[name] = value
         if "cache-control" not in headers:

@@ -20,6 +20,7 @@ from mmalign.apps.files import FILES, Assets
 from mmalign.apps.routes import JUDGING, SESSION
 from mmalign.apps.security import ADMIN, LOOPBACK, App, Guard, Limits, Receive, Scope, Send
 from mmalign.apps.sign_in import Door
+from mmalign.apps.summaries import SUMMARIES
 from mmalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def create_app(store: Store, settings: Settings) -> App:
 
     api = FastAPI(title="mmalign", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     api.state.door = door
-    for routes in (SESSION, JUDGING, FILES):
+    for routes in (SESSION, JUDGING, FILES, SUMMARIES):
         api.include_router(routes)
     api.mount("/static", Assets())
     api.add_exception_handler(UserError, _told)

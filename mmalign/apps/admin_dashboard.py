@@ -1,0 +1,65 @@
+"""The dashboard tab: progress, agreement, biases, people and sources of a project, as plots and tables."""
+
+from typing import Any
+
+from mmalign.annotation.accounts import Account
+from mmalign.annotation.tally import select
+from mmalign.apps.admin import Desk, table
+from mmalign.apps.summaries import PLOTS, last_vote, summary
+from mmalign.errors import UserError
+
+TABLES = {
+    "choices": "Votes by choice",
+    "agreement": "Agreement (95 % intervals)",
+    "bias": "Biases: how often the left one, and the longer one, wins; ties left out",
+    "raters": "People. Low agreement alone is no fault: look at gold and repeats too",
+    "ranking": "Sources, best first (Bradley-Terry, 95 % intervals)",
+    "kappas": "Cohen's kappa of each two people",
+    "dropped": "Judged items that give no preference",
+}
+
+
+def add(desk: Desk) -> None:
+    """Put the tab's contents onto the page."""
+    import gradio
+
+    with gradio.Row():
+        refresh = gradio.Button("Look again", size="sm")
+        ask = gradio.Button("Ask for uncertain pairs", size="sm")
+        files = gradio.Button("Download as files", size="sm", link="/")
+    told = gradio.Markdown()
+    plots = gradio.Markdown()
+    tables = [gradio.Dataframe(label=label, interactive=False, visible=False, wrap=True) for label in TABLES.values()]
+    shown = [told, plots, files, *tables]
+    look = desk.handler(_look)
+    for event in (refresh.click, desk.project.change):
+        event(look, [desk.project], shown, api_visibility="private")
+    ask.click(desk.handler(_ask, "admin"), [desk.project], [told], api_visibility="private")
+
+
+def _look(desk: Desk, who: Account, project: int | None) -> list[Any]:
+    import gradio
+
+    if project is None:
+        return ["No project yet: make one under Instructions and settings.", "", gradio.Button(), *(table([]) for _ in TABLES)]
+    progress = desk.store.progress(project)
+    whole = summary(desk.store, project)
+    state = "open" if desk.store.project(project).is_open else "closed"
+    told = (
+        f"**{progress.counted} of {progress.wanted} votes** ({progress.share:.0%}) on {progress.items} items; "
+        f"{whole.num_judged} judged, {whole.num_overlapping} by two people or more. The project is {state}."
+    )
+    note = "" if whole.on_random is None else "\n\nItems were also chosen by their votes: report the random slice."
+    version = last_vote(desk.store, project)
+    found = [name for name in whole.plots() if name in PLOTS]
+    pictures = "\n\n".join(f"![{name}](/api/projects/{project}/plots/{name}.svg?v={version})" for name in found)
+    tables = whole.tables()
+    button = gradio.Button(link=f"/api/projects/{project}/dashboard")
+    return [told + note, pictures, button, *(table(tables.get(name, [])) for name in TABLES)]
+
+
+def _ask(desk: Desk, who: Account, project: int | None) -> str:
+    if project is None:
+        raise UserError("project: got none. Choose one.")
+    count = select(desk.store, project)
+    return f"{count} uncertain pairs are asked for next; the random slice is judged beside them."
