@@ -242,7 +242,7 @@ def grid_positions(types: Int[Tensor, " context"], images: Sequence[SeenImage], 
     """
     vision = config.vision_config
     merge = vision.spatial_merge_size
-    grids = iter([grid for image in images for grid in _grids(image, config.model_type)])
+    grids = iter([grid for image in images for grid in _grids(image, config)])
     parts, start, at = [], 0, 0
     runs = [(kind, len(list(group))) for kind, group in groupby(types.tolist())]
     for kind, length in runs:
@@ -253,23 +253,27 @@ def grid_positions(types: Int[Tensor, " context"], images: Sequence[SeenImage], 
         while kind and start < stop:
             (time, height, width), step = next(grids)
             h, w = height // merge, width // merge
-            axes = torch.meshgrid(torch.arange(time) * step, torch.arange(h), torch.arange(w), indexing="ij")
-            parts.append(torch.stack(axes).reshape(3, -1).long() + at)
+            pace = vision.tokens_per_second if kind == 2 and config.model_type == "qwen2_5_vl" else 1
+            times = (torch.arange(time) * (step * pace)).long()
+            axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
+            parts.append(torch.stack(axes).reshape(3, -1) + at)
             at += max(h, w)
             start += time * h * w
         start = stop
     return torch.cat(parts, dim=1)
 
 
-def _grids(image: SeenImage, model_type: str) -> list[tuple[list[int], float]]:
-    """Grid and seconds between frames, in indices; Qwen3-VL writes the time before each frame, which is an image of its own."""
+def _grids(image: SeenImage, config: Any) -> list[tuple[list[int], float]]:
+    """Grids, and how many indices their frames are apart; before each frame of Qwen3-VL a time is written, and it is alone."""
     if image.kind == "image":
         return [(image.tensors["image_grid_thw"][0].tolist(), 1)]
     time, height, width = image.tensors["video_grid_thw"][0].tolist()
-    if model_type == "qwen3_vl":
+    if config.model_type == "qwen3_vl":
         return [([1, height, width], 1)] * time
-    seconds = image.tensors.get("second_per_grid_ts")
-    return [([time, height, width], 1 if seconds is None else float(seconds[0]))]
+    if config.model_type == "qwen2_vl":
+        return [([time, height, width], 1)]
+    seconds = image.tensors.get("second_per_grid_ts", torch.ones(1))
+    return [([time, height, width], config.vision_config.tokens_per_second * float(seconds[0]))]
 
 
 def no_cross_attention(outputs: Outputs, begun: int) -> Int[Tensor, "context images tiles"] | None:
