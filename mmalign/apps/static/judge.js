@@ -12,7 +12,7 @@ import { announce, byId, el, key, painted, pause, recall, remember, toast, wants
 import { listen } from "./keys.js";
 import { askToSignIn, banner, tellBroken, tellFinished, tellProgress, tellSaved } from "./notices.js";
 import { Outbox } from "./outbox.js";
-import { prepare } from "./panes.js";
+import { afresh, prepare } from "./panes.js";
 import { allSeen, drawTabs } from "./tabs.js";
 import { textTools, viewerTools } from "./tools.js";
 import { Viewer } from "./viewer.js";
@@ -68,7 +68,7 @@ class Judge {
     for (let wait = 250; ; wait = Math.min(wait * 2, 4000)) {
       try {
         const reply = await ask();
-        toast("");
+        if (wait > 250) toast("");
         return reply;
       } catch (fault) {
         if (fault instanceof SignedOut) askToSignIn();
@@ -121,7 +121,7 @@ class Judge {
     if (turn !== this.#turn) return;
     this.viewer?.refresh();
     if (broken.length) {
-      return tellBroken(broken, prepared.panes, () => this.show(prepare(prepared.shown, this.protocol.flags, this.mode)));
+      return tellBroken(broken, prepared.panes, () => this.show(prepare(afresh(prepared.shown), this.protocol.flags, this.mode)));
     }
     await painted();
     await allSeen(prepared.panes, () => announce("Swipe to see the others."));
@@ -216,6 +216,7 @@ class Judge {
     if (this.phase !== "live") return;
     const { assignment, revision, calibration } = this.prepared.shown;
     this.phase = "sending";
+    if (revision === 1) this.judged += 1;
     this.answers.setLive(false);
     remember("sessionStorage", this.#draftKey, null);
     announce(`${this.answers.describe(verdict)}.`);
@@ -242,7 +243,7 @@ class Judge {
     if (reply.status === "duplicate" && !message.resent) toast("This had been judged already; the earlier judgement stands.");
     const isHere = message.body.assignment === this.prepared?.shown.assignment && this.phase === "sending";
     if (reply.feedback && isHere) return this.#tellFeedback(reply);
-    if (!this.outbox.numVotes) this.#adopt(reply);
+    if (this.protocol && !this.outbox.numVotes) this.#adopt(reply);
   }
 
   #refused(message, fault) {

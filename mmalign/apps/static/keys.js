@@ -29,8 +29,9 @@ export function listen(act, isOn) {
       if (event.key === "Escape") event.target.blur();
       return;
     }
-    const onControl = event.target instanceof Element && event.target.closest("button, a, summary, label, input");
-    if (onControl && (event.key === " " || event.key === "Enter")) return;
+    const control = event.target instanceof Element && event.target.closest("button, a, summary, label, input");
+    const isPressed = event.key === " " || (event.key === "Enter" && !control?.matches(".chip, .sign"));
+    if (control && isPressed) return;
     const name = event.ctrlKey ? "undo" : nameOf(event);
     if (!isOn() && name !== "?") return;
     const panning = event.shiftKey && event.key.startsWith("Arrow");

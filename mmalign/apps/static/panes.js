@@ -23,6 +23,18 @@ export function prepare(shown, flags, mode) {
   return { shown, prompt: prompt.nodes, panes, isViewed: panes.every((pane) => pane.node), ready };
 }
 
+/** The same assignment, its media by addresses that the browser has not tried yet. */
+export function afresh(shown) {
+  const attempt = performance.now().toFixed(0);
+  const renewed = (value) => {
+    if (Array.isArray(value)) return value.map(renewed);
+    if (value === null || typeof value !== "object") return value;
+    const copy = Object.fromEntries(Object.entries(value).map(([name, one]) => [name, renewed(one)]));
+    return "src" in copy ? { ...copy, attempt } : copy;
+  };
+  return renewed(shown);
+}
+
 async function decoded(loads) {
   const found = await Promise.allSettled(loads);
   return found.every((one) => one.status === "fulfilled");

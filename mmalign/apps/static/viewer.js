@@ -10,10 +10,14 @@ const BLINK_MS = 600;
 const PAN_STEP = 0.18; // of the visible part
 const GAINS = [1, 8];
 
-/** One picture, animation or video as an element; `ready` resolves when it can be painted at once. */
+/**
+ * One picture, animation or video as an element; `ready` resolves when it can be painted at once. Browsers remember an address
+ * that failed: `media.attempt` makes another one of it.
+ */
 export function picture(media, alt) {
+  const src = media.attempt ? `${media.src}?attempt=${media.attempt}` : media.src;
   if (media.kind === "video") {
-    const video = el("video", { muted: true, loop: true, playsInline: true, preload: "auto", src: media.src });
+    const video = el("video", { muted: true, loop: true, playsInline: true, preload: "auto", src });
     video.setAttribute("aria-label", alt);
     const ready = new Promise((resolve, reject) => {
       video.addEventListener("loadeddata", resolve, { once: true });
@@ -22,7 +26,7 @@ export function picture(media, alt) {
     video.load();
     return { node: video, ready };
   }
-  const image = el("img", { alt, draggable: false, decoding: "sync", src: media.src });
+  const image = el("img", { alt, draggable: false, decoding: "sync", src });
   return { node: image, ready: image.decode() };
 }
 
@@ -154,11 +158,13 @@ export class Viewer {
       const half = Math.min(0.5, ...boxes.map(([, size, box]) => box[axis] / size[axis] / 2));
       this.#centre[axis] = Math.min(Math.max(this.#centre[axis], half), 1 - half);
     }
-    for (const [{ node }, size, box] of boxes) {
+    for (const [{ frame, node }, size, box] of boxes) {
+      const { left: x, top: y } = frame.getBoundingClientRect();
+      const origin = [x, y];
       const [left, top] = [0, 1].map((axis) => {
         const free = box[axis] - size[axis];
         const place = free >= 0 ? free / 2 : Math.min(0, Math.max(free, box[axis] / 2 - this.#centre[axis] * size[axis]));
-        return Math.round(place * devicePixelRatio) / devicePixelRatio;
+        return Math.round((origin[axis] + place) * devicePixelRatio) / devicePixelRatio - origin[axis];
       });
       Object.assign(node.style, { width: `${size[0]}px`, height: `${size[1]}px`, left: `${left}px`, top: `${top}px` });
     }
@@ -189,7 +195,7 @@ export class Viewer {
     );
     frame.addEventListener("dblclick", (event) => this.toggleZoom(this.#pointOf(pane, event)));
     frame.addEventListener("pointerdown", (event) => {
-      if (event.button !== 0 || pane.node.controls) return;
+      if (event.button !== 0 || event.target.closest("button")) return;
       if (!this.isFit || event.pointerType === "mouse") frame.setPointerCapture(event.pointerId);
       this.#pointers.set(event.pointerId, event);
     });
