@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "pairs": ("mmalign.pairs", "PairsConfig", "make pairs of lists, in stages from easy to hard, or of two models' answers"),
     "evaluate": ("mmalign.evaluate", "EvaluateConfig", "compare a tuned model with its base: win rate, drift, report"),
     "annotate": ("mmalign.annotate", "AnnotateConfig", "judge pairs and lists of images or texts in the browser"),
+    "exam": ("mmalign.exam", "ExamConfig", "mark answers of models that see without a judge: POPE, AMBER, CHAIR, VLGuard ..."),
     "validate-data": ("mmalign.validate_data", "ValidateDataConfig", "check a preference dataset and count what is in it"),
     "export": ("mmalign.export", "ExportConfig", "write the judgements of an annotation project as a data set to train on"),
     "doctor": ("mmalign.doctor", "DoctorConfig", "say what is installed, which device there is and what would fit"),
