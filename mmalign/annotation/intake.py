@@ -36,13 +36,13 @@ class Limits:
 
     Args:
         media_bytes: of one image or video file.
-        pixels: of one image.
+        pixels: of one image; Pillow warns of more.
         characters: of one prompt or candidate.
         roots: folders that image files must lie in, links followed; None: anywhere. For data that was uploaded.
     """
 
     media_bytes: int = 64 * 2**20
-    pixels: int = 200_000_000
+    pixels: int = 89_478_485
     characters: int = 200_000
     roots: tuple[Path, ...] | None = None
 
@@ -191,7 +191,7 @@ def _kind_of(media: Media, data: bytes) -> tuple[str, tuple[int, int]]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             format = image.format or ""
-    except DAMAGED as fault:
+    except (*DAMAGED, Image.DecompressionBombWarning) as fault:
         raise UserError(f"{media.place()}: got a damaged image ({fault}), want one that decodes. Replace it.") from fault
     return SERVED.get(format, "image/png"), Media(data=data, where=media.where).size()
 
