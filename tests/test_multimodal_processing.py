@@ -91,7 +91,7 @@ def test_a_prompt_whose_last_token_an_answer_changes_keeps_its_image() -> None:
 
 
 def test_a_template_that_writes_images_otherwise_once_they_are_answered_is_refused() -> None:
-    turned = "{% if add_generation_prompt %}<image>\nAsked{% else %}<image>Told {{ messages[-1].content[-1].text }}{% endif %}"
+    turned = "{% if add_generation_prompt %}Q<image>{% else %}T<image>{{ messages[-1].content[-1].text }}{% endif %}"
     encode = encoder("llava", processor=with_template("llava", turned))
     with pytest.raises(UserError, match=r"adapter\.chat_template"):
         encode([sample("what?", "red", WIDE)])

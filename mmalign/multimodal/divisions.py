@@ -253,8 +253,7 @@ def grid_positions(types: Int[Tensor, " context"], images: Sequence[SeenImage], 
         while kind and start < stop:
             (time, height, width), step = next(grids)
             h, w = height // merge, width // merge
-            pace = vision.tokens_per_second if kind == 2 and config.model_type == "qwen2_5_vl" else 1
-            times = (torch.arange(time) * (step * pace)).long()
+            times = (torch.arange(time) * step).long()
             axes = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
             parts.append(torch.stack(axes).reshape(3, -1) + at)
             at += max(h, w)

@@ -1,0 +1,99 @@
+"""Videos in prompts: frames as arrays through the processors that take them, in their order and at their positions."""
+
+import pytest
+import torch
+from multimodal import VIDEO_FAMILIES, encoder, parts, picture, sample, sequence
+from PIL import Image
+
+from mmalign.multimodal.families import FAMILIES
+from mmalign.records.frames import animation
+from mmalign.records.media import Media
+
+FAMILY = pytest.mark.parametrize("family", VIDEO_FAMILIES)
+FRAMES = tuple(picture(seed, 56, 56) for seed in range(4))
+
+
+def filed(count: int = 4) -> Media:
+    return Media(data=animation([media.open() for media in FRAMES[:count]]), where="videos.jsonl:2")
+
+
+def names(family: str) -> tuple[str, str]:
+    return ("pixel_values" if family == "internvl" else "pixel_values_videos"), "video_grid_thw"
+
+
+@FAMILY
+def test_a_video_is_a_file_of_several_frames_or_its_frames(family: str) -> None:
+    one = encoder(family)([sample("what?", "red", filed())])
+    other = encoder(family, as_video=True)([sample("what?", "red", *FRAMES)])
+    assert one == other
+    pictures = encoder(family)([sample("what?", "red", *FRAMES)])
+    assert len(one.media[0].images) == 1 or family == "internvl"
+    assert len(pictures.media[0].images) == 4 and pictures.contexts != one.contexts
+
+
+@FAMILY
+def test_a_video_gives_the_logits_of_what_its_processor_makes_in_one_go(family: str) -> None:
+    model, processor = parts(family)
+    ids, seen = sequence(encoder(family)([sample("what?", "a red one", filed())]), 0)
+    assert seen is not None and seen.token_types is not None
+    frames = [media.open() for media in FRAMES]
+    text = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a red one"}]},
+        ],
+        tokenize=False,
+    )
+    told = {"fps": 1.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+    whole = processor(text=[text], videos=[frames], video_metadata=[told], do_sample_frames=False, return_tensors="pt")
+    assert ids == whole["input_ids"][0].tolist()
+    given = {name: t.double() if t.is_floating_point() else t for name, t in whole.items() if name != "second_per_grid_ts"}
+    if "second_per_grid_ts" in whole:
+        given["second_per_grid_ts"] = torch.as_tensor(whole["second_per_grid_ts"])
+    ours = {"input_ids": torch.tensor([ids])}
+    answer = len(ids) - len(seen.token_types)
+    if seen.positions is not None:
+        after = seen.next_position + torch.arange(answer)
+        ours["position_ids"] = torch.cat([seen.positions, after.expand(3, -1)], dim=1)[:, None]
+    for name in names(family):
+        found = [image.tensors[name] for image in seen.images if name in image.tensors]
+        if found:
+            ours[name] = torch.cat(found).double() if name != "video_grid_thw" else torch.cat(found)
+    torch.testing.assert_close(model(**ours).logits, model(**given).logits, rtol=1e-9, atol=1e-9)
+
+
+@FAMILY
+def test_features_of_a_video_fill_its_placeholders(family: str) -> None:
+    model, _ = parts(family)
+    encoded = encoder(family)([sample("what?", "red", filed()), sample("what?", "red", picture(9, 56, 56), filed(2))])
+    for seen in encoded.media:
+        assert seen is not None and seen.token_types is not None
+        images = [
+            type(image)(
+                key=image.key,
+                kind=image.kind,
+                num_tokens=image.num_tokens,
+                tensors={name: t.double() if t.is_floating_point() else t for name, t in image.tensors.items()},
+            )
+            for image in seen.images
+        ]
+        found = FAMILIES[family].features(model, images)
+        assert [len(one.tokens) for one in found] == [image.num_tokens for image in images]
+        assert sum(len(one.tokens) for one in found) == int((seen.token_types > 0).sum())
+    kinds = [image.kind for image in encoded.media[1].images]
+    assert kinds[0] == "image" and (kinds[1] == "video" or family == "internvl")
+
+
+@FAMILY
+def test_frames_in_another_order_are_another_video(family: str) -> None:
+    keys = []
+    for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
+        media = Media(data=animation([FRAMES[n].open() for n in order]))
+        [*images] = encoder(family)([sample("what?", "red", media)]).media[0].images
+        keys.append([image.key for image in images])
+    assert keys[0] != keys[1]
+
+
+def test_an_animation_of_one_frame_is_an_image() -> None:
+    media = Media(data=animation([Image.new("RGB", (56, 56), (9, 9, 9))]))
+    assert encoder("qwen2_vl")([sample("what?", "red", media)]).media[0].images[0].kind == "image"
