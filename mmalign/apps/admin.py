@@ -57,7 +57,7 @@ def build_pages(store: Store, settings: "Settings") -> "gradio.Blocks":
 
     from mmalign.apps import admin_dashboard, admin_data, admin_people, admin_projects
 
-    with gradio.Blocks(title="mmalign annotation", analytics_enabled=False) as pages:
+    with gradio.Blocks(title="mmalign annotation", analytics_enabled=False, fill_width=True) as pages:
         with gradio.Row(equal_height=True):
             project = gradio.Dropdown(choices=[], label="Project", interactive=True, scale=4)
             gradio.Button("Judge", link="/", scale=1)

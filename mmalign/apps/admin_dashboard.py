@@ -50,9 +50,10 @@ def _look(desk: Desk, who: Account, project: int | None) -> list[Any]:
         f"{whole.num_judged} judged, {whole.num_overlapping} by two people or more. The project is {state}."
     )
     note = "" if whole.on_random is None else "\n\nItems were also chosen by their votes: report the random slice."
+    plots = whole.plots()
     version = last_vote(desk.store, project)
-    found = [name for name in whole.plots() if name in PLOTS]
-    pictures = "\n\n".join(f"![{name}](/api/projects/{project}/plots/{name}.svg?v={version})" for name in found)
+    found = [name for name in PLOTS if name in plots]
+    pictures = "\n\n".join(f"### {PLOTS[name]}\n\n![{PLOTS[name]}](/api/projects/{project}/plots/{name}.svg?v={version})" for name in found)
     tables = whole.tables()
     button = gradio.Button(link=f"/api/projects/{project}/dashboard")
     return [told + note, pictures, button, *(table(tables.get(name, [])) for name in TABLES)]

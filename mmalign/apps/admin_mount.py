@@ -97,7 +97,7 @@ class AdminPages:
             ssr_mode=False,
             enable_monitoring=False,
             mcp_server=False,
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            theme=gradio.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         )
         return inner
 

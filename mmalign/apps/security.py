@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,12 @@ class Limits:
     upload_bytes: int = 512 * 1024 * 1024
 
 
-class TooLarge(Exception):
-    """A body turned out longer than allowed while it was read."""
+class TooLarge(HTTPException):
+    """A body turned out longer than allowed while it was read. As an HTTPException it passes through who reads the body."""
+
+    def __init__(self, limit: int) -> None:
+        """Tell the limit in bytes."""
+        super().__init__(413, f"got a body of more than {limit} bytes, want a smaller one")
 
 
 class Guard:
@@ -95,9 +100,9 @@ class Guard:
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
         try:
             await self.app(scope, _bounded(receive, limit), reply.send)
-        except TooLarge:
+        except TooLarge as fault:
             if not reply.started:
-                await _refuse(reply.send, 413, f"got a body of more than {limit} bytes, want a smaller one")
+                await _refuse(reply.send, fault.status_code, fault.detail)
 
     def _limit(self, scope: Scope) -> int:
         return self.limits.upload_bytes if _is_admin(scope["path"]) else self.limits.body_bytes
@@ -203,7 +208,7 @@ def _bounded(receive: Receive, limit: int) -> Receive:
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
             if seen > limit:
-                raise TooLarge
+                raise TooLarge(limit)
         return message
 
     return bounded

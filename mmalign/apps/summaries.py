@@ -18,7 +18,13 @@ from mmalign.apps.archives import file_name, packed
 from mmalign.apps.sign_in import Number, Reviews, TheStore
 
 SUMMARIES = APIRouter(prefix="/api/projects")
-PLOTS = ("choices", "agreement", "bias", "raters", "ranking")
+PLOTS = {
+    "choices": "Votes by choice",
+    "agreement": "Agreement",
+    "bias": "How often the left one, and the longer one, wins",
+    "raters": "Agreement of each with the majority of the others",
+    "ranking": "Strength of each source (Bradley-Terry, nats)",
+}
 ON_WHITE = '<svg style="background:#fff;color:#1c2024" '
 PLOT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 REMEMBERED = 8
