@@ -100,14 +100,35 @@ def test_a_template_that_writes_images_otherwise_once_they_are_answered_is_refus
 
 
 def test_settings_of_the_processor_are_passed_on() -> None:
-    small = encoder("qwen2_vl", settings={"size": {"shortest_edge": 28 * 28, "longest_edge": 2 * 28 * 28}})
-    sizes = [
-        one([sample("what?", "red", picture(3, 90, 90))]).media[0].images[0].num_tokens for one in (small, encoder("qwen2_vl"))
-    ]
-    assert sizes[0] < sizes[1]
+    large = sample("what?", "red", picture(3, 90, 90))
+    sizes = {"shortest_edge": 28 * 28, "longest_edge": 2 * 28 * 28}
+    by_size, by_pixels, stock = (
+        encoder("qwen2_vl", settings=settings)([large]) for settings in ({"size": sizes}, {"max_pixels": 2 * 28 * 28}, {})
+    )
+    assert by_size == by_pixels
+    assert by_size.media[0].images[0].num_tokens < stock.media[0].images[0].num_tokens
     whole = encoder("idefics3", settings={"do_image_splitting": False})([sample("what?", "red", WIDE)]).media[0].images[0]
     tiles = encoder("idefics3")([sample("what?", "red", WIDE)]).media[0].images[0]
     assert whole.tensors["pixel_values"].shape[1] == 1 < tiles.tensors["pixel_values"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "told"),
+    [
+        ("idefics3", {"do_image_spliting": False}, "Did you mean do_image_splitting"),
+        ("llava", {"max_pixels": 100}, "got max_pixels, which LlavaProcessor does not know"),
+        ("qwen2_vl", {"max_pixels": 100, "size": 3}, "want size alone"),
+    ],
+)
+def test_settings_that_a_processor_would_pass_over_are_refused(family: str, settings: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        encoder(family, settings=settings)([sample("what?", "red", WIDE)])
+
+
+def test_names_of_the_template_are_given_to_it() -> None:
+    template = "{% if loud %}!{% endif %}" + parts("llava")[1].chat_template
+    encode = encoder("llava", processor=with_template("llava", template), template_kwargs={"loud": True})
+    assert decoded("llava", encode([sample("what?", "red", WIDE)]).contexts[0]).startswith("<|endoftext|>!<|im_start|>")
 
 
 def test_what_a_processor_or_model_cannot_show_is_told_with_its_place() -> None:

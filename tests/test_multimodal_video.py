@@ -97,3 +97,19 @@ def test_frames_in_another_order_are_another_video(family: str) -> None:
 def test_an_animation_of_one_frame_is_an_image() -> None:
     media = Media(data=animation([Image.new("RGB", (56, 56), (9, 9, 9))]))
     assert encoder("qwen2_vl")([sample("what?", "red", media)]).media[0].images[0].kind == "image"
+
+
+@FAMILY
+def test_of_a_long_video_frames_are_taken_evenly(family: str) -> None:
+    few = encoder(family, num_frames=2)([sample("what?", "red", filed())])
+    ends = encoder(family, as_video=True)([sample("what?", "red", FRAMES[0], FRAMES[3])])
+    assert few.media[0].images[0].key == ends.media[0].images[0].key or family == "qwen2_5_vl"
+    assert encoder(family, num_frames=9)([sample("what?", "red", filed())]) == encoder(family)(
+        [sample("what?", "red", filed())]
+    )
+    if family == "qwen3_vl":  # which writes their times
+        assert "<1.5 seconds>" in parts(family)[1].tokenizer.decode(few.contexts[0])
+    if family == "qwen2_5_vl":
+        pixels = [one.media[0].images[0].tensors for one in (few, ends)]
+        assert pixels[0]["pixel_values_videos"].equal(pixels[1]["pixel_values_videos"])
+        assert float(pixels[0]["second_per_grid_ts"][0]) == 2 * float(pixels[1]["second_per_grid_ts"][0])

@@ -144,15 +144,26 @@ def _in_order(found: Parts, ids: Sequence[int], processor: Any) -> Parts:
 # --- texts of a prompt --------------------------------------------------------------------------------------------------
 
 
-def pictures(shown: Sequence[Shown]) -> dict[str, Any]:
-    """Arguments of a processor: images as RGB, videos as arrays of frames (t, h, w, 3), one frame a second."""
+def pictures(shown: Sequence[Shown], num_frames: int | None = None) -> dict[str, Any]:
+    """Arguments of a processor: images as RGB, videos as arrays of frames (t, h, w, 3).
+
+    Args:
+        shown: by a prompt, in order.
+        num_frames: of a video with more of them, this many, evenly spaced from the first to the last. Videos are taken for one
+            frame a second, as TEMPLE and LLaVA-Hound have them, so that the times of frames are their numbers.
+    """
     images = [files[0].open() for kind, files in shown if kind == "image"]
     videos = [_frames(files) for kind, files in shown if kind == "video"]
     given: dict[str, Any] = {"images": [images]} if images else {}
     if not videos:
         return given
-    told = [{"fps": 1.0, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))} for frames in videos]
-    return {**given, "videos": videos, "video_metadata": told, "do_sample_frames": False}
+    chosen = [np.linspace(0, len(v) - 1, min(len(v), num_frames or len(v))).round().astype(int) for v in videos]
+    told = [
+        {"fps": 1.0, "total_num_frames": len(frames), "frames_indices": places.tolist()}
+        for frames, places in zip(videos, chosen, strict=True)
+    ]
+    kept = [frames[places] for frames, places in zip(videos, chosen, strict=True)]
+    return {**given, "videos": kept, "video_metadata": told, "do_sample_frames": False}
 
 
 def undivided(text: str) -> tuple[str, str]:

@@ -155,7 +155,7 @@ class Family:
         blocks: token types of a context -> the tokens of it that see each other in both directions.
         positions: `(types, images, config)` -> m-rope indices of a context.
         crossed: `(outputs, begun)` -> cross-attention mask of a context, before which `begun` tokens were put.
-        given: what a prompt shows -> arguments of the processor.
+        given: `(shown, num_frames)` -> arguments of the processor.
         divided: a prompt as a text -> the part that goes through the processor, and what follows it.
         expanded: `(ids, processor)` -> which of the ids of that part are the context's.
         apart, together: pixels with their channels apart, and back.
@@ -173,7 +173,7 @@ class Family:
     blocks: Callable[[Tensor], Blocks] = divisions.causal
     positions: Callable[[Tensor, Sequence[SeenImage], Any], Tensor | None] = divisions.places
     crossed: Callable[[Outputs, int], Tensor | None] = divisions.no_cross_attention
-    given: Callable[[Sequence[Shown]], dict[str, Any]] = divisions.pictures
+    given: Callable[[Sequence[Shown], int | None], dict[str, Any]] = divisions.pictures
     divided: Callable[[str], tuple[str, str]] = divisions.undivided
     expanded: Callable[[list[int], Any], list[int]] = divisions.all_ids
     apart: Callable[[Tensor, Any, Kind], Tensor] = divisions.apart

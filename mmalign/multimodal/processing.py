@@ -16,6 +16,7 @@ from mmalign.language.chat import Encoded, Encoder, Eos
 from mmalign.multimodal.degradations import Condition
 from mmalign.multimodal.families import Family
 from mmalign.multimodal.seen import Kind, Seen, SeenImage, image_key, seen_key
+from mmalign.multimodal.settings import processor_settings
 from mmalign.multimodal.templates import PartsTemplate, Shown, marked
 from mmalign.records import Content, Sample
 
@@ -52,12 +53,13 @@ class SightedEncoder:
         model_type: of the model's config, which names its family.
         family: facts of it.
         config: of the model.
-        template, system_prompt, max_response_length: see `Encoder`.
+        template, template_kwargs, system_prompt, max_response_length: see `Encoder`.
         eos: as `Encoder`; auto also ends a conversation's answer where the template does not (LLaVA-1.5).
         max_prompt_length: tokens, those of images included; longer prompts of text alone lose their beginning, others are
             refused. None: no limit.
         positions: see `Encoder`.
         as_video: whether several images of a message are the frames of one video; a file of several frames always is one.
+        num_frames: of a video with more of them, this many, evenly spaced; None: all.
         settings: further arguments of the processor: `max_pixels`, `do_image_splitting` ...
     """
 
@@ -66,12 +68,14 @@ class SightedEncoder:
     family: Family
     config: Any
     template: Literal["auto", "always"] = "auto"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
     eos: Eos = "auto"
     max_prompt_length: int | None = None
     max_response_length: int | None = None
     positions: int | None = None
     as_video: bool = False
+    num_frames: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, samples: Sequence[Sample], conditions: Sequence[Condition | None] | None = None) -> Encoded:
@@ -121,6 +125,25 @@ class SightedEncoder:
         self._check_length(len(expanded), seen)
         return expanded, seen
 
+    def arguments(self, content: Content, condition: Condition | None = None) -> dict[str, Tensor]:
+        """What a model's `generate` takes for one prompt: ids, mask, and the processor's tensors of what it shows."""
+        ids, seen = self.shown(content, condition)
+        told = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        if seen is None or not seen.images:
+            return told
+        prompt = self._prompt(Sample(prompt=content, completion=Content(text="a")), condition)
+        outputs = self._outputs(self.tokenizer.placed(self._unlimited.text(prompt.sample)), prompt)[0]
+        types = seen.token_types if self.family.answer_type == 0 else None
+        for name, tensor in outputs.items():
+            if name in ("token_type_ids", "mm_token_type_ids"):
+                told[name] = torch.zeros(1, len(ids), dtype=torch.long) if types is None else types[None]
+            elif name == "cross_attention_mask" and seen.crossed is not None:
+                told[name] = seen.crossed[None]
+            elif name not in told and name != "labels":
+                kind: Kind = "video" if name.endswith("_videos") else "image"
+                told[name] = self._changed(name, tensor, kind, condition)
+        return told
+
     # --- samples as texts -------------------------------------------------------------------------------------------
 
     @cached_property
@@ -134,6 +157,7 @@ class SightedEncoder:
         return Encoder(
             tokenizer=self.tokenizer,
             template="always" if self.family.template else self.template,
+            template_kwargs=self.template_kwargs,
             system_prompt=self.system_prompt,
             eos=self.eos if ends else "always",
             max_prompt_length=self.max_prompt_length,
@@ -155,6 +179,10 @@ class SightedEncoder:
         if unknown is not None:
             raise UserError(f"got a {unknown}, which {self.model_type} does not see. Use another model, or single frames.")
         return _Prompt(replace(sample, prompt=marked_content), shown, condition)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return processor_settings(self.processor, self.settings)
 
     @cached_property
     def _placeholder_ids(self) -> set[int]:
@@ -260,16 +288,7 @@ class SightedEncoder:
     def _processed(self, text: str, prompt: _Prompt) -> tuple[list[int], list[int], Seen]:
         """Ids with images expanded and with single placeholders, both as they begin; and what they show."""
         text = self.tokenizer.placed(text)
-        head, rest = self.family.divided(text)
-        settings: dict[str, Any] = {"add_special_tokens": False, **self.settings}
-        try:
-            given = self.family.given(prompt.shown)
-            outputs = self.processor(text=[head], return_tensors="pt", **given, **settings)
-        except (ValueError, TypeError, IndexError) as fault:
-            where = prompt.shown[0][1][0].place()
-            raise UserError(
-                f"{where}: the processor refuses the prompt ({fault}). Correct the image or the settings."
-            ) from fault
+        outputs, rest = self._outputs(text, prompt)
         ids: list[int] = self.family.expanded(outputs["input_ids"][0].tolist(), self.processor)
         parts = self.family.parts(outputs, ids, self.processor)
         if rest:
@@ -288,20 +307,37 @@ class SightedEncoder:
             )
         return begun, single, seen
 
+    def _outputs(self, text: str, prompt: _Prompt) -> tuple[Any, str]:
+        """What the processor makes of a prompt as a text, and what of the text does not go through it."""
+        head, rest = self.family.divided(text)
+        settings: dict[str, Any] = {"add_special_tokens": False, **self._settings}
+        try:
+            given = self.family.given(prompt.shown, self.num_frames)
+            return self.processor(text=[head], return_tensors="pt", **given, **settings), rest
+        except (ValueError, TypeError, IndexError) as fault:
+            where = prompt.shown[0][1][0].place()
+            raise UserError(
+                f"{where}: the processor refuses the prompt ({fault}). Correct the image or the settings."
+            ) from fault
+
     def _begun(self, ids: list[int]) -> list[int]:
         """A prompt behind what every text begins with."""
         beginning = list(self._inner.beginning) if self._inner.begun else []
         return ids if ids[: len(beginning)] == beginning else beginning + ids
 
     def _image(self, kind: Kind, tensors: dict[str, Tensor], count: int, condition: Condition | None) -> SeenImage:
-        if condition is not None and condition.degradation.of_pixels is not None:
-            maker = self.processor.image_processor if kind == "image" else self.processor.video_processor
-            name = "pixel_values" if kind == "image" else "pixel_values_videos"
-            mean, std = (torch.tensor(getattr(maker, key)) for key in ("image_mean", "image_std"))
-            changed = condition.pixels(self.family.apart(tensors[name], self.processor, kind), mean, std)
-            tensors = {**tensors, name: self.family.together(changed, tensors[name])}
+        tensors = {name: self._changed(name, tensor, kind, condition) for name, tensor in tensors.items()}
         key = image_key(self.model_type, kind, tensors)
         return SeenImage(key=key, kind=kind, tensors=tensors, num_tokens=count)
+
+    def _changed(self, name: str, tensor: Tensor, kind: Kind, condition: Condition | None) -> Tensor:
+        """Pixels as a condition shows them; other tensors as they are."""
+        if condition is None or condition.degradation.of_pixels is None or not name.startswith("pixel_values"):
+            return tensor
+        maker = self.processor.image_processor if kind == "image" else self.processor.video_processor
+        mean, std = (torch.tensor(getattr(maker, key)) for key in ("image_mean", "image_std"))
+        changed = condition.pixels(self.family.apart(tensor, self.processor, kind), mean, std)
+        return self.family.together(changed, tensor)
 
     def _seen(self, ids: Sequence[int], images: tuple[SeenImage, ...], crossed: Tensor | None) -> Seen | None:
         types = self._types(ids)

@@ -62,10 +62,10 @@ class PartsTemplate:
         """Whether the template writes a special token behind an answer."""
         if self.chat_template is None:
             return True
-        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzx"}]
         whole = self._rendered(conversation)
         special = set(self.tokenizer.all_special_tokens) | set(self.tokenizer.get_added_vocab())
-        return any(token in whole[whole.rfind("b") + 1 :] for token in special)
+        return any(token in whole[whole.rfind("qzx") + 3 :] for token in special)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
         """A conversation as text; an answer that the template does not end loses the blanks behind it."""
