@@ -5,13 +5,15 @@ import random
 import secrets
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, insert, select, text, update
 
 from mmalign.annotation.events import log
 from mmalign.annotation.protocol import Protocol
 from mmalign.annotation.queues import Next, choose
 from mmalign.annotation.schema import ASSIGNMENT, ITEM, PARTICIPATION, PROJECT
 from mmalign.annotation.shown import Shown, show
+
+LEASED = text("assignment.state = 'leased'")  # written out, or SQLite does not use the partial indexes
 
 
 def participation(connection: Connection, project: int, annotator: int, now: float) -> Any:
@@ -64,8 +66,9 @@ def current(
 
 def open_leases(connection: Connection, project: int, annotator: int) -> list[Any]:
     """Return what the person holds and has not judged, oldest first."""
-    mine = (ASSIGNMENT.c.project == project, ASSIGNMENT.c.annotator == annotator, ASSIGNMENT.c.state == "leased")
-    return list(connection.execute(select(ASSIGNMENT).where(*mine).order_by(ASSIGNMENT.c.number)).all())
+    rows = connection.execute(select(ASSIGNMENT).where(ASSIGNMENT.c.annotator == annotator, LEASED)).all()
+    # Filtered and sorted here: asked to, SQLite walks over all that the person ever judged instead.
+    return sorted((row for row in rows if row.project == project), key=lambda row: row.number)
 
 
 def assignment_row(connection: Connection, assignment: str) -> Any:
@@ -94,7 +97,7 @@ def release(connection: Connection, project: int, annotator: int, now: float) ->
 
 def expire(connection: Connection, project: int, now: float) -> int:
     """Give back all that was held too long; return how many."""
-    late = (ASSIGNMENT.c.project == project, ASSIGNMENT.c.state == "leased", ASSIGNMENT.c.expires_at <= now)
+    late = (ASSIGNMENT.c.project == project, LEASED, ASSIGNMENT.c.expires_at <= now)
     rows = connection.execute(select(ASSIGNMENT).where(*late).order_by(ASSIGNMENT.c.id)).all()
     for row in rows:
         _end(connection, row, "expired", now)
