@@ -27,8 +27,9 @@ class ImageTextAdapter:
         model: a multimodal language model of transformers, folder or hub id, or `tiny`: random weights for smoke runs.
         revision: of the hub's repository.
         chat_template: Jinja text, or a file of it, instead of the processor's.
-        template, system_prompt, eos, max_prompt_length, max_response_length, as_video: see `multimodal.processing`. Prompts
-            with images are never cut: longer ones than `max_prompt_length`, images included, are refused.
+        template, system_prompt, eos, max_prompt_length, max_response_length, as_video, num_frames: see
+            `multimodal.processing`. Prompts with images are never cut: longer ones than `max_prompt_length`, images included,
+            are refused.
         processor: further arguments of the processor, such as `max_pixels` or `do_image_splitting`.
         degradation: what is shown instead of the images, once drawn for an example and epoch, where a loss asks for
             `degraded`, `each_degraded`, `greedy` or `anchored`.
@@ -55,6 +56,7 @@ class ImageTextAdapter:
     max_prompt_length: int | None = None
     max_response_length: int | None = 1024
     as_video: bool = False
+    num_frames: int | None = None
     processor: dict[str, int | float | str] = field(default_factory=dict)
     degradation: Annotated[Choice, Table("mmalign.multimodal.degradations:DEGRADATIONS")] | None = None
     token_weights: Annotated[Choice, Table("mmalign.curation.token_effects:TOKEN_WEIGHTS")] | None = None
@@ -89,6 +91,8 @@ class ImageTextAdapter:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name}: got {value}, want 2 or more, or null for no limit.")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"num_frames: got {self.num_frames}, want 1 or more, or null for all.")
         if self.group_by_length < 1:
             raise ValueError(f"group_by_length: got {self.group_by_length}, want 1 or more.")
         if self.quantization is not None and self.lora is None:

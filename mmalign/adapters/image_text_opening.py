@@ -155,6 +155,7 @@ def _reader(
         max_prompt_length=settings.max_prompt_length,
         max_response_length=settings.max_response_length,
         as_video=settings.as_video,
+        num_frames=settings.num_frames,
         settings=settings.processor,
     )
     degradation = None if settings.degradation is None else settings.degradation.build()
