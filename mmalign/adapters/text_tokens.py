@@ -60,7 +60,7 @@ def tokens_of(
     if told is not None and weights is not None and len(weights[0]) > num_candidates:
         told += [row[num_candidates + n] for n in range(num_extras) for row in weights]
     joint = tuple(torch.ones(len(context) - 1) for context in contexts) if "joint" in wanted else None
-    return Tokens(
+    tokens = Tokens(
         contexts=tuple(contexts),
         continuations=tuple(ids for ids, _, _ in chosen),
         context_of=tuple(owner for _, owner, _ in chosen),
@@ -69,6 +69,8 @@ def tokens_of(
         heads=_heads(chosen, len(rows), num_candidates) if "shared" in wanted else None,
         media=_told(media),
     )
+    unused = len(set(tokens.context_of)) < len(contexts)
+    return tokens.select(range(len(chosen))) if unused else tokens
 
 
 def mismatched_of(rows: Sequence[Encoded]) -> Tokens:
