@@ -1,11 +1,15 @@
 """The judging page in a real browser: what is shown, what is stored, and that none of it is lost, doubled or guessed."""
 
+import contextlib
 import io
 import itertools
 import re
 import shutil
+import signal
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -123,16 +127,23 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def shared(browser: Any) -> Iterator[Any]:
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def judge(site: Site, browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open the judging page of a project in a browser of its own, ready for the first verdict; faulty scripts fail the test."""
-    contexts, faults = [], list[str]()
+def judge(site: Site, browser: Any, shared: Any) -> Iterator[Callable[..., Any]]:
+    """Open the judging page of a project, ready for a verdict; with options in a browser of its own; faulty scripts fail."""
+    contexts, pages, faults = [], [], list[str]()
 
     def opened(project: int, *, context: Any = None, wait: bool = True, url: str = site.url, **options: Any) -> Any:
-        if context is None:
-            context = browser.new_context(**options)
-            contexts.append(context)
-        page = context.new_page()
+        if options:
+            contexts.append(context := browser.new_context(**options))
+        page = (context or shared).new_page()
+        pages.append(page)
         page.set_default_timeout(WAIT_MS)
         page.on("pageerror", lambda fault: faults.append(str(fault)))
         page.on("console", lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None)
@@ -142,8 +153,8 @@ def judge(site: Site, browser: Any) -> Iterator[Callable[..., Any]]:
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
+    for one in (*pages, *contexts):
+        one.close()
     assert not faults, faults
 
 
@@ -512,14 +523,14 @@ def test_zoom_and_pan_move_both_pictures_together_by_keys_wheel_and_mouse(site: 
         act()
         page.wait_for_timeout(40)
         left, right = boxes()
-        assert left == right
+        assert left == pytest.approx(right, abs=1), "both lie on whole pixels of the screen"
         return left
 
     fit = moved(lambda: None)
     actual = moved(lambda: page.keyboard.press("z"))
     assert actual[2] == 900 > fit[2]
     panned = moved(lambda: page.keyboard.press("Shift+ArrowRight"))
-    assert panned[0] < actual[0] and panned[1] == actual[1]
+    assert panned[0] < actual[0] - 50 and panned[1] == actual[1]
     assert moved(lambda: page.keyboard.press("Shift+ArrowDown"))[1] < panned[1]
     assert moved(lambda: page.keyboard.press("+"))[2] == 1800
     assert moved(lambda: page.keyboard.press("-"))[2] == 900
@@ -631,48 +642,62 @@ def test_dark_mode_follows_the_system_and_the_button(site: Site, judge: Any) -> 
     assert brightness() > 600
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_on_any_page_of_judging(site: Site, judge: Any, scheme: str) -> None:
+def violations(page: Any, *, rules: Sequence[str] = ()) -> list[str]:
+    """What axe finds on a page as it stands, by all rules of WCAG 2.2 A and AA and best practice, or by those named."""
     from axe_playwright_python.sync_playwright import Axe
 
-    axe, found = Axe(), []
+    levels = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    only = {"type": "rule", "values": list(rules)} if rules else {"type": "tag", "values": levels}
+    found = Axe().run(page, options={"runOnly": only, "resultTypes": ["violations"]}).response["violations"]
+    return [f"{page.url}: {one['id']}: {one['nodes'][0]['html']}" for one in found]
 
-    def check(page: Any, what: str) -> None:
-        result = axe.run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]})
-        found.extend(f"{what}: {v['id']}: {v['nodes'][0]['html']}" for v in result.response["violations"])
 
-    marked = "# A\n\n`code` and $x^2$ [link](https://example.org)\n\n```python\ndef f(): return 'x' # note\n```\n"
-    marked += "\n> quote\n\n| a |\n|---|\n| 1 |"
-    texts = text_pairs((marked, f"{marked} more"))
-    pairs = image_pairs(1)
-    asked: dict[str, Any] = {"aspects": ("fidelity",), "flags": ("unsafe",)}
-    page = judge(site.project(pairs, **asked), color_scheme=scheme)
-    check(page, "images")
+MARKED = """# A\n\n`code` and $x^2$ [link](https://example.org)\n\n```python\ndef f(): return 'x' # note\n```\n
+> quote\n\n| a |\n|---|\n| 1 |"""
+ASKED: dict[str, Any] = {"aspects": ("fidelity",), "flags": ("unsafe",)}
+
+
+def test_axe_finds_nothing_where_pictures_are_judged(site: Site, judge: Any) -> None:
+    page = judge(site.project(image_pairs(1), **ASKED))
+    found = violations(page)
     page.keyboard.press("?")
-    check(page, "keys")
+    found += violations(page)
     page.keyboard.press("Escape")
     page.keyboard.press("x")
-    check(page, "blink")
+    found += violations(page)
     page.keyboard.press("1")
     page.get_by_role("heading", name="Nothing left").wait_for()
-    check(page, "finished")
+    found += violations(page)
     page.keyboard.press("u")
     ready(page)
-    check(page, "undo")
-    context = page.context
-    page = judge(site.project(texts, kind="text", guideline=marked, **asked), context=context, wait=False)
+    found += violations(page)
+    page = judge(site.project(image_pairs(1), strength=True), context=page.context)
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert not found + violations(page)
+
+
+def test_axe_finds_nothing_where_texts_and_lists_are_judged(site: Site, judge: Any) -> None:
+    project = site.project(text_pairs((MARKED, f"{MARKED} more")), kind="text", guideline=MARKED, **ASKED)
+    page = judge(project, wait=False)
     page.get_by_role("button", name="Start judging").wait_for()
-    check(page, "instructions")
+    found = violations(page)
     page.keyboard.press("Escape")
     ready(page)
-    check(page, "texts")
+    found += violations(page)
+    page = judge(site.project(image_pairs(1, k=4)), context=page.context)
+    page.keyboard.press("2")
+    page.keyboard.press("1")
+    assert not found + violations(page)
+
+
+def test_every_text_has_contrast_in_the_dark_too(site: Site, judge: Any) -> None:
+    page = judge(site.project(text_pairs((MARKED, f"{MARKED} more")), kind="text", **ASKED), color_scheme="dark")
+    found = violations(page, rules=["color-contrast"])
     page.keyboard.press("d")
-    check(page, "differences")
-    check(judge(site.project(image_pairs(1, k=4), strength=True), context=context), "ranking")
-    page = judge(site.project(pairs, strength=True), context=context)
-    page.set_viewport_size({"width": 390, "height": 844})
-    check(page, "strength on a phone")
-    assert not found, "\n".join(found)
+    page.locator("[data-flag]").first.check(force=True)
+    found += violations(page, rules=["color-contrast"])
+    page = judge(site.project(image_pairs(1), strength=True), context=page.context)
+    assert not found + violations(page, rules=["color-contrast"])
 
 
 def test_focus_goes_from_top_to_bottom_and_acts_are_told_to_screen_readers(site: Site, judge: Any) -> None:
@@ -710,7 +735,7 @@ def test_focus_goes_from_top_to_bottom_and_acts_are_told_to_screen_readers(site:
 
 def test_single_keys_can_be_switched_off(site: Site, judge: Any) -> None:
     project = site.project(image_pairs(2))
-    page = judge(project)
+    page = judge(project, locale="en")
     page.keyboard.press("?")
     page.get_by_label("Single keys judge").uncheck()
     page.keyboard.press("Escape")
@@ -724,7 +749,7 @@ def test_single_keys_can_be_switched_off(site: Site, judge: Any) -> None:
 
 def test_the_next_pair_is_there_within_150_ms_on_a_slow_link(site: Site, judge: Any) -> None:
     project = site.project(image_pairs(8, size=(320, 256)))
-    page = judge(project)
+    page = judge(project, locale="en")
     slow = {"offline": False, "latency": 100, "downloadThroughput": 20e6 / 8, "uploadThroughput": 20e6 / 8}
     link = page.context.new_cdp_session(page)
     link.send("Network.enable")
@@ -763,7 +788,60 @@ def test_a_reply_that_is_lost_is_asked_for_again_and_the_vote_counts_once(site: 
     found = site.votes(project, 2)
     assert found[0].assignment == before
     assert lost == ["stored", "duplicate"]
-    page.wait_for_function("document.querySelector('#saved').textContent === ''")
+    page.wait_for_function("() => !document.querySelector('#saved').textContent")
+
+
+SERVER = """
+import sys
+from mmalign.annotation.store import Store
+from mmalign.apps.server import Settings, create_app, serve
+settings = Settings(port=int(sys.argv[2]))
+serve(create_app(Store.open(sys.argv[1]), settings), settings)
+"""
+
+
+def test_a_server_killed_between_storing_and_answering_costs_nothing(tmp_path: Path, judge: Any) -> None:
+    place, port = f"sqlite:///{tmp_path / 'store.db'}", free_port()
+    store = Store.open(place)
+    site = Site(store, f"http://127.0.0.1:{port}", tmp_path)
+    project = site.project(image_pairs(5))
+
+    def started() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", SERVER, place, str(port)], stderr=subprocess.PIPE)
+        for _ in range(400):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.05):
+                return process
+            time.sleep(0.05)
+        process.kill()
+        raise AssertionError(process.communicate()[1].decode())
+
+    process = started()
+    try:
+        page = judge(project, url=site.url)
+        first, told = ready(page), list[str]()
+
+        def die(route: Any) -> None:
+            told.append(route.fetch().json()["status"])
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            route.abort()
+
+        page.route("**/vote", die, times=1)
+        second = press(page, "1")
+        page.get_by_text("1 judgement kept here").wait_for()
+        page.keyboard.press("2")
+        page.get_by_text("2 judgements kept here").wait_for()
+        process = started()
+        page.wait_for_function("() => !document.querySelector('#saved').textContent", timeout=15_000)
+        ready(page, second)
+        press(page, "t")
+        found = site.votes(project, 3)
+    finally:
+        process.kill()
+        process.communicate()
+        store.close()
+    assert told == ["stored"]
+    assert [(vote.assignment, vote.shown.choice) for vote in found[:2]] == [(first, "left"), (second, "right")]
 
 
 def test_votes_wait_in_the_tab_while_the_network_is_gone_even_through_a_reload(site: Site, judge: Any) -> None:
@@ -803,7 +881,7 @@ def test_a_refused_vote_is_told_and_its_pair_comes_back(site: Site, judge: Any) 
 
 def test_signing_out_elsewhere_asks_to_sign_in_and_keeps_what_was_judged(site: Site, judge: Any) -> None:
     project = site.project(image_pairs(3))
-    page = judge(project)
+    page = judge(project, locale="en")
     page.context.clear_cookies()
     page.keyboard.press("1")
     page.get_by_role("link", name="Sign in again").wait_for()

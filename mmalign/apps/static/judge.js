@@ -121,7 +121,9 @@ class Judge {
     if (turn !== this.#turn) return;
     this.viewer?.refresh();
     if (broken.length) {
-      return tellBroken(broken, prepared.panes, () => this.show(prepare(afresh(prepared.shown), this.protocol.flags, this.mode)));
+      return tellBroken(broken, prepared.panes, () =>
+        this.show(prepare(afresh(prepared.shown), this.protocol.flags, this.mode)),
+      );
     }
     await painted();
     await allSeen(prepared.panes, () => announce("Swipe to see the others."));
@@ -252,7 +254,9 @@ class Judge {
     this.#resync();
   }
 
+  /** Begin anew with what the server says; what was about to be shown is not. */
   #resync() {
+    this.#turn += 1;
     this.phase = "loading";
     this.ahead = null;
     this.refresh();

@@ -153,6 +153,7 @@ export class Viewer {
   }
 
   #layOut() {
+    const grid = Number.isInteger(devicePixelRatio) ? 1 : devicePixelRatio; // places of whole pixels, of the page and the screen
     const boxes = this.panes.map((pane) => [pane, this.#size(pane), [pane.frame.clientWidth, pane.frame.clientHeight]]);
     for (const axis of [0, 1]) {
       const half = Math.min(0.5, ...boxes.map(([, size, box]) => box[axis] / size[axis] / 2));
@@ -164,7 +165,7 @@ export class Viewer {
       const [left, top] = [0, 1].map((axis) => {
         const free = box[axis] - size[axis];
         const place = free >= 0 ? free / 2 : Math.min(0, Math.max(free, box[axis] / 2 - this.#centre[axis] * size[axis]));
-        return Math.round((origin[axis] + place) * devicePixelRatio) / devicePixelRatio - origin[axis];
+        return Math.round((origin[axis] + place) * grid) / grid - origin[axis];
       });
       Object.assign(node.style, { width: `${size[0]}px`, height: `${size[1]}px`, left: `${left}px`, top: `${top}px` });
     }
