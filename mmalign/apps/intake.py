@@ -19,13 +19,14 @@ from mmalign.annotation.schema import EVENT
 from mmalign.annotation.store import Store
 from mmalign.config import Table
 from mmalign.errors import UserError
-from mmalign.records import Comparison, Fault
+from mmalign.records import MEDIA_SUFFIXES, Comparison, Fault
 
 logger = logging.getLogger(__name__)
 
 DONE = "intake"
 SHOWN_FAULTS = 5
 MOST_FILES = 200_000
+DATA_SUFFIXES = (*MEDIA_SUFFIXES, ".txt", ".jsonl", ".json", ".parquet", ".arrow", ".tar", ".csv")
 Rows = Iterator[Comparison | Fault]
 
 
@@ -48,7 +49,8 @@ class Data:
     @property
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of the files, so that unchanged data need not be read again."""
-        told = [[str(path), facts.st_size, facts.st_mtime_ns] for path, facts in _files(Path(self.place).expanduser())]
+        place = Path(self.place).expanduser().resolve()
+        told = [[str(path), facts.st_size, facts.st_mtime_ns] for path, facts in _files(place)]
         return hashlib.sha256(json.dumps([self.place, self.role, told]).encode()).hexdigest()
 
 
@@ -159,11 +161,12 @@ def inside(path: str, roots: tuple[Path, ...] | None) -> Path:
 
 
 def _files(place: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield the files of a folder, or the one, with their facts; of very many the first."""
+    """Yield the data files of a folder, or the one, with their facts; of very many the first."""
     if place.is_file():
         yield place, place.stat()
         return
-    found = (Path(folder) / name for folder, _, names in sorted(os.walk(place)) for name in sorted(names))
+    names = (Path(folder) / name for folder, _, names in sorted(os.walk(place)) for name in sorted(names))
+    found = (path for path in names if path.suffix.lower() in DATA_SUFFIXES)  # the store may lie in the same folder
     for number, file in enumerate(found):
         if number >= MOST_FILES:
             return
