@@ -223,7 +223,7 @@ def test_equal_prompts_share_a_context_and_others_do_not() -> None:
 
 
 def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
-    encoder = Encoder(tokenizer=tokenizer_of("llama", begins=True), max_prompt_length=9, max_response_length=4)
+    encoder = Encoder(tokenizer=tokenizer_of("llama", begins=True), max_prompt_length=22, max_response_length=4)
     rows = [[chat("blue"), chat("red and blue and red")], [text("the ca", "t"), text("the ca", " sat")], [text("", "b")]]
     assert encoder.all(rows) == [encoder(row) for row in rows]
 
@@ -243,12 +243,16 @@ def test_long_prompts_lose_their_beginning_but_not_the_token_that_every_text_beg
     long = "the cat sat on the mat and the cat ran to the other cat"
     for begins in (True, False):
         tokenizer = tokenizer_of("llama", begins=begins)
-        encoded = Encoder(tokenizer=tokenizer, max_prompt_length=14)(
+        encoded = Encoder(tokenizer=tokenizer, max_prompt_length=30)(
             [chat("blue", ("user", long)), chat("red", ("user", long))]
         )
         context, answer = read(tokenizer, encoded)
-        assert len(encoded.contexts[0]) == 14 and encoded.cut_prompts == 2 and encoded.cut_responses == 0
-        assert context.startswith("<s>") and context.endswith("cat</s><|turn|>assistant\n\n") and answer == "blue</s>"
+        assert len(encoded.contexts[0]) == 30 and encoded.cut_prompts == 2 and encoded.cut_responses == 0
+        assert (
+            context.startswith("<s><|turn|>user\n\n")
+            and context.endswith("cat</s><|turn|>assistant\n\n")
+            and answer == "blue</s>"
+        )
     tokenizer = tokenizer_of()
     encoded = Encoder(tokenizer=tokenizer, max_prompt_length=3)([text(long, " sat")])
     assert encoded.contexts[0] == tuple(tokenizer.encode(long)[-3:])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
 from mmalign.errors import UserError
+from mmalign.language.cuts import cut_conversation
 from mmalign.language.turns import said_by_others
 from mmalign.records import Content, Message, Sample
 
 Eos = Literal["auto", "always", "never"]
 GIVEN = ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation")
 ENCODING = ("__call__", "_encode_plus")  # of a tokenizer of transformers
+
+
+Cut = Callable[[Sequence[int], int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,14 @@ class _Written:
         prompt, whole: the prompt; prompt and answer.
         ends: how: `templated`, `eos`, `plain` or `open`.
         turns: beginnings of `whole`: up to where others have the word in the answer, up to where they end, and so on.
+        cut: (prompt's token ids, limit) -> what stays of a conversation that is too long; None: a text.
     """
 
     prompt: Any
     whole: Any
     ends: str
     turns: tuple[Any, ...] = ()
+    cut: Cut | None = None
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -98,7 +104,8 @@ class Encoder:
         system_prompt: put before conversations that have no system message.
         eos: auto: an answer that is a text and ends its turn gets the end-of-text token, messages end as their template ends
             them. always: messages too, where it is not there yet. never: none is added.
-        max_prompt_length: tokens; longer prompts lose their beginning. None: no limit.
+        max_prompt_length: tokens; longer prompts lose their beginning, conversations their first messages; the message that is
+            cut keeps its header. None: no limit.
         max_response_length: tokens; longer answers lose their end, and so the token that ends them. None: no limit.
         positions: tokens that the model has positions for, prompt and answer together; more are refused. None: no limit.
         begun: whether conversations, too, begin with what the tokenizer puts before a text, where their template does not
@@ -144,7 +151,10 @@ class Encoder:
         texts = list(dict.fromkeys(text for row in said for one in row for text in one.parts))
         ids = dict(zip(texts, _token_ids(self.tokenizer, texts), strict=True))
         numbered = [
-            [_Written(ids[one.prompt], ids[one.whole], one.ends, tuple(ids[turn] for turn in one.turns)) for one in row]
+            [
+                _Written(ids[one.prompt], ids[one.whole], one.ends, tuple(ids[turn] for turn in one.turns), one.cut)
+                for one in row
+            ]
             for row in said
         ]
         return [self._row(row) for row in numbered]
@@ -153,7 +163,8 @@ class Encoder:
         """Token ids of a prompt alone, as the model begins its answer."""
         text, started = self._prompt_text(content)
         ids: list[int] = self.tokenizer([text], add_special_tokens=False)["input_ids"][0]
-        return self._cut_prompt(self._begun(ids, started))[0]
+        cut = self._cut(text, content) if started else None
+        return self._cut_prompt(self._begun(ids, started), cut)[0]
 
     def text(self, sample: Sample) -> str:
         """A sample's prompt as the tokenizer is given it, with the prefix of its answer; not what it puts before a text."""
@@ -177,8 +188,9 @@ class Encoder:
         before = prompt + (sample.prefix or "")
         if not started:
             return _Written(before, before + answer.words(), "eos" if sample.ends_turn else "plain")
+        cut = self._cut(before, sample.prompt)
         if not sample.ends_turn:
-            return _Written(before, before + answer.words(), "open")
+            return _Written(before, before + answer.words(), "open", cut=cut)
         said = self._messages(sample.prompt)
         answers = answer.messages or (Message(role="assistant", text=answer.text or ""),)
         if answers[0].role == "assistant":  # it goes on where the prompt and the prefix stop
@@ -191,7 +203,7 @@ class Encoder:
         kept = self._kept(before, whole, said, answers)
         turns = said_by_others(whole, said, answers, render) if len(answers) > 1 else ()
         shift = len(kept) - len(whole)  # they differ in the prompt alone
-        return _Written(before, kept, "templated", tuple(kept[: place + shift] for place in turns))
+        return _Written(before, kept, "templated", tuple(kept[: place + shift] for place in turns), cut)
 
     def _kept(self, before: str, whole: str, said: Sequence[Message], answers: Sequence[Message]) -> str:
         """Prompt and answer, where a template writes the prompt otherwise once it is answered (the system message behind the
@@ -226,7 +238,7 @@ class Encoder:
         cut_prompts = cut_responses = 0
         for key, members in owners.items():
             prompt, whole = self._bounded(list(key), [samples[n] for n in members])
-            kept, lost = self._cut_prompt(prompt)
+            kept, lost = self._cut_prompt(prompt, samples[members[0]].cut)
             cut_prompts += len(members) * (lost > 0)
             for n, (ids, own, left_out) in zip(members, whole, strict=True):
                 limit = None if self.max_response_length is None else own + self.max_response_length
@@ -284,15 +296,37 @@ class Encoder:
         there = last in ids[-2:]  # a template may write a line break behind it
         return [*ids, last] if wanted and last is not None and not there else ids
 
-    def _cut_prompt(self, ids: list[int]) -> tuple[list[int], int]:
+    def _cut_prompt(self, ids: list[int], cut: Cut | None) -> tuple[list[int], int]:
         """The end of a prompt that is too long, behind the token that every text begins with."""
         limit = self.max_prompt_length
         if limit is None or len(ids) <= limit:
             return ids, 0
+        if cut is not None:
+            kept = cut(ids, limit)
+            return kept, len(ids) - len(kept)
+        beginning = self._begins(ids)
+        return beginning + ids[len(ids) - max(limit - len(beginning), 0) :], len(ids) - limit
+
+    def _cut(self, text: str, content: Content) -> Cut:
+        """How a conversation, written as this text, is cut."""
+
+        def cut(ids: Sequence[int], limit: int) -> list[int]:
+            return cut_conversation(
+                ids,
+                limit,
+                text=text,
+                messages=self._messages(content),
+                render=partial(self._rendered, tools=content.tools),
+                tokens=partial(_token_ids, self.tokenizer),
+                beginning=self._begins(ids),
+            )
+
+        return cut
+
+    def _begins(self, ids: Sequence[int]) -> list[int]:
+        """What every text begins with, where these tokens do."""
         beginning = list(self.beginning) or [self.tokenizer.bos_token_id]
-        beginning = beginning if ids[: len(beginning)] == beginning else []
-        kept = max(limit - len(beginning), 0)
-        return beginning + ids[len(ids) - kept :], len(ids) - limit
+        return beginning if list(ids[: len(beginning)]) == beginning else []
 
     def _prompt_text(self, content: Content, answer: Content | None = None) -> tuple[str, bool]:
         """The prompt as the model sees it, and whether it went through the template."""

@@ -38,15 +38,19 @@ def said_by_others(whole: str, said: Sequence[Message], answers: Sequence[Messag
         stop = start + len(list(run))
         if not model:
             after = places[-1] if places else 0
-            begun = _reached(whole, (*said, *answers[:start]), render, after, ends=True)
+            begun = reached(whole, (*said, *answers[:start]), render, after, ends=True)
             last = stop == len(answers)
-            places += [begun, len(whole) if last else _reached(whole, (*said, *answers[:stop]), render, begun, ends=False)]
+            places += [begun, len(whole) if last else reached(whole, (*said, *answers[:stop]), render, begun, ends=False)]
         start = stop
     return tuple(places)
 
 
-def _reached(whole: str, messages: Sequence[Message], render: Render, after: int, *, ends: bool) -> int:
-    """How far these messages go in the whole conversation."""
+def reached(whole: str, messages: Sequence[Message], render: Render, after: int, *, ends: bool) -> int:
+    """How far these messages go in the whole conversation, in characters.
+
+    Raises:
+        UserError: the template writes them otherwise there.
+    """
     text = render(messages, ends=ends)
     if whole.startswith(text):
         return len(text)
@@ -56,7 +60,7 @@ def _reached(whole: str, messages: Sequence[Message], render: Render, after: int
     if found < 0:
         shown = " ".join(Content(messages=tuple(messages)).words().split())[:60]
         raise UserError(
-            f"adapter.chat_template: it writes {shown!r} otherwise once the conversation goes on, and what users or tools say "
-            "within the answer cannot be told apart. Give another template, or rows whose answer is one message."
+            f"adapter.chat_template: it writes {shown!r} otherwise once the conversation goes on, so that its messages cannot "
+            "be told apart, to score the assistant's or to cut a long prompt. Give another template, or other rows."
         )
     return found + len(tail)
