@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mmalign.answerers import Answerer, completed, files_of
-from mmalign.blind_model import Speaker, opened_speaker
-from mmalign.blind_rows import Filters, best_text, blind_prompt, with_blind
+from mmalign.blind_model import Asked, Speaker, opened_speaker
+from mmalign.blind_rows import BLIND, DEGRADED, Filters, best_text, blind_prompt, shown_prompt, with_blind
 from mmalign.claims import check_claim, claim, digest_of
 from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.errors import UserError
@@ -61,6 +61,9 @@ class BlindConfig:
     dtype: Dtype = field(default="float32", metadata={"help": "of the weights"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 ..."})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    degradation: Annotated[Choice, Table("mmalign.multimodal.degradations:DEGRADATIONS")] | None = field(
+        default=None, metadata={"help": "null: images are taken out; else answers under degraded ones, as noise with t: 900"}
+    )
     filters: Filters = field(default=Filters(), metadata={"help": "which blind answers are left out; none"})
     output: Path = field(metadata={"help": "folder for the rows with their blind candidates"})
     format: Literal["parquet", "jsonl"] = field(default="parquet", metadata={"help": "of the rows"})
@@ -74,7 +77,14 @@ class BlindConfig:
             raise ValueError(f"limit: got {self.limit}, want 1 or more.")
         if self.filters.like_chosen is not None and not 0 < self.filters.like_chosen <= 1:
             raise ValueError(f"filters.like_chosen: got {self.filters.like_chosen}, want above 0, and at most 1.")
+        if self.degradation is not None and self.degradation.build().wants_other:
+            raise ValueError(f"degradation: got {self.degradation.name}, which takes another row's image, want one of its own.")
         self.answerer.check("")
+
+    @property
+    def source(self) -> str:
+        """What the provenance of the answers says."""
+        return BLIND if self.degradation is None else DEGRADED
 
     @property
     def answerer(self) -> Answerer:
@@ -105,17 +115,20 @@ class Blinded:
     dropped: Counter[str]
     faults: tuple[Fault, ...] = ()
     told: bool = True
+    source: str = BLIND
 
     def __str__(self) -> str:
         """Counts, reasons, the file, and what comes next."""
         if not self.told:
             return ""
-        lines = [f"{self.num_prompts} prompts without their images, {self.num_answers} new answers: {self.num_rows} rows"]
+        how = "without their images" if self.source == BLIND else "under degraded images"
+        lines = [f"{self.num_prompts} prompts {how}, {self.num_answers} new answers: {self.num_rows} rows"]
         lines += [f"  {number} left out: {reason}" for reason, number in self.dropped.most_common()]
         lines += [f"  {self.num_cut} answers cut at max_new_tokens"] * bool(self.num_cut)
         lines += [f"  {len(self.faults)} rows not usable, first: {self.faults[0]}"] if self.faults else []
         importer = f"data.importer.name=comparisons data.importer.path={self.file}"
-        return "\n".join([*lines, f"{self.file}", f"next: mmalign train ... loss=blind_bpo data.view=blind {importer}"])
+        view = "loss=blind_bpo data.view=blind" if self.source == BLIND else "loss=dpo data.view.pairs=best_vs_rest"
+        return "\n".join([*lines, f"{self.file}", f"next: mmalign train ... {view} {importer}"])
 
 
 Job = tuple[int, int]  # (number of the prompt, number of the answer)
@@ -127,13 +140,13 @@ class _Run:
 
     Args:
         prompt_of: of each row, the number of its prompt, or why it has none.
-        prompts: distinct ones, with the place of the first row that asks each.
+        prompts: distinct ones, with the number of the first row that asks each; with a degradation one a row.
     """
 
     config: BlindConfig
     rows: Rows
     prompt_of: tuple[int | Dropped, ...]
-    prompts: tuple[tuple[Content, str], ...]
+    prompts: tuple[tuple[Content, int], ...]
 
     @property
     def file(self) -> Path:
@@ -165,6 +178,9 @@ def main(config: BlindConfig) -> Blinded:
     A killed run is gone on with by the same command, in as many processes as you like, and ends the same; filters may change
     without anything being answered again.
 
+    With a degradation the images stay and are shown degraded, which is how Bootstrapped Preference Optimization (arXiv
+    2403.08730; noise, step 900, then plain `dpo`) makes rejected answers; every row is then answered by itself.
+
     Source: Li et al. 2025 (Blind PO, arXiv 2503.14189); how the authors decoded is not told, greedy is their
         inference script's.
 
@@ -195,17 +211,17 @@ def main(config: BlindConfig) -> Blinded:
 
 def _planned(config: BlindConfig, rows: Rows) -> _Run:
     numbers: dict[str, int] = {}
-    prompts: list[tuple[Content, str]] = []
+    prompts: list[tuple[Content, int]] = []
     prompt_of: list[int | Dropped] = []
-    for row in rows.outlines:
-        prompt = blind_prompt(row)
+    for number, row in enumerate(rows.outlines):
+        prompt = blind_prompt(row) if config.degradation is None else shown_prompt(row)
         if isinstance(prompt, Dropped):
             prompt_of.append(prompt)
             continue
-        key = prompt.key()
+        key = prompt.key() if config.degradation is None else str(number)
         if key not in numbers:
             numbers[key] = len(prompts)
-            prompts.append((prompt, row.where or row.id))
+            prompts.append((prompt, number))
         prompt_of.append(numbers[key])
     if not prompts:
         reasons = Counter(one.reason for one in prompt_of if isinstance(one, Dropped))
@@ -216,12 +232,17 @@ def _planned(config: BlindConfig, rows: Rows) -> _Run:
 
 def _settings(run: _Run) -> dict[str, Any]:
     """Everything that the answers depend on, with fingerprints of what lies behind names."""
-    said = [prompt.key() for prompt, _ in run.prompts]
-    answerer = run.config.answerer
+    config, answerer = run.config, run.config.answerer
+    if config.degradation is None:
+        said = [prompt.key() for prompt, _ in run.prompts]
+    else:
+        said = [f"{run.rows.outlines[number].id} {run.rows.whole(number).prompt.key()}" for _, number in run.prompts]
+    shown = {} if config.degradation is None else {"degradation": resolved(config)["degradation"]}
     return {
         "prompts": f"{len(said)} prompts, sha256 {digest_of(said)}",
-        "seed": run.config.seed,
+        "seed": config.seed,
         "generator": {**resolved(answerer), **files_of(answerer)},
+        **shown,
     }
 
 
@@ -246,20 +267,22 @@ def _answer_all(run: _Run, batches: Sequence[list[Job]], settings: dict[str, Any
     from tqdm import tqdm
 
     speaker = opened_speaker(run.config.answerer, processes.device(run.config.device))
-    contexts = _contexts(run, speaker, batches)
+    known = _known(run, speaker, batches)
     if processes.is_main:
         claim(run.config.output / STATE_FILE, settings, run.config)
     processes.wait()
     notes = part_of(run.journal, processes.index) if processes.several else run.journal
     made, count = set(_noted(run.journal)), 0
+    stamp = speaker.provenance | {key: value for key, value in settings.items() if key == "degradation"}
     for batch in tqdm(processes.share(batches), desc="blind", unit="batch", disable=not processes.is_main):
-        answers = speaker.answers([contexts[index] for index, _ in batch], [run.seed(job) for job in batch])
+        prompts = [known[index] if index in known else _asked(run, speaker, index) for index, _ in batch]
+        answers = speaker.answers(prompts, [run.seed(job) for job in batch])
         lines = [
             {
                 "prompt": job[0],
                 "answer": job[1],
                 "text": answer.text,
-                "provenance": {**speaker.provenance, "seed": run.seed(job), "tokens": answer.tokens, "ended": answer.ended},
+                "provenance": {**stamp, "seed": run.seed(job), "tokens": answer.tokens, "ended": answer.ended},
             }
             for job, answer in zip(batch, answers, strict=True)
             if job[0] in run.wanted and job not in made
@@ -269,16 +292,26 @@ def _answer_all(run: _Run, batches: Sequence[list[Job]], settings: dict[str, Any
     return count
 
 
-def _contexts(run: _Run, speaker: Speaker, batches: Sequence[list[Job]]) -> dict[int, list[int]]:
-    """Token ids of the prompts of these batches."""
-    found = {}
-    for index in sorted({index for batch in batches for index, _ in batch}):
-        prompt, where = run.prompts[index]
-        try:
-            found[index] = speaker.encoder.prompt(prompt)
-        except UserError as fault:
-            raise UserError(f"{where}: {str(fault).replace('adapter.', '')}") from fault
-    return found
+def _known(run: _Run, speaker: Speaker, batches: Sequence[list[Job]]) -> dict[int, Asked]:
+    """The prompts of these batches, where they show nothing: what is wrong with one is told before the first answer."""
+    if run.config.degradation is not None:
+        return {}
+    return {index: _asked(run, speaker, index) for index in sorted({index for batch in batches for index, _ in batch})}
+
+
+def _asked(run: _Run, speaker: Speaker, index: int) -> Asked:
+    from mmalign.multimodal.degradations import drawn
+
+    prompt, number = run.prompts[index]
+    row = run.rows.outlines[number]
+    degradation = run.config.degradation
+    try:
+        if degradation is None:
+            return speaker.asked(prompt)
+        condition = drawn(degradation.build(), seed=run.config.seed, epoch=0, example=row.id)
+        return speaker.asked(run.rows.whole(number).prompt, condition)
+    except UserError as fault:
+        raise UserError(f"{row.where or row.id}: {str(fault).replace('adapter.', '')}") from fault
 
 
 def _note(journal: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -315,6 +348,7 @@ def _write(run: _Run, num_answers: int) -> Blinded:
         num_cut=sum(not note["provenance"]["ended"] for note in used),
         dropped=dropped,
         faults=run.rows.faults,
+        source=run.config.source,
     )
 
 
@@ -341,7 +375,7 @@ def _kept(run: _Run, notes: dict[Job, dict[str, Any]], dropped: Counter[str]) ->
 def _whole(run: _Run, kept: Sequence[tuple[int, list[dict[str, Any]]]]) -> Iterator[Comparison]:
     for number, answers in kept:
         texts, origins = [note["text"] for note in answers], [note["provenance"] for note in answers]
-        yield with_blind(run.rows.whole(number), texts, origins, run.config.by)
+        yield with_blind(run.rows.whole(number), texts, origins, run.config.by, run.config.source)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model that answers without images: one that sees, through its language part, or a plain language model."""
+"""A model that answers without images or under degraded ones: one that sees, or a plain language model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from mmalign.answerers import Answerer, opened_encoder, opened_model, own_words, provenance_of, template_text
 from mmalign.errors import UserError
+from mmalign.records import Content
 
 TINY = "tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A prompt as token ids, and what the model takes beside them where it shows something."""
+
+    ids: list[int]
+    shown: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,28 +50,51 @@ class Speaker:
     tokenizer: Any
     provenance: dict[str, Any]
 
-    def answers(self, contexts: Sequence[list[int]], seeds: Sequence[int]) -> list[Spoken]:
-        """An answer to each prompt, alike whatever it is batched with, and never without a visible character.
+    def asked(self, prompt: Content, condition: Any = None) -> Asked:
+        """A prompt as the model takes it.
 
         Args:
-            contexts: token ids of prompts, up to where the model answers.
+            prompt: without images, or with those that are shown.
+            condition: of `multimodal.degradations`, under which images are shown.
+        Raises:
+            UserError: a prompt that the template or the processor refuses, or images and a model that does not see.
+        """
+        if not prompt.media():
+            return Asked(ids=self.encoder.prompt(prompt))
+        if not hasattr(self.encoder, "arguments"):
+            raise UserError(f"model: got {self.answerer.model}, which sees nothing, want a model that sees. Name another one.")
+        told = self.encoder.arguments(prompt, condition)
+        return Asked(ids=told.pop("input_ids")[0].tolist(), shown={n: t for n, t in told.items() if n != "attention_mask"})
+
+    def answers(self, prompts: Sequence[Asked], seeds: Sequence[int]) -> list[Spoken]:
+        """An answer to each prompt, alike whatever it is batched with, and never without a visible character.
+
+        Prompts that show something are answered one by one.
+
+        Args:
+            prompts: up to where the model answers.
             seeds: one a prompt, for a temperature above 0.
         """
         from mmalign.language.generation import ends_of, generate_ids
 
         ends = ends_of(self.model, self.tokenizer)
-        found = generate_ids(
-            self.model,
-            contexts,
-            max_new_tokens=self.answerer.max_new_tokens,
-            pad=self.tokenizer.pad_token_id or 0,
-            eos=ends,
-            temperature=self.answerer.temperature,
-            top_k=self.answerer.top_k,
-            top_p=self.answerer.top_p,
-            seeds=seeds,
-            never_empty=self.tokenizer,
-        )
+        alone = any(one.shown for one in prompts)
+        groups = [[n] for n in range(len(prompts))] if alone else [list(range(len(prompts)))]
+        found: list[list[int]] = []
+        for group in groups:
+            found += generate_ids(
+                self.model,
+                [prompts[n].ids for n in group],
+                max_new_tokens=self.answerer.max_new_tokens,
+                pad=self.tokenizer.pad_token_id or 0,
+                eos=ends,
+                temperature=self.answerer.temperature,
+                top_k=self.answerer.top_k,
+                top_p=self.answerer.top_p,
+                seeds=[seeds[n] for n in group],
+                never_empty=self.tokenizer,
+                shown=prompts[group[0]].shown,
+            )
         return [
             Spoken(
                 text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(),

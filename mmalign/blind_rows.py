@@ -13,7 +13,7 @@ from mmalign.multimodal.degradations import without_images
 from mmalign.records import Comparison, Content, Dropped, Message
 from mmalign.records.verdicts import PHI, values_of
 
-SOURCE = "blind"
+BLIND, DEGRADED = "blind", "degraded"  # sources of an answer, as its provenance tells them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +45,23 @@ def likeness(one: str, other: str) -> float:
     return 1.0 if left == right else difflib.SequenceMatcher(None, left, right, autojunk=False).ratio()
 
 
-def blind_prompt(row: Comparison) -> Content | Dropped:
-    """What is asked when the images are taken out, and with them their placeholders; no other word is changed."""
+def shown_prompt(row: Comparison) -> Content | Dropped:
+    """What is asked with its images, where there are some and one prompt for all candidates."""
     if row.prompts is not None:
         return Dropped("a prompt of its own for each candidate")
     if row.prefix is not None:
         return Dropped("a prefix that answers go on from")
     if not row.prompt.media():
         return Dropped("no image in the prompt")
-    prompt = without_images(row.prompt)
+    return row.prompt
+
+
+def blind_prompt(row: Comparison) -> Content | Dropped:
+    """What is asked when the images are taken out, and with them their placeholders; no other word is changed."""
+    shown = shown_prompt(row)
+    if isinstance(shown, Dropped):
+        return shown
+    prompt = without_images(shown)
     last = prompt.messages[-1] if prompt.messages else None
     if prompt.is_empty() or (last is not None and last.is_empty()):
         return Dropped("nothing asked beside the image")
@@ -68,7 +76,13 @@ def best_text(row: Comparison, by: str) -> str:
     return row.candidates[judged[0].index(max(judged[0]))].words()
 
 
-def with_blind(row: Comparison, answers: Sequence[str], origins: Sequence[Mapping[str, Any]], by: str = "auto") -> Comparison:
+def with_blind(
+    row: Comparison,
+    answers: Sequence[str],
+    origins: Sequence[Mapping[str, Any]],
+    by: str = "auto",
+    source: str = BLIND,
+) -> Comparison:
     """A row with blind candidates at its end, ranked with the worst of the others.
 
     Blind answers have no scores: the order is kept as ranks, scores and a soft label go into the provenance.
@@ -77,6 +91,7 @@ def with_blind(row: Comparison, answers: Sequence[str], origins: Sequence[Mappin
         row: as it was.
         answers, origins: texts, and where each comes from.
         by: what orders the row, as in the view `pair`.
+        source: what the provenance of the answers says.
     """
     k = len(row.candidates)
     judged = values_of(row, by, 0.0) if k > 1 else ((1.0,), None)
@@ -101,7 +116,7 @@ def with_blind(row: Comparison, answers: Sequence[str], origins: Sequence[Mappin
         ranks=ranks,
         prob=None,
         scores={},
-        provenance=(*told, *({"source": SOURCE, **origin} for origin in origins)),
+        provenance=(*told, *({"source": source, **origin} for origin in origins)),
     )
 
 

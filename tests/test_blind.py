@@ -11,20 +11,27 @@ import torch
 from PIL import Image
 
 from mmalign.blind import BlindConfig, Blinded, main
+from mmalign.blind_model import opened_speaker
 from mmalign.blind_rows import Filters, blind_prompt, likeness, with_blind
 from mmalign.cli import VERBS
+from mmalign.config import Table
 from mmalign.errors import UserError
+from mmalign.language.generation import generate_ids
+from mmalign.language.network import TokenNetwork
 from mmalign.language.tiny import tiny_folder as text_folder
+from mmalign.likelihoods import Tokens
 from mmalign.metrics.refusals import refuses, sees_nothing
+from mmalign.multimodal.degradations import DEGRADATIONS, drawn
+from mmalign.multimodal.network import Sight
 from mmalign.multimodal.opening import open_processor, open_sighted
 from mmalign.multimodal.tiny_families import BUILDERS
 from mmalign.records import Comparison, Content, Dropped, Media, Message, comparison, pair, read, write
 from mmalign.records.views import blind
 
 
-def png(value: int = 0) -> bytes:
+def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", (4, 4), (value, value, value)).save(stream, "PNG")
+    Image.new("RGB", size, (value, value, value)).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -182,6 +189,47 @@ def test_a_plain_language_model_answers_too(data: Path, tmp_path: Path) -> None:
 def test_every_family_answers_without_an_image(data: Path, tmp_path: Path, family: str) -> None:
     result = main(settings(data, tmp_path / "out", tiny={"family": family}, temperature=1.0, max_new_tokens=12))
     assert result.num_rows == 4
+
+
+# Under degraded images
+
+
+def test_answers_under_noise_are_no_blind_ones_and_every_row_has_its_own(data: Path, tmp_path: Path) -> None:
+    noise = Table(DEGRADATIONS).choose("noise", t=900)
+    config = settings(data, tmp_path / "out", degradation=noise, tiny={"family": "qwen2_vl"}, max_new_tokens=3)
+    result = main(config)
+    rows = rows_of(result)
+    assert [value.id for value in rows] == ["r0", "r1", "r2", "r4", "r5"], "every row is answered by itself"
+    origin = rows[0].provenance[2]
+    assert (origin["source"], origin["degradation"]["name"], origin["degradation"]["t"]) == ("degraded", "noise", 900)
+    assert blind(rows[0]) == Dropped("no blind candidate, want one made by mmalign blind")
+    assert "data.view.pairs=best_vs_rest" in str(result) and main(config).num_answers == 0
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_every_family_says_under_noise_what_the_network_that_is_trained_finds_likeliest(tmp_path: Path, family: str) -> None:
+    config = BlindConfig(model="tiny", tiny={"family": family}, path="none", output=tmp_path / "out")
+    speaker = opened_speaker(config.answerer, torch.device("cpu"))
+    pictures = [Media(data=png(value, (40, 28))) for value in (40, 200)]
+    one = Content(messages=(Message("user", "what is it", images=(pictures[0],)),))
+    two = Content(messages=(Message("user", "see and how", images=tuple(pictures), places=(4, 4)),))
+    noisy = drawn(DEGRADATIONS["noise"](t=900), seed=0, epoch=0, example="r1")
+    sight = Sight(speaker.model, speaker.encoder.family, speaker.encoder.shown(one))
+    network = TokenNetwork(speaker.model, pack=False, sight=sight)
+    for prompt, condition in ((one, None), (one, noisy), (two, None)):
+        question, (ids, seen) = speaker.asked(prompt, condition), speaker.encoder.shown(prompt, condition)
+        (said,) = generate_ids(speaker.model, [question.ids], max_new_tokens=4, pad=0, shown=question.shown)
+        told = (torch.tensor(ids),), (torch.tensor(said),)
+        tokens = Tokens(contexts=told[0], continuations=told[1], context_of=(0,), media=(seen,))
+        assert question.ids == list(ids) and network.likeliest(tokens.padded()).tolist() == said
+
+
+def test_what_cannot_be_shown_degraded_is_refused(data: Path, tmp_path: Path) -> None:
+    noise = Table(DEGRADATIONS).choose("noise")
+    with pytest.raises(UserError, match=r"rows\.parquet:1: model: got .*, which sees nothing, want a model that sees"):
+        main(settings(data, tmp_path / "out", model=str(text_folder({})), degradation=noise))
+    with pytest.raises(ValueError, match="degradation: got swap, which takes another row's image"):
+        settings(data, tmp_path / "out", degradation=Table(DEGRADATIONS).choose("swap"))
 
 
 # Filters

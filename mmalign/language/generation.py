@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ def generate_ids(
     top_p: float = 1.0,
     seeds: Sequence[int] = (),
     never_empty: Any = None,
+    shown: Mapping[str, Tensor] | None = None,
 ) -> list[list[int]]:
     """Token ids that follow each prompt, up to and with the one that ends the text.
 
@@ -109,6 +110,7 @@ def generate_ids(
         top_k, top_p: see `Nucleus`.
         seeds: one a prompt, for a temperature above 0.
         never_empty: a tokenizer: `NeverEmpty` holds.
+        shown: further arguments of the model, of one prompt that shows something.
     """
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
@@ -128,6 +130,7 @@ def generate_ids(
         attention_mask=mask.to(device),
         generation_config=_settings(model, max_new_tokens, pad, eos),
         logits_processor=processors,
+        **{name: tensor.to(device) for name, tensor in (shown or {}).items()},
     )
     model.train(was_training)
     answers: list[list[int]] = []
