@@ -230,6 +230,11 @@ class Store:
         """Return what comes after that, for prefetching, and hold it for the person."""
         return self._current(project, annotator, 1)
 
+    def take_both(self, project: int, annotator: int) -> tuple[Shown | None, Shown | None]:
+        """Return what `take` and `ahead` do, in one transaction: what a page asks for after every vote."""
+        with self.database.write() as connection:
+            return leases.both(connection, project_row(connection, project), annotator, self._clock(), self._rng)
+
     def _current(self, project: int, annotator: int, place: int) -> Shown | None:
         with self.database.write() as connection:
             row = project_row(connection, project)
@@ -237,7 +242,7 @@ class Store:
 
     def displayed(self, assignment: str, annotator: int) -> bool:
         """Note that an assignment is on the person's screen; a vote before that is refused. False: not theirs."""
-        with self.database.write() as connection:
+        with self.database.write(durable=False) as connection:
             return leases.display(connection, assignment, annotator, self._clock())
 
     def vote(
@@ -284,7 +289,7 @@ class Store:
 
     def renew(self, project: int, annotator: int) -> float | None:
         """Put off the end of what the person holds and return it (seconds since 1970); None when nothing is held."""
-        with self.database.write() as connection:
+        with self.database.write(durable=False) as connection:
             return leases.renew(connection, project_row(connection, project), annotator, self._clock())
 
     def release(self, project: int, annotator: int) -> int:

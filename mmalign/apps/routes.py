@@ -152,8 +152,7 @@ def _project(store: Store, project: int) -> Project:
 def _state(store: Store, project: Project, known: Visitor) -> dict[str, Any]:
     """What is judged now, what comes after it, and how far the person is."""
     who = known.account.id
-    current = store.take(project.id, who)
-    ahead = None if current is None else store.ahead(project.id, who)
+    current, ahead = store.take_both(project.id, who)
     return {
         "project": {"id": project.id, "name": project.name, "kind": project.kind, "open": project.is_open},
         "protocol": rendering.asked(project.protocol),
