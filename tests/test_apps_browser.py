@@ -676,6 +676,20 @@ def test_axe_finds_nothing_where_pictures_are_judged(site: Site, judge: Any) -> 
     assert not found + violations(page)
 
 
+def test_axe_finds_nothing_on_the_list_of_projects_and_where_people_sign_in(site: Site, browser: Any) -> None:
+    site.project(image_pairs(1))
+    page = browser.new_page()
+    page.goto(site.url)
+    page.get_by_role("link", name="Project").first.wait_for()
+    found = violations(page)
+    page.route("**/api/session", lambda route: route.fulfill(status=401, json={"detail": "sign in first"}))
+    page.goto(f"{site.url}/login")
+    page.get_by_label("Password").first.wait_for()
+    found += violations(page)
+    page.close()
+    assert not found
+
+
 def test_axe_finds_nothing_where_texts_and_lists_are_judged(site: Site, judge: Any) -> None:
     project = site.project(text_pairs((MARKED, f"{MARKED} more")), kind="text", guideline=MARKED, **ASKED)
     page = judge(project, wait=False)

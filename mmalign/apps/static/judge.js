@@ -63,6 +63,11 @@ class Judge {
     this.#adopt(reply);
   }
 
+  /** The tab is looked at again: another one may have judged this, or given it back. */
+  lookUp() {
+    if (document.visibilityState === "visible" && this.phase === "live" && this.outbox.isEmpty) this.refresh();
+  }
+
   /** Try until the server is there; say so meanwhile. */
   async #patiently(ask) {
     for (let wait = 250; ; wait = Math.min(wait * 2, 4000)) {
@@ -353,5 +358,6 @@ document.addEventListener("click", (event) => {
 });
 addEventListener("pagehide", () => judge.leave());
 addEventListener("pageshow", (event) => event.persisted && location.reload());
+document.addEventListener("visibilitychange", () => judge.lookUp());
 addEventListener("beforeunload", (event) => judge.outbox?.failing && judge.outbox.numVotes && event.preventDefault());
 judge.start().catch((fault) => toast(`This page cannot go on: ${fault.message}.`, { stays: true }));
