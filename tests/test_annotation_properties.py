@@ -114,7 +114,8 @@ class Sessions(RuleBasedStateMachine):
         assert shown is not None and shown.assignment == waiting[place]
         one = self.known[shown.assignment]
         if one.state == "leased":
-            one.expires = self.clock.now + LEASE_S
+            assert 0.9 * LEASE_S <= shown.expires_at - self.clock.now <= LEASE_S
+            one.expires = shown.expires_at
         assert (row_of(shown), order_of(shown)) == (one.row, one.order)
         assert shown.revision == len(one.given) + 1
         earlier = None if not one.given else canonical_name(shown.earlier, one.order)
@@ -169,6 +170,7 @@ class Sessions(RuleBasedStateMachine):
             assert receipt.late == self.note_vote(id, one, choice)
         if status != "refused":
             self.check_shown(person, receipt.next, 0)
+            self.check_shown(person, receipt.ahead, 1)
 
     def expect_vote(self, id: str, one: Known, person: int, revision: int) -> tuple[str, str]:
         if person != one.person:

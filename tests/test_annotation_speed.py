@@ -77,6 +77,15 @@ def test_who_has_judged_everything_is_told_so_without_a_search(tmp_path: Path) -
     store.close()
 
 
+def test_votes_wait_for_the_disk_and_what_can_be_noted_again_does_not(tmp_path: Path) -> None:
+    database = Store.open(str(tmp_path / "store.db")).database
+    for durable, level in ((True, 2), (False, 1), (True, 2)):  # FULL, NORMAL
+        with database.write(durable=durable) as connection:
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == level
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+    database.close()
+
+
 def test_the_lock_of_writers_is_handed_over_in_the_order_of_asking() -> None:
     lock, order = FairLock(), list[int]()
 

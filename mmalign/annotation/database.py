@@ -86,11 +86,19 @@ class Database:
             ) from fault
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """Open a transaction that may write; it is on disk when the block ends, and undone when it raises."""
-        with self._turn, self.engine.connect().execution_options(mmalign_writes=True) as connection, connection.begin():
+    def write(self, *, durable: bool = True) -> Iterator[Connection]:
+        """Open a transaction that may write; it is on disk when the block ends, and undone when it raises.
+
+        Args:
+            durable: False for what may be noted again: whole, but it may be lost when the power goes (never when the process
+                is killed), and costs no wait for the disk.
+        """
+        options = {"mmalign_begins": "BEGIN IMMEDIATE", "mmalign_synchronous": "FULL" if durable else "NORMAL"}
+        with self._turn, self.engine.connect().execution_options(**options) as connection, connection.begin():
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": WRITERS})
+                if not durable:
+                    connection.execute(text("SET LOCAL synchronous_commit = off"))
             yield connection
 
     @contextmanager
@@ -165,5 +173,6 @@ def _tune(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("mmalign_writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        options = connection.get_execution_options()
+        connection.exec_driver_sql(f"PRAGMA synchronous={options.get('mmalign_synchronous', 'FULL')}")
+        connection.exec_driver_sql(options.get("mmalign_begins", "BEGIN"))

@@ -14,6 +14,7 @@ from mmalign.annotation.schema import ASSIGNMENT, ITEM, PARTICIPATION, PROJECT
 from mmalign.annotation.shown import Shown, show
 
 LEASED = text("assignment.state = 'leased'")  # written out, or SQLite does not use the partial indexes
+RENEWED = 0.9  # a lease that is asked for again with less than this share left is renewed
 
 
 def participation(connection: Connection, project: int, annotator: int, now: float) -> Any:
@@ -58,10 +59,18 @@ def current(
         return None
     row = waiting[place]
     expires = now + protocol.lease_minutes * 60
-    if row.state == "leased" and row.expires_at < expires:
+    if row.state == "leased" and row.expires_at - now < RENEWED * protocol.lease_minutes * 60:
         connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(expires_at=expires))
         row = assignment_row(connection, row.id)
     return show(connection, row, project.guideline_version)
+
+
+def both(
+    connection: Connection, project: Any, annotator: int, now: float, rng: random.Random
+) -> tuple[Shown | None, Shown | None]:
+    """Return what the person judges now, and next."""
+    first = current(connection, project, annotator, now, rng)
+    return first, None if first is None else current(connection, project, annotator, now, rng, 1)
 
 
 def open_leases(connection: Connection, project: int, annotator: int) -> list[Any]:

@@ -11,8 +11,8 @@ from sqlalchemy import Connection, insert, select, update
 from mmalign.annotation.events import log
 from mmalign.annotation.leases import (
     assignment_row,
+    both,
     change_participation,
-    current,
     expire,
     participation,
     take_slot,
@@ -62,7 +62,7 @@ class Receipt:
         wait_ms: after too_soon, how long to wait before it is sent again.
         stands: the verdict that stands for the assignment, as shown; None where there is none.
         feedback: after a calibration item.
-        next: what to judge now; None when nothing is left.
+        next, ahead: what `take` and `ahead` would give now; None when nothing is left, and after a refusal.
     """
 
     status: Literal["stored", "duplicate", "refused"]
@@ -73,6 +73,7 @@ class Receipt:
     stands: Verdict | None = None
     feedback: Feedback | None = None
     next: Shown | None = None
+    ahead: Shown | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +173,8 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
     feedback = _feedback(connection, row, given)
     if row.revision == 0:
         _count(connection, row, feedback, now)
-    following = current(connection, project, vote.annotator, now, rng)
-    return Receipt(status="stored", late=late, stands=vote.verdict, feedback=feedback, next=following)
+    following, ahead = both(connection, project, vote.annotator, now, rng)
+    return Receipt(status="stored", late=late, stands=vote.verdict, feedback=feedback, next=following, ahead=ahead)
 
 
 def _objection(connection: Connection, vote: Cast, row: Any, project: Any, protocol: Protocol, now: float) -> tuple[str, str]:
@@ -208,8 +209,8 @@ def _duplicate(connection: Connection, vote: Cast, row: Any, project: Any, now: 
     details = {"revision": vote.revision, "verdict": vote.verdict.to_json()}
     log(connection, now, "duplicate", project=row.project, annotator=row.annotator, assignment=row.id, **details)
     feedback = _feedback(connection, row, latest_verdict(connection, row))
-    following = current(connection, project, vote.annotator, now, rng)
-    return Receipt(status="duplicate", stands=stands, feedback=feedback, next=following)
+    following, ahead = both(connection, project, vote.annotator, now, rng)
+    return Receipt(status="duplicate", stands=stands, feedback=feedback, next=following, ahead=ahead)
 
 
 def _store(connection: Connection, vote: Cast, row: Any, project: Any, given: Verdict, late: bool, now: float) -> None:
