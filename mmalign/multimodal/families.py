@@ -118,8 +118,7 @@ def _joined(images: Sequence[SeenImage], name: str) -> Tensor:
 
 def _of_resolutions(model: Any, images: Sequence[SeenImage], kind: str) -> list[Tensor]:
     if kind == "video":
-        encode = model.model.get_video_features
-        return [encode(image.tensors["pixel_values_videos"], return_dict=True).pooler_output[0] for image in images]
+        return [_of_video(model, image) for image in images]
     pixels = [image.tensors["pixel_values"] for image in images]
     most = max(part.shape[1] for part in pixels)
     tensors = {
@@ -134,6 +133,14 @@ def _of_resolutions(model: Any, images: Sequence[SeenImage], kind: str) -> list[
         tensors = {name: tensor.repeat(repeats, *(1,) * (tensor.dim() - 1)) for name, tensor in tensors.items()}
         tensors["batch_num_images"] = torch.tensor([len(images) * repeats])
     return list(_encoded(model, **tensors).pooler_output)[: len(images)]
+
+
+def _of_video(model: Any, video: SeenImage) -> Tensor:
+    pixels = video.tensors["pixel_values_videos"]
+    tokens: Tensor = model.model.get_video_features(pixels, return_dict=True).pooler_output[0]
+    if len(tokens) < video.num_tokens:  # transformers 5.17 adds the line behind a video afterwards
+        tokens = torch.cat([tokens, model.model.image_newline[None].to(tokens)])
+    return tokens
 
 
 # --- the facts ----------------------------------------------------------------------------------------------------------
