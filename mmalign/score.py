@@ -1,14 +1,11 @@
 """`mmalign score`: scorers judge the candidates of every comparison; a scorer is a judge like any other."""
 
-import hashlib
 import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 from jaxtyping import Float
@@ -17,13 +14,12 @@ from torch import Tensor
 
 from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.errors import UserError
+from mmalign.judging import Judge, fault_of, judge_share
 from mmalign.processes import launched_processes
 from mmalign.records import (
     Comparison,
     Fault,
     Judgement,
-    append_judgements,
-    asked,
     check_target,
     comparison,
     outline_rows,
@@ -33,7 +29,7 @@ from mmalign.records import (
     write,
 )
 from mmalign.records.journal import gather_parts, part_of, sort_journal
-from mmalign.scorers import SCORERS, Scorer, TextScorer, finite_scores, judged_kind
+from mmalign.scorers import SCORERS, Scorer, TextScorer, judged_kind
 
 logger = logging.getLogger(__name__)
 
@@ -127,33 +123,6 @@ class Labelled:
         return scorer(prompts, candidates)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """A scorer and the settings that its verdicts depend on, kept with every verdict."""
-
-    scorer: Scorer | TextScorer
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A usable row: its place in the table, and a key of its prompt and of what its candidates are."""
-
-    place: int
-    comparison: Comparison
-    content: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one process did: the rows that can stand in the output (place and content), what it judged, what it could not."""
-
-    rows: tuple[tuple[int, str], ...]
-    num_judged: int
-    num_kept: int
-    faults: tuple[Fault, ...]
-
-
 def main(config: ScoreConfig) -> ScoreResult:
     """Judge the candidates of every comparison by one or more scorers. Interrupted, the same command goes on.
 
@@ -185,7 +154,7 @@ def main(config: ScoreConfig) -> ScoreResult:
     processes.wait()
     known = _known_verdicts(journal, judges)
     part = part_of(journal, processes.index) if processes.several else journal
-    share = _judge_share(judges, dataset, processes.share(groups), known, part, show=processes.is_main)
+    share = judge_share(judges, dataset, processes.share(groups), known, part, show=processes.is_main)
     shares = processes.gathered([share])
     faults += [fault for one in shares for fault in one.faults]
     good = {place: content for one in shares for place, content in one.rows}
@@ -303,7 +272,7 @@ def _groups(dataset: Any, num_candidates: int, faults: list[Fault], kind: str) -
                 if kind == "images" and (not candidate.images or not value.prompt.text):
                     raise UserError(f"{where}: candidate {number}: got no image or no prompt text, want both. Remove the row.")
         except UserError as error:
-            faults.append(_fault(where, error))
+            faults.append(fault_of(where, error))
             continue
         seen[value.id] = value.where
         if count >= num_candidates:
@@ -315,107 +284,6 @@ def _groups(dataset: Any, num_candidates: int, faults: list[Fault], kind: str) -
         got, wanted = ("a text", "images") if kind == "images" else ("an image", "texts")
         raise UserError(f"{other}: got {got}, and the scorers judge {wanted}. Name scorers of the other kind, or other data.")
     return groups
-
-
-def _fault(where: str, error: UserError) -> Fault:
-    return Fault(where, str(error).removeprefix(f"{where}: "))
-
-
-def _judge_share(
-    judges: Sequence[Judge],
-    dataset: Any,
-    groups: Sequence[Sequence[int]],
-    known: dict[str, dict[str, Judgement]],
-    journal: Path,
-    *,
-    show: bool,
-) -> Share:
-    """Judge one process's groups and append the verdicts, a group at a time, to a file of its own."""
-    from tqdm import tqdm
-
-    rows: list[tuple[int, str]] = []
-    faults: list[Fault] = []
-    num_judged = num_kept = 0
-    for places in tqdm(groups, desc="score", unit="group", disable=None if show else True):
-        group = []
-        for place in places:
-            value = comparison(dataset[place])
-            try:
-                group.append(Row(place=place, comparison=value, content=_content_key(value)))
-            except UserError as error:
-                faults.append(_fault(value.where, error))
-        verdicts, kept = _judge(judges, group, known, faults)
-        append_judgements(journal, verdicts)
-        rows += [(row.place, row.content) for row in group]
-        num_judged, num_kept = num_judged + len(verdicts), num_kept + kept
-    return Share(rows=tuple(rows), num_judged=num_judged, num_kept=num_kept, faults=tuple(faults))
-
-
-def _content_key(row: Comparison) -> str:
-    keys = [row.prompt.text, *(candidate.key() for candidate in row.candidates)]
-    if row.prompt.messages or row.prompts is not None or row.prefix is not None:
-        keys += [row.prefix, *(row.prompt_of(n).key() for n in range(len(row.candidates)))]
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
-
-
-def _opened(row: Comparison, kind: str) -> list[list[Any]]:
-    """Of each candidate its frames, or its one text, behind what all candidates go on from."""
-    if kind == "images":
-        return [candidate.frames() for candidate in row.candidates]
-    return [[(row.prefix or "") + candidate.words()] for candidate in row.candidates]
-
-
-def _judge(
-    judges: Sequence[Judge], rows: Sequence[Row], known: dict[str, dict[str, Judgement]], faults: list[Fault]
-) -> tuple[list[Judgement], int]:
-    """New verdicts on these rows, and how many earlier ones still hold: those on the same prompt and candidates.
-
-    A judge that lacks one verdict judges the whole group, so that what it says of a candidate never depends on what was known.
-    """
-
-    def holds(judge: Judge, row: Row) -> bool:
-        verdict = known.get(row.comparison.id, {}).get(judge.scorer.name)
-        return verdict is not None and verdict.details.get("content") == row.content
-
-    due = {judge.scorer.name: [row for row in rows if not holds(judge, row)] for judge in judges}
-    num_kept = len(judges) * len(rows) - sum(map(len, due.values()))
-    images: dict[str, list[list[Any]]] = {}
-    for row in rows if any(due.values()) else ():
-        try:
-            images[row.comparison.id] = _opened(row.comparison, judged_kind(judges[0].scorer))
-        except UserError as error:
-            faults.append(_fault(row.comparison.where, error))
-    whole = [row for row in rows if row.comparison.id in images]
-    verdicts = []
-    for judge in judges:
-        lacking = {row.comparison.id for row in due[judge.scorer.name]}
-        if lacking & images.keys():
-            verdicts += [verdict for verdict in _verdicts(judge, whole, images) if verdict.comparison in lacking]
-    return verdicts, num_kept
-
-
-def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[list[Any]]]) -> list[Judgement]:
-    """The scores of each row's candidates; that of a video is the mean over its frames."""
-    prompts: list[Any] = []
-    places, flat, lengths = [], [], []
-    kind = judged_kind(judge.scorer)
-    for value in (row.comparison for row in rows):
-        for number, frames in enumerate(images[value.id], 1):
-            prompts += [(value.prompt.text or "") if kind == "images" else asked(value.prompt_of(number - 1))] * len(frames)
-            places += [f"{value.where or value.id}: candidate {number}"] * len(frames)
-            flat += frames
-            lengths.append(len(frames))
-    each = iter(finite_scores(judge.scorer, prompts, flat, places).tolist())
-    scores = iter([fmean(islice(each, length)) for length in lengths])
-    return [
-        Judgement(
-            comparison=row.comparison.id,
-            judge=judge.scorer.name,
-            scores=tuple(next(scores) for _ in row.comparison.candidates),
-            details={"settings": judge.settings, "content": row.content},
-        )
-        for row in rows
-    ]
 
 
 def _finish(

@@ -54,6 +54,7 @@ ROOMS = (
         "asked",
         "prose",
         "smollm2",
+        "judging",
     },
     {"adapters"},
     {
