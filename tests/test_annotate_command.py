@@ -135,6 +135,8 @@ def check_admin_pages(client: httpx.Client) -> None:
     assert "unsafe-eval" not in policy and "unsafe-inline" not in policy.partition("style-src")[0]
     config = client.get("/admin/config").json()
     assert config["footer_links"] == [] and config["run_history"] is False and config["analytics_enabled"] is False
+    for path in ("/etc/passwd", "..%2f..%2fetc%2fpasswd", str(ROOT / "pyproject.toml"), "judgements.db"):
+        assert client.get(f"/admin/gradio_api/file={path}").status_code in (403, 404), path
     assert httpx.get(f"{client.base_url}/admin/config").status_code == 401
     assert httpx.get(f"{client.base_url}/admin/", headers=headers).status_code == 303
 

@@ -236,10 +236,14 @@ def test_others_reach_no_server_without_accounts(tmp_path: Path) -> None:
 
 
 def test_the_one_person_of_a_session_without_accounts_cannot_sign_in_to_a_team(tmp_path: Path) -> None:
-    Site(tmp_path).browser()
+    alone = Site(tmp_path).browser()
+    assert alone.get("/api/session").status_code == 200
     site = Site(tmp_path, team=True)
     for password in ("", "me", "None"):
         assert site.browser().post("/api/login", {"name": "me", "password": password}).status_code == 403
+    stale = site.browser()
+    stale.client.cookies = alone.client.cookies
+    assert stale.get("/api/session").status_code == 401
 
 
 def test_who_guesses_passwords_has_to_wait(tmp_path: Path) -> None:
@@ -387,3 +391,18 @@ def test_a_file_of_accounts_is_for_its_owner_alone_and_never_quoted(tmp_path: Pa
             assert "hidden" not in str(fault.value)
     finally:
         store.close()
+
+
+def test_each_handler_of_the_admin_pages_asks_again_who_may(tmp_path: Path) -> None:
+    import gradio
+
+    from mmalign.apps.admin import Desk
+
+    site = Site(tmp_path, team=True)
+    site.browser("rev")
+    desk = Desk(store=site.store, settings=site.settings, project=None)
+    call = desk.handler(lambda desk, who, value: (who.name, value), "admin")
+    assert call(gradio.Request(username="ada"), 3) == ("ada", 3)
+    for name in ("rev", "nobody", None):
+        with pytest.raises(gradio.Error, match="needs the role admin"):
+            call(gradio.Request(username=name), 3)

@@ -6,7 +6,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from judging_sites import MAKERS, Site, images, png, stores_are_closed, texts
+from judging_sites import MAKERS, OPEN, Site, images, png, stores_are_closed, texts
+
+from mmalign.annotation.store import Store
 
 __all__ = ["stores_are_closed"]
 
@@ -236,6 +238,17 @@ def test_the_dashboard_counts_each_new_vote(tmp_path: Path) -> None:
     assert plot.headers["content-type"].startswith("image/svg+xml") and plot.text.startswith("<svg ")
     assert rev.get(f"/api/projects/{project}/plots/nonsense.svg").status_code == 404
     assert ann.get(f"/api/projects/{project}/plots/choices.svg").status_code == 403
+
+
+def test_a_backup_is_a_store_of_its_own_for_administrators_alone(tmp_path: Path) -> None:
+    site = Site(tmp_path, team=True)
+    project, ann = site.project(texts()), site.browser("ann")
+    ann.vote(project, ann.show(project))
+    assert ann.get("/api/backup").status_code == site.browser("rev").get("/api/backup").status_code == 403
+    (tmp_path / "copy.db").write_bytes(site.browser("ada").get("/api/backup").content)
+    copy = Store.open(str(tmp_path / "copy.db"))
+    OPEN.append(copy)
+    assert copy.votes(project) == site.store.votes(project)
 
 
 def test_health_needs_no_sign_in_and_tells_nothing_else(tmp_path: Path) -> None:

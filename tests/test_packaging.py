@@ -31,6 +31,8 @@ def test_wheel_holds_every_module_the_type_marker_and_the_licence(wheel: Path) -
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("mmalign/**/*.py")} <= names
     assert "mmalign/py.typed" in names
+    pages = {str(path.relative_to(ROOT)) for path in ROOT.glob("mmalign/apps/static/*")}
+    assert "mmalign/apps/static/judge.html" in pages and pages <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "configs/", "benchmarks/")) for name in names)
 

@@ -72,7 +72,7 @@ def build_pages(store: Store, settings: "Settings") -> "gradio.Blocks":
                 ("Instructions and settings", admin_projects.add),
                 ("Data", admin_data.add_import),
                 ("Calibration", admin_people.add_calibration),
-                ("Accounts", admin_people.add_accounts),
+                ("Accounts and backup", admin_people.add_accounts),
             ):
                 with gradio.Tab(name) as tab:
                     fill(desk)

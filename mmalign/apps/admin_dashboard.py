@@ -53,7 +53,9 @@ def _look(desk: Desk, who: Account, project: int | None) -> list[Any]:
     plots = whole.plots()
     version = last_vote(desk.store, project)
     found = [name for name in PLOTS if name in plots]
-    pictures = "\n\n".join(f"### {PLOTS[name]}\n\n![{PLOTS[name]}](/api/projects/{project}/plots/{name}.svg?v={version})" for name in found)
+    pictures = "\n\n".join(
+        f"### {PLOTS[name]}\n\n![{PLOTS[name]}](/api/projects/{project}/plots/{name}.svg?v={version})" for name in found
+    )
     tables = whole.tables()
     button = gradio.Button(link=f"/api/projects/{project}/dashboard")
     return [told + note, pictures, button, *(table(tables.get(name, [])) for name in TABLES)]

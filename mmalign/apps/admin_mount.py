@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ class AdminPages:
         self._starting = asyncio.Lock()
         self._stop = asyncio.Event()
         self._life: asyncio.Task[None] | None = None
+        self._scratch: Path | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request below /admin."""
@@ -56,6 +58,8 @@ class AdminPages:
         self._stop.set()
         if self._life is not None:
             await self._life
+        if self._scratch is not None:
+            await run_in_threadpool(shutil.rmtree, self._scratch, ignore_errors=True)
 
     async def _ready(self) -> App:
         async with self._starting:
@@ -79,7 +83,7 @@ class AdminPages:
             began.set_exception(fault)
 
     def _mounted(self) -> App:
-        prepare_gradio()
+        self._scratch = prepare_gradio()
         import gradio
         from fastapi import FastAPI
 
@@ -97,17 +101,25 @@ class AdminPages:
             ssr_mode=False,
             enable_monitoring=False,
             mcp_server=False,
-            theme=gradio.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            theme=gradio.themes.Default(
+                primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
         )
         return inner
 
 
-def prepare_gradio() -> None:
-    """Set, before Gradio is imported, that it phones nobody and that its files are this process's own."""
+def prepare_gradio() -> Path | None:
+    """Set, before Gradio is imported, that it phones nobody and that its files are this process's own; return their folder.
+
+    None where the environment names a folder: it is kept.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if "GRADIO_TEMP_DIR" not in os.environ:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.mkdtemp(prefix="mmalign-annotate-")))
+    if "GRADIO_TEMP_DIR" in os.environ:
+        return None
+    scratch = Path(tempfile.mkdtemp(prefix="mmalign-annotate-"))
+    os.environ["GRADIO_TEMP_DIR"] = str(scratch)
+    return scratch
 
 
 def _turned_away(request: Request) -> Response:

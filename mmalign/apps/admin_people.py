@@ -47,6 +47,8 @@ def add_accounts(desk: Desk) -> None:
     """Put the accounts onto the page."""
     import gradio
 
+    if desk.store.database.is_sqlite:
+        gradio.Button("Download a backup of the whole store", size="sm", link="/api/backup")
     if not desk.settings.accounts:
         gradio.Markdown("This server has one person, on its own machine. For accounts start it with `--share-with-team`.")
         return

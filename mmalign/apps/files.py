@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from mmalign.annotation.media import MediaFile
 from mmalign.apps.archives import file_name, packed
-from mmalign.apps.sign_in import Door, Number, Reads, Reviews, TheDoor, TheStore
+from mmalign.apps.sign_in import Administers, Door, Number, Reads, Reviews, TheDoor, TheStore
 from mmalign.errors import UserError
 
 FILES = APIRouter()
@@ -110,6 +110,19 @@ class Assets(StaticFiles):
         response = super().file_response(*args, **kwargs)  # type: ignore[arg-type]
         response.headers["cache-control"] = "no-cache"
         return response
+
+
+@FILES.get("/api/backup")
+def backup(known: Administers, store: TheStore) -> Response:
+    """Send a copy of the whole store, an SQLite file, while it is used."""
+    work = Path(tempfile.mkdtemp(prefix="mmalign-backup-"))
+    try:
+        store.backup(work / "judgements.db")
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    cleaning = BackgroundTask(shutil.rmtree, work, ignore_errors=True)
+    return FileResponse(work / "judgements.db", filename="judgements-backup.db", background=cleaning)
 
 
 @FILES.get("/api/projects/{project}/export")

@@ -156,7 +156,8 @@ def inside(path: str, roots: tuple[Path, ...] | None) -> Path:
     """
     place = Path(path).expanduser().resolve()
     if roots is not None and not any(place.is_relative_to(root.resolve()) for root in roots):
-        raise UserError(f"{path}: lies outside of {', '.join(map(str, roots))}. Start the server with --roots to allow more.")
+        allowed = ", ".join(map(str, roots)) or "what the server may read"
+        raise UserError(f"{path}: lies outside of {allowed}. Upload it, or start the server with --roots FOLDER.")
     return place
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from mmalign.annotation.accounts import ROLES
 from mmalign.annotation.store import Store
+from mmalign.apps.sign_in import OWN
 from mmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def _entry(path: str, name: str, entry: Any) -> tuple[Any, str]:
 
 def ask_for_administrator(store: Store) -> None:
     """Ask for the name and password of the first administrator, where there is none and somebody sits at the keyboard."""
-    if any(one.may("admin") and one.name != "me" for one in store.accounts()) or not sys.stdin.isatty():
+    if any(one.may("admin") and one.name != OWN for one in store.accounts()) or not sys.stdin.isatty():
         return
     name = input("No administrator yet. Name [admin]: ").strip() or "admin"
     password = getpass.getpass("Password (10 characters or more): ")

@@ -19,7 +19,7 @@ from mmalign.apps.admin_mount import AdminPages
 from mmalign.apps.files import FILES, Assets
 from mmalign.apps.routes import JUDGING, SESSION
 from mmalign.apps.security import ADMIN, LOOPBACK, App, Guard, Limits, Receive, Scope, Send
-from mmalign.apps.sign_in import Door
+from mmalign.apps.sign_in import OWN, Door
 from mmalign.apps.summaries import SUMMARIES
 from mmalign.errors import UserError
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OWN = "me"
 UPLOADS = "mmalign-uploads"
 
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 CSRF_HEADER = "x-csrf-token"
 LONGEST_TOKEN = 200
+OWN = "me"  # the one person of a session without accounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,9 @@ class Door:
         if not token or len(token) > LONGEST_TOKEN:
             return None
         account = self.store.session(token)
-        return None if account is None else Visitor(account=account, token=token)
+        if account is None or (self.own is None and account.name == OWN):  # a team has nobody who need not sign in
+            return None
+        return Visitor(account=account, token=token)
 
     def welcome(self, request: Request, response: Response) -> Visitor | None:
         """As `visitor`; on one's own machine a session is opened where there is none, and its cookie put on the response."""
@@ -142,7 +145,21 @@ async def reviews(known: Reads) -> Visitor:
 
 
 Changes = Annotated[Visitor, Depends(changes)]
+
+
+async def administers(known: Reads) -> Visitor:
+    """Let administrators in.
+
+    Raises:
+        HTTPException: 401, 403.
+    """
+    if not known.account.may("admin"):
+        raise HTTPException(403, "administrators only")
+    return known
+
+
 Reviews = Annotated[Visitor, Depends(reviews)]
+Administers = Annotated[Visitor, Depends(administers)]
 
 
 def csrf(token: str) -> str:
