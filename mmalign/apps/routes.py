@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from mmalign.annotation.progress import Progress
 from mmalign.annotation.projects import Project
+from mmalign.annotation.shown import Shown
 from mmalign.annotation.store import Store
 from mmalign.annotation.votes import Receipt
 from mmalign.apps import rendering
@@ -99,7 +100,8 @@ def vote(project: Number, known: Changes, store: TheStore, body: VoteBody) -> Re
         dwell_ms=body.dwell,
         app_version=body.app_version,
     )
-    return JSONResponse(_receipt(receipt) | _state(store, _project(store, project), known))
+    both = (receipt.next, receipt.ahead) if receipt.next is not None and receipt.next.project == project else None
+    return JSONResponse(_receipt(receipt) | _state(store, _project(store, project), known, both))
 
 
 @JUDGING.post("/{project}/undo")
@@ -149,10 +151,12 @@ def _project(store: Store, project: int) -> Project:
         raise HTTPException(404, str(error)) from error
 
 
-def _state(store: Store, project: Project, known: Visitor) -> dict[str, Any]:
-    """What is judged now, what comes after it, and how far the person is."""
+def _state(
+    store: Store, project: Project, known: Visitor, both: tuple[Shown | None, Shown | None] | None = None
+) -> dict[str, Any]:
+    """What is judged now, what comes after it (handed out where that is not known), and how far the person is."""
     who = known.account.id
-    current, ahead = store.take_both(project.id, who)
+    current, ahead = store.take_both(project.id, who) if both is None else both
     return {
         "project": {"id": project.id, "name": project.name, "kind": project.kind, "open": project.is_open},
         "protocol": rendering.asked(project.protocol),
