@@ -1,6 +1,8 @@
 """One contract for every family that sees: what the encoder makes of samples is what the processor makes of whole texts."""
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn.functional import pad
 
 from mmalign.errors import UserError
 from mmalign.multimodal.families import FAMILIES
-from mmalign.multimodal.tiny_families import BUILDERS
+from mmalign.multimodal.tiny_families import BUILDERS, template
 from mmalign.records import Content, Message, Sample
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -240,18 +242,46 @@ def test_answers_of_the_other_token_type_see_their_own_future(family: str, wrong
         assert bool(off > 1e-6) == leaks
 
 
-def test_the_processor_of_smolvlm_writes_images_as_the_tiny_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def smolvlm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SmolVLM's own processor, which wants a package that only spells the numbers of frames."""
     from transformers import SmolVLMProcessor, SmolVLMVideoProcessor
     from transformers.models.smolvlm import processing_smolvlm
 
-    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # a package that only spells numbers of frames
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
     _, stand_in = parts("smolvlm")
-    processor = SmolVLMProcessor(
+    tokenizer = copy.deepcopy(stand_in.tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<video>"]}, replace_extra_special_tokens=False)
+    side = stand_in.image_processor.max_image_size["longest_edge"]
+    return SmolVLMProcessor(
         image_processor=stand_in.image_processor,
-        tokenizer=stand_in.tokenizer,
-        video_processor=SmolVLMVideoProcessor(),
+        tokenizer=tokenizer,
+        video_processor=SmolVLMVideoProcessor(size={"longest_edge": side}, max_image_size={"longest_edge": side}),
         image_seq_len=stand_in.image_seq_len,
-        chat_template=stand_in.chat_template,
+        chat_template=template("<image>", "<video>"),
     )
+
+
+def test_the_processor_of_smolvlm_writes_images_as_the_tiny_one_does(smolvlm: Any) -> None:
     samples = [sample("which?", "one", TALL, WIDE), sample("which?", "none")]
-    assert encoder("smolvlm", processor=processor)(samples) == encoder("smolvlm")(samples)
+    assert encoder("smolvlm", processor=smolvlm)(samples) == encoder("smolvlm")(samples)
+
+
+def test_frames_of_a_video_are_whole_images_to_smolvlm(smolvlm: Any) -> None:
+    model, _ = parts("smolvlm")
+    frames = (picture(5, 32, 32), picture(6, 32, 32))
+    ids, seen = sequence(encoder("smolvlm", processor=smolvlm, as_video=True)([sample("what?", "red", *frames)]), 0)
+    assert seen is not None and len(seen.images) == 2
+    assert "series of 2 frames" in smolvlm.tokenizer.decode(ids)
+    found = FAMILIES["smolvlm"].features(model, [image_in_double(image) for image in seen.images])
+    assert [len(one.tokens) for one in found] == [image.num_tokens for image in seen.images]
+    with pytest.raises(UserError, match="got a video, which smolvlm does not see"):
+        encoder("smolvlm", as_video=True)([sample("what?", "red", *frames)])
+
+
+def test_a_text_that_begins_with_an_image_begins_as_the_processor_of_mllama_has_it() -> None:
+    _, processor = parts("mllama")
+    plain = Sample(prompt=Content(text="what?", images=(WIDE,)), completion=Content(text="red"))
+    encoded = encoder("mllama")([plain])
+    theirs = processor(text=["<|image|>what?"], images=[[WIDE.open()]], add_special_tokens=False)["input_ids"][0]
+    assert list(encoded.contexts[0]) == theirs

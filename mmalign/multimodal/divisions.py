@@ -81,7 +81,10 @@ def flat_patches(outputs: Outputs, ids: Sequence[int], processor: Any) -> Parts:
 
 
 def tiles(outputs: Outputs, ids: Sequence[int], processor: Any) -> Parts:
-    """Idefics3 and SmolVLM: tiles of all images one behind the other; the last of each image is the whole of it."""
+    """Idefics3 and SmolVLM: tiles of all images one behind the other; the last of each image is the whole of it.
+
+    SmolVLM's processor writes the frames of a video as whole images.
+    """
     whole = processor.tokenizer.convert_tokens_to_ids("<global-img>")
     counts, open_tiles, last, closes = [], 0, -1, False
     for token in ids:

@@ -205,9 +205,9 @@ def _qwen(**more: Any) -> Family:
     )
 
 
-def _idefics() -> Family:
+def _idefics(placeholders: Mapping[Kind, str]) -> Family:
     return Family(
-        placeholders={"image": "<image>"},
+        placeholders=placeholders,
         parts=divisions.tiles,
         features=tile_features,
         tower="vision_model",
@@ -232,8 +232,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _qwen(projectors=("visual.merger",)),
     "qwen2_5_vl": _qwen(projectors=("visual.merger",)),
     "qwen3_vl": _qwen(projectors=("visual.merger", "visual.deepstack_merger_list")),
-    "idefics3": _idefics(),
-    "smolvlm": _idefics(),
+    "idefics3": _idefics({"image": "<image>"}),
+    "smolvlm": _idefics({"image": "<image>", "video": "<video>"}),
     "internvl": Family(
         placeholders={"image": "<IMG_CONTEXT>\n", "video": "<video>\n"},
         parts=divisions.flat_tiles,

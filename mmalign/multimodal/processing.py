@@ -175,7 +175,7 @@ class SightedEncoder:
         content = sample.prompt if condition is None else condition.prompt(sample.prompt)
         self._check_texts(content, sample)
         marked_content, shown = marked(content, as_video=self.as_video)
-        unknown = next((kind for kind, _ in shown if kind not in self.family.placeholders), None)
+        unknown = next((kind for kind, _ in shown if kind not in self._media_tokens), None)
         if unknown is not None:
             raise UserError(f"got a {unknown}, which {self.model_type} does not see. Use another model, or single frames.")
         return _Prompt(replace(sample, prompt=marked_content), shown, condition)
@@ -201,8 +201,9 @@ class SightedEncoder:
 
     @cached_property
     def _media_tokens(self) -> dict[Kind, str]:
-        tokens: dict[Kind, str] = {kind: getattr(self.processor, f"{kind}_token") for kind in self.family.placeholders}
-        return tokens
+        """What stands for images and videos in texts that the processor is given; the tiny SmolVLM's knows no videos."""
+        named = {kind: getattr(self.processor, f"{kind}_token", None) for kind in self.family.placeholders}
+        return {kind: token for kind, token in named.items() if token is not None}
 
     # --- texts as ids -----------------------------------------------------------------------------------------------
 
@@ -321,9 +322,11 @@ class SightedEncoder:
             ) from fault
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """A prompt behind what every text begins with."""
+        """A prompt behind what every text begins with, which Mllama's processor puts behind an image that begins a text."""
         beginning = list(self._inner.beginning) if self._inner.begun else []
-        return ids if ids[: len(beginning)] == beginning else beginning + ids
+        first = next((n for n, token in enumerate(ids) if token not in self._placeholder_ids), 0)
+        there = any(ids[start : start + len(beginning)] == beginning for start in (0, first))
+        return ids if there else beginning + ids
 
     def _image(self, kind: Kind, tensors: dict[str, Tensor], count: int, condition: Condition | None) -> SeenImage:
         tensors = {name: self._changed(name, tensor, kind, condition) for name, tensor in tensors.items()}
