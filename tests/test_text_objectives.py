@@ -24,7 +24,7 @@ def sample(prompt: str, completion: str) -> Sample:
 
 
 def examples(k: int, names: set[str]) -> list[Example]:
-    side = {name: SIDE[name] for name in names}
+    side = {name: value[:k] if isinstance(value := SIDE[name], tuple) else value for name in names}
     out = []
     for n, prompt in enumerate(("Name a colour:", "What is on the table?", "Say yes:")):
         answers = [sample(prompt, ANSWERS[(n + i) % 4]) for i in range(4)]

@@ -27,20 +27,22 @@ def data_for(name: str) -> dict[str, Any]:
         return {"view": "unpaired"}
     margin = {"margin": 1.5} if name in ("odpo", "rpo") or "margin" in wanted else {}
     extras = {one: " cats" for one in ("rationale", "exploration", "gold") if one in needs(name)}
+    paired = name == "mmrlhf"  # a pair with its scores
     ranked = name in LISTS or "scores" in wanted
     rows = [
         {
             "id": str(number),
             "prompt": prompt,
-            "candidates": [best, worst, " hello"] if ranked else [best, worst],
-            **({"scores": {"a": [3.0, 1.0, 0.5]}} if ranked else {"ranks": [1, 2]}),
+            "candidates": [best, worst, " hello"] if ranked and not paired else [best, worst],
+            **({"scores": {"a": [3.0, 1.0, 0.5][: 2 if paired else 3]}} if ranked else {"ranks": [1, 2]}),
             **margin,
             **({"extras": extras} if extras else {}),
         }
         for number, (prompt, best, worst) in enumerate(PAIRS)
     ]
     path = rows_file(rows, f"rows-{name}")
-    return {"importer": {"name": "comparisons", "path": str(path)}, "view": {"name": "ranked"} if ranked else "pair"}
+    view = {"name": "pair", "with_scores": True} if paired else {"name": "ranked"} if ranked else "pair"
+    return {"importer": {"name": "comparisons", "path": str(path)}, "view": view}
 
 
 # --- every loss -------------------------------------------------------------------------------------------------------
