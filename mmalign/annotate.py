@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from mmalign.annotation.before_after import comparisons_of
 from mmalign.annotation.projects import Project
 from mmalign.annotation.protocol import Protocol
 from mmalign.annotation.store import Store
@@ -33,6 +34,8 @@ class AnnotateConfig:
             folders of images with prompts. Without data the projects of the store are served.
         importer: of the data, where they are in a foreign format; with more settings use data.
         data: an importer with its settings, in place of a path.
+        after: what a tuned model made (`mmalign generate` or `mmalign answer`) of the prompts and seeds that its base made the
+            data of: each two are judged blind, and the dashboard tells the win rate.
         gold: comparisons whose order is known; mixed in silently.
         calibration: comparisons whose order is known; judged first, and told.
         name: of the project; by default that of the data.
@@ -52,6 +55,7 @@ class AnnotateConfig:
     what: tuple[str, ...] = field(metadata={"positional": True})
     importer: str | None = None
     data: Annotated[Choice, Table("mmalign.importers:IMPORTERS")] | None = None
+    after: str | None = None
     gold: str | None = None
     calibration: str | None = None
     name: str | None = None
@@ -113,7 +117,12 @@ def _data(config: AnnotateConfig) -> list[Data]:
         raise UserError("data: got both a path and data, want one. Leave one away.")
     found = [data_at(path, role="calibration") for path in [config.calibration] if path]
     found += [data_at(path, role="gold") for path in [config.gold] if path]
-    if config.data is not None:
+    if config.after is not None:
+        if config.path is None or config.importer is not None:
+            raise UserError("after: got no folder of the base, want both: `mmalign annotate images BASE --after TUNED`.")
+        base, tuned = config.path, config.after
+        found.append(Data(place=tuned, role="ordinary", open=lambda: comparisons_of(base, tuned), beside=(base,)))
+    elif config.data is not None:
         choice = config.data
         place = f"{choice.name} {choice.settings.get('path', '')}".strip()
         found.append(Data(place=place, role="ordinary", open=lambda: _built(choice)))

@@ -11,10 +11,13 @@ import pytest
 from annotation_ballots import ballot, votes_on
 from annotation_votes import cast, encoded, images, judged_project, opened, protocol, saying, texts
 
+from mmalign.annotate import AnnotateConfig, _data, _project
 from mmalign.annotation.before_after import blind_win_rate, comparisons_of
 from mmalign.annotation.dashboard import Dashboard, as_csv, dashboard, save
 from mmalign.annotation.selection import in_random_slice
+from mmalign.annotation.store import Store
 from mmalign.annotation.tally import ballots_of, dashboard_of, select, source_of
+from mmalign.apps.intake import Intake
 from mmalign.errors import UserError
 from mmalign.records import Comparison, Content, Media, write
 from mmalign.statistics import wilson_interval
@@ -162,6 +165,24 @@ def test_a_trained_model_is_judged_blind_and_its_win_rate_told_with_an_interval(
     assert (rate.rate, (rate.low, rate.high)) == (pytest.approx(3.5 / 6), pytest.approx(wilson_interval(3.5, 6)))
     whole = dashboard_of(store, project, num_resamples=5)
     assert whole.blind == rate and "after training" in whole.plots()["blind"]
+
+
+def test_the_verb_opens_two_folders_as_one_blind_project(tmp_path: Path) -> None:
+    def side(words: str) -> list[Comparison]:
+        return [texts(n, answers=[f" {words} {n}"], provenance=({"model": "m", "seed": n},)) for n in range(3)]
+
+    before, after = made(tmp_path, "base", side("old")), made(tmp_path, "tuned", side("new"))
+    database = str(tmp_path / "votes.db")
+    config = AnnotateConfig(what=("text", str(before)), after=str(after), store=database)
+    store = Store.open(database)
+    project = _project(store, config, _data(config))
+    assert project is not None and project.name == "tuned"
+    Intake(store, project.id, _data(config)).begin(20.0)
+    assert store.progress(project.id).items == 3
+    shown = store.take(project.id, store.add_account("p").id)
+    assert shown is not None and "source" not in repr(shown) and "before" not in repr(shown)
+    with pytest.raises(UserError, match="want both"):
+        _data(AnnotateConfig(what=("text",), after=str(after), store=database))
 
 
 def test_other_projects_have_no_blind_win_rate(tmp_path: Path) -> None:

@@ -39,18 +39,20 @@ class Data:
         role: ordinary, gold or calibration.
         open: reads them.
         limits: of rows.
+        beside: further files or folders that are read.
     """
 
     place: str
     role: Role
     open: Callable[[], Rows]
     limits: Limits = field(default_factory=Limits)
+    beside: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of the files, so that unchanged data need not be read again."""
-        place = Path(self.place).expanduser().resolve()
-        told = [[str(path), facts.st_size, facts.st_mtime_ns] for path, facts in _files(place)]
+        places = [Path(place).expanduser().resolve() for place in (self.place, *self.beside)]
+        told = [[str(path), facts.st_size, facts.st_mtime_ns] for place in places for path, facts in _files(place)]
         return hashlib.sha256(json.dumps([self.place, self.role, told]).encode()).hexdigest()
 
 
