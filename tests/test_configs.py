@@ -16,6 +16,7 @@ from mmalign.experiment import TrainConfig
 from mmalign.families import FAMILIES, Family
 from mmalign.language.tiny import tiny_folder as text_folder
 from mmalign.models.tiny import tiny_folder
+from mmalign.multimodal.tiny import tiny_folder as seeing_folder
 from mmalign.train import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,7 +30,7 @@ TRAINING = sorted(path for path in CONFIGS.glob("*.yaml"))
 # Reward models make nothing themselves: tests/test_step_reward.py and the like train and load those.
 SMOKE = {
     adapter: [path for path in TRAINING if path.name.startswith("smoke_") and _adapter(path) == adapter]
-    for adapter in ("diffusion", "text")
+    for adapter in ("diffusion", "text", "image_text")
 }
 
 
@@ -87,6 +88,28 @@ def test_smoke_config_of_texts_trains_and_its_weights_load_in_stock_transformers
     ids = names["tokenizer"](["a word"], return_tensors="pt")
     with torch.no_grad():
         difference = (names["model"](**ids).logits - base(**ids).logits).abs().max()
+    assert difference > 1e-4
+
+
+@pytest.mark.parametrize("path", SMOKE["image_text"], ids=lambda p: p.stem)
+def test_smoke_config_of_images_and_texts_trains_and_its_weights_load_in_stock_transformers(
+    path: Path, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    monkeypatch.chdir(CONFIGS.parent)
+    config = read_config(TrainConfig, path, [f"output={tmp_path / 'run'}"])
+    result = main(config)
+    losses = [yaml.safe_load(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    names: dict[str, Any] = {"transformers": importlib.import_module("transformers")}
+    exec(result.loading, names)  # the very lines that the run prints
+    tiny = config.adapter.settings["tiny"]
+    base = names["transformers"].AutoModelForImageTextToText.from_pretrained(seeing_folder(tiny))
+    red = Image.new("RGB", (32, 32), "red")
+    inputs = names["processor"](text=["<image>\nwhat?"], images=[[red]], return_tensors="pt")
+    with torch.no_grad():
+        difference = (names["model"](**inputs).logits - base(**inputs).logits).abs().max()
     assert difference > 1e-4
 
 
