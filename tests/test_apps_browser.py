@@ -294,7 +294,7 @@ def test_reload_and_back_keep_the_pair_and_its_sides(site: Site, judge: Any) -> 
     sources = page.eval_on_selector_all("#stage img", "images => images.map(image => image.src)")
     page.reload()
     assert ready(page) == before
-    page.goto(f"{site.url}/login")
+    page.goto(f"{site.url}/health")
     page.go_back()
     assert ready(page) == before
     assert page.eval_on_selector_all("#stage img", "images => images.map(image => image.src)") == sources
@@ -589,6 +589,39 @@ def test_difference_is_black_where_pictures_agree_and_blink_shows_one_after_the_
     site.votes(project, 0)
 
 
+def webm(shade: int) -> bytes:
+    av = pytest.importorskip("av")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="webm") as file:
+        track = file.add_stream("libvpx", rate=10)
+        track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+        for n in range(5):
+            frame = np.full((48, 64, 3), min(255, shade + 40 * n), np.uint8)
+            file.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(track.encode())
+    return stream.getvalue()
+
+
+def test_videos_play_side_by_side_and_frames_move_together(site: Site, judge: Any) -> None:
+    videos = tuple(Content(images=(Media(data=webm(shade)),)) for shade in (0, 90))
+    frames = tuple(Content(images=tuple(Media(data=png([side, n])) for n in range(3))) for side in (8, 9))
+    rows = [
+        Comparison(id=name, prompt=Content(text=name), candidates=pair)
+        for name, pair in (("videos", videos), ("frames", frames))
+    ]
+    project = site.project(rows)
+    page = judge(project)
+    page.wait_for_function("() => [...document.querySelectorAll('video')].filter(v => v.currentTime > 0).length === 2")
+    press(page, "1")
+    before = page.eval_on_selector_all("#stage img", "images => images.map(image => image.src)")
+    page.locator(".film").first.focus()
+    page.keyboard.press("ArrowRight")
+    after = page.eval_on_selector_all("#stage img", "images => images.map(image => image.src)")
+    assert not set(before) & set(after)
+    assert page.eval_on_selector_all(".film", "sliders => sliders.map(slider => slider.value)") == ["1", "1"]
+    site.votes(project, 1)
+
+
 def test_texts_are_rendered_plain_or_marked_where_they_differ(site: Site, judge: Any) -> None:
     prompt = Content(
         messages=(Message(role="system", text="Be brief."), Message(role="user", text="Look:", images=(Media(data=png(5)),)))
@@ -776,7 +809,7 @@ def test_the_next_pair_is_there_within_150_ms_on_a_slow_link(site: Site, judge: 
     )
     for _ in range(6):
         press(page, "1")
-        page.wait_for_timeout(700)
+        page.wait_for_timeout(500)
     waits = page.evaluate("waits")
     assert len(waits) == 6
     assert statistics.median(waits) < 150, waits
