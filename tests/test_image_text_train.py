@@ -131,6 +131,7 @@ def test_a_killed_run_goes_on_bit_for_bit_as_if_uninterrupted(name: str, lora: A
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"loss": {"name": "mdpo"}, "adapter": CROP},
     "projector": {"adapter": {"lora": None}},  # its rows: some batches of a process show no image
+    "tower": {"adapter": {"lora": None, "tower": True}},  # whose last layer is passed over
     "blind": {"loss": {"name": "blind_bpo"}, "data": data_of("blind", "blind"), "adapter": {"lora": None}},
 }
 

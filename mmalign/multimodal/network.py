@@ -14,6 +14,7 @@ from torch import Tensor
 from mmalign.likelihoods import Layout, Tokens
 from mmalign.multimodal.families import Family, Features
 from mmalign.multimodal.features import FeatureStore
+from mmalign.multimodal.opening import part_of
 from mmalign.multimodal.seen import Seen, SeenImage
 
 TYPED = "token_type_ids"  # the argument that tells a model which tokens see each other in both directions
@@ -46,6 +47,11 @@ class Sight:
             [found] = self._encoded(model, self.shown[1].images[:1])
         self.frozen = not any(part.requires_grad for part in (found.tokens, *found.deep))
         self.num_encoded = 0
+        self._passed_over = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (self.crosses or part_of(name, family) != "language")
+        ]
 
     @property
     def within_windows(self) -> bool:
@@ -163,14 +169,14 @@ class Sight:
         return torch.cat(rows)
 
     def touched(self, model: Any, layout: Layout) -> Tensor | None:
-        """Zero, with a graph to every trained weight of tower and projector, where a layout shows nothing.
+        """Zero, with a graph to every trained weight that a layout may pass over: those of tower and projector where it shows
+        nothing, of a tower's last layers where features are taken before them, of layers that attend to images across.
 
-        Processes that train together wait for each other's gradients: no one may do without.
+        Processes that train together wait for each other's gradients: none may do without.
         """
-        if self.frozen or not torch.is_grad_enabled() or any(seen is not None and seen.images for seen in layout.media or ()):
+        if not self._passed_over or not torch.is_grad_enabled():
             return None
-        [found] = self._encoded(model, self.shown[1].images[:1])
-        return sum((part.sum() for part in found.deep), found.tokens.sum()) * 0.0
+        return torch.stack([parameter.sum() for parameter in self._passed_over]).sum() * 0.0
 
     def forget(self) -> None:
         """Remember no features."""
