@@ -41,7 +41,7 @@ export class Ranking {
   set ranks(ranks) {
     this.#order = ranks.map((_, candidate) => candidate).sort((a, b) => ranks[a] - ranks[b]);
     this.#equal = new Set(
-      this.#order.keys().filter((place) => place && ranks[this.#order[place]] === ranks[this.#order[place - 1]]),
+      [...this.#order.keys()].filter((place) => place && ranks[this.#order[place]] === ranks[this.#order[place - 1]]),
     );
     this.#draw();
   }
