@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 from mmalign.language.chat import Encoded
 from mmalign.records import Example, Sample
+
+logger = logging.getLogger(__name__)
 
 LEAST_IN_GROUP = 32  # examples of like length
 SURVEYED = 4096  # examples that are tokenised before a run, to tell lengths and what is cut
@@ -29,13 +32,20 @@ def length_note(encoder: Encodes, examples: Sequence[Example], most: int = SURVE
         prompts = [len(encoder.prompt(example.samples[0].prompt)) for example in looked]
         return f"tokens     prompts {_spread(prompts)}; answers are the policy's own"
     answers: list[int] = []
-    cut_prompts = cut_responses = alike = 0
+    cut_prompts = cut_responses = alike = changed = 0
     for one in _encoded(encoder, [e.samples for e in looked]):
         prompts += [len(one.contexts[c]) + given for c, given in zip(one.context_of, one.given, strict=True)]
         answers += one.lengths
         cut_prompts += one.cut_prompts
         cut_responses += one.cut_responses
+        changed += one.changed
         alike += len(set(zip(one.context_of, one.continuations, strict=True))) < len(one.continuations)
+    if changed:
+        logger.warning(
+            "adapter.chat_template: it leaves something out of %d of %d answers, or writes it otherwise (reasoning, say); what "
+            "is left out is not trained on. Give a template that writes all of an answer, or answers as it writes them.",
+            *(changed, len(answers)),
+        )
     equal = f"; {alike} examples with equal answers once they are tokens" if alike else ""
     of = "" if len(looked) == len(examples) else f" (of the first {len(looked)} examples)"
     cut = (

@@ -15,6 +15,7 @@ from mmalign.records import Content, Message, Sample
 
 Eos = Literal["auto", "always", "never"]
 GIVEN = ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message, beside its text
 ENCODING = ("__call__", "_encode_plus")  # of a tokenizer of transformers
 
 
@@ -33,6 +34,7 @@ class Encoded:
         others: of each continuation, places of further tokens that are run and not scored: what users and tools say within an
             answer of several messages. Empty: nothing anywhere.
         cut_prompts, cut_responses: how many were truncated.
+        changed: how many answers the template left something out of, or wrote otherwise.
         media: of each context, what is shown in it; empty: nothing anywhere.
     """
 
@@ -44,6 +46,7 @@ class Encoded:
     cut_responses: int = 0
     media: tuple[Any | None, ...] = ()
     others: tuple[tuple[int, ...], ...] = ()
+    changed: int = 0
 
     @property
     def scored(self) -> tuple[tuple[int, ...], ...]:
@@ -69,6 +72,7 @@ class _Written:
         ends: how: `templated`, `eos`, `plain` or `open`.
         turns: beginnings of `whole`: up to where others have the word in the answer, up to where they end, and so on.
         cut: (prompt's token ids, limit) -> what stays of a conversation that is too long; None: a text.
+        changed: whether words of the answer are not in `whole`.
     """
 
     prompt: Any
@@ -76,6 +80,7 @@ class _Written:
     ends: str
     turns: tuple[Any, ...] = ()
     cut: Cut | None = None
+    changed: bool = False
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -152,7 +157,7 @@ class Encoder:
         ids = dict(zip(texts, _token_ids(self.tokenizer, texts), strict=True))
         numbered = [
             [
-                _Written(ids[one.prompt], ids[one.whole], one.ends, tuple(ids[turn] for turn in one.turns), one.cut)
+                replace(one, prompt=ids[one.prompt], whole=ids[one.whole], turns=tuple(ids[turn] for turn in one.turns))
                 for one in row
             ]
             for row in said
@@ -203,7 +208,9 @@ class Encoder:
         kept = self._kept(before, whole, said, answers)
         turns = said_by_others(whole, said, answers, render) if len(answers) > 1 else ()
         shift = len(kept) - len(whole)  # they differ in the prompt alone
-        return _Written(before, kept, "templated", tuple(kept[: place + shift] for place in turns), cut)
+        return _Written(
+            before, kept, "templated", tuple(kept[: place + shift] for place in turns), cut, _changed(answers, kept)
+        )
 
     def _kept(self, before: str, whole: str, said: Sequence[Message], answers: Sequence[Message]) -> str:
         """Prompt and answer, where a template writes the prompt otherwise once it is answered (the system message behind the
@@ -253,7 +260,8 @@ class Encoder:
                 "adapter.max_prompt_length and max_response_length."
             )
         parts = (tuple(contexts), tuple(map(tuple, wholes)), tuple(place), tuple(given), cut_prompts, cut_responses)
-        encoded = Encoded(*parts, others=tuple(others) if any(others) else ())
+        changed = sum(sample.changed for sample in samples)
+        encoded = Encoded(*parts, others=tuple(others) if any(others) else (), changed=changed)
         if not all(encoded.lengths):
             raise UserError(
                 "got an answer of which the assistant says nothing within adapter.max_response_length. Raise it, or remove the "
@@ -378,6 +386,14 @@ class Encoder:
 def _goes_on(messages: Sequence[Message]) -> bool:
     """Whether an answer continues the last message: the assistant's, which is no call of a tool."""
     return messages[-1].role == "assistant" and not messages[-1].tool_calls
+
+
+def _changed(answers: Sequence[Message], whole: str) -> bool:
+    """Whether words of the assistant are not in the conversation as it was written; blanks do not count."""
+    own = [message for message in answers if message.role == "assistant"]
+    said = [text for one in own for text in (one.text, *(one.extra.get(name) for name in REASONING)) if isinstance(text, str)]
+    lacking = [text for text in said if text.strip() not in whole]
+    return bool(lacking) and any("".join(text.split()) not in "".join(whole.split()) for text in lacking)
 
 
 def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
