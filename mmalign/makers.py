@@ -1,14 +1,19 @@
 """One model that makes candidates: how it is sampled, opened, and told apart from another of the same name."""
 
 import hashlib
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from mmalign.config import resolved
 from mmalign.config.writing import environment
 from mmalign.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -56,7 +61,27 @@ def files_of(maker: Maker) -> dict[str, str | None]:
     if maker.lora is not None:
         place = Path(maker.lora).expanduser()
         found["files of lora"] = fingerprint(weights_file(place) if is_checkpoint(place) else lora_file(maker.lora))
+    vae = vae_of_run(maker.lora)
+    if vae is not None:
+        found["files of vae"] = fingerprint(Path(vae).expanduser()) or vae
     return found
+
+
+def vae_of_run(lora: str | None) -> str | None:
+    """The `adapter.vae` of the run that left a LoRA, which was trained on its latents; None: the model's own.
+
+    Args:
+        lora: a run's output or its checkpoint-N, whose config.yaml tells it; or another LoRA, of which nothing is known.
+    """
+    from mmalign.snapshots import is_checkpoint
+
+    place = Path(lora or "").expanduser().absolute()
+    run = place.parent if place.is_file() or is_checkpoint(place) else place
+    if lora is None or not (run / "config.yaml").is_file() or not (run / "environment.json").is_file():
+        return None
+    told = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    adapter = told.get("adapter") if isinstance(told, dict) else None
+    return adapter.get("vae") if isinstance(adapter, dict) else None
 
 
 def opened(maker: Maker) -> Any:
@@ -64,6 +89,7 @@ def opened(maker: Maker) -> Any:
     import torch
 
     from mmalign.models.diffusion import find_family, open_pipeline
+    from mmalign.models.other_vae import replace_vae
     from mmalign.models.sampling import set_scheduler, use_lora
     from mmalign.snapshots import stock_places
 
@@ -72,6 +98,10 @@ def opened(maker: Maker) -> Any:
     with tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
         model, lora = stock_places(str(maker.model), maker.lora, Path(scratch))
         pipe = open_pipeline(family, model, dtype=dtype, revision=maker.revision)
+        vae = vae_of_run(maker.lora)
+        if vae is not None:
+            logger.info("%s: adapter.vae of its run decodes: %s", maker.lora, vae)
+            replace_vae(pipe, vae, dtype)
         torch.nn.Module.to(pipe.vae, dtype)
         if maker.scheduler is not None:
             set_scheduler(pipe, maker.scheduler)

@@ -1,6 +1,8 @@
 """adapter.vae: another autoencoder encodes, decodes and is saved; one that does not fit is refused."""
 
 import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from test_step_reward import LATENT
 from test_step_reward import opened as step_reward
 from tiny import tiny_folder, tiny_pipeline
 
+from mmalign import makers
 from mmalign.errors import UserError
 from mmalign.experiment import read_examples
+from mmalign.generate import GenerateConfig
 from mmalign.prepare import main as prepare
 
 
@@ -90,6 +94,26 @@ def test_a_full_fine_tune_is_saved_with_it_and_the_run_records_it(tmp_path: Path
     assert torch.equal(weight_of(saved.vae), weight_of(diffusers.AutoencoderKL.from_pretrained(other)))
     assert final_weights(output)
     assert f"vae: {other}" in (output / "config.yaml").read_text()
+
+
+def test_a_lora_is_sampled_with_the_vae_of_its_run_and_the_rows_tell_it(tmp_path: Path, other: Path) -> None:
+    output = train(
+        tmp_path / "run", adapter={"lora": {"rank": 2}, "vae": str(other)}, training={"steps": 1, "checkpoint_every": 1}
+    )
+    made = GenerateConfig(
+        family="sd15", model=str(tiny_folder("sd15")), lora=str(output), prompts=("a",), device="cpu", output=tmp_path / "out"
+    )
+    wanted = weight_of(diffusers.AutoencoderKL.from_pretrained(other))
+    for place in (output, output / "checkpoint-1", output / "pytorch_lora_weights.safetensors"):
+        (maker,) = replace(made, lora=str(place)).makers
+        pipe = makers.opened(maker)
+        assert torch.equal(weight_of(pipe.vae), wanted)
+        assert makers.provenance_of(maker, pipe, {})["files"]["vae"] == makers.fingerprint(other)
+    moved = shutil.copytree(output, tmp_path / "moved", ignore=shutil.ignore_patterns("config.yaml"))
+    (plain,) = replace(made, lora=str(moved)).makers
+    pipe = makers.opened(plain)
+    assert not torch.equal(weight_of(pipe.vae), wanted)
+    assert "vae" not in makers.provenance_of(plain, pipe, {})["files"]
 
 
 @pytest.mark.parametrize(
