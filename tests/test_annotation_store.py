@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -254,8 +254,6 @@ def test_priorities_lead_but_a_random_share_is_drawn_without_them(store: Store) 
 
 
 def test_gold_is_mixed_in_silently_once_a_person_and_takes_no_slots(store: Store) -> None:
-    from dataclasses import replace
-
     project = project_with(store, 60, gold_share=0.2, votes_per_item=1)
     gold = [replace(row, id=f"gold-{row.id}", ranks=(2.0, 1.0)) for row in texts(10, start=1000)]
     assert store.add(project.id, gold, role="gold").added == 10
@@ -294,8 +292,6 @@ def test_a_person_is_asked_again_later_with_the_sides_swapped(store: Store) -> N
 
 
 def test_calibration_comes_first_and_tells_the_answer_as_the_screen_showed_it(store: Store) -> None:
-    from dataclasses import replace
-
     project = project_with(store, 5, calibration=3)
     known = [replace(row, ranks=(1.0, 2.0)) for row in texts(4, start=100)]
     store.add(project.id, known, role="calibration", explanations={row.id: f"because {row.id}" for row in known})
@@ -428,6 +424,32 @@ def test_fifty_threads_lose_and_double_nothing(store: Store) -> None:
     assert len({(vote.annotator, vote.item) for vote in votes}) == 80
     assert Counter(vote.item for vote in votes) == {item.id: 2 for item in store.items(project.id)}
     assert not any(vote.late or vote.surplus for vote in votes)
+
+
+def test_strings_that_no_database_holds_do_no_harm(store: Store) -> None:
+    from mmalign.records import Comparison, Content
+
+    strange = "nul \0 and half a character \ud83d"
+    project = store.create_project("project", "text", Protocol(min_dwell_ms=0))
+    said = Comparison(id="row", prompt=Content(text=strange), candidates=(Content(text="a"), Content(text=strange)))
+    assert store.add(project.id, [said]).added == 1
+    assert next(iter(store.items(project.id))).comparison == said
+    assert "the id" in store.add(project.id, [replace(said, id=strange)]).faults[0].problem
+    ann = store.add_account("Ann", "correct horse battery")
+    shown = store.take(project.id, ann.id)
+    assert shown is not None and strange in [candidate.text for candidate in shown.candidates]
+    for odd in (strange, "x" * 5000, ""):
+        assert not store.displayed(odd, ann.id) and store.media(odd) is None and store.session(odd) is None
+        assert store.vote(odd, 10**30, Verdict(choice=odd), ann.id).reason == "unknown"
+        assert store.sign_in(odd, odd).status == "wrong" and store.sign_in("Ann", odd).status == "wrong"
+    store.displayed(shown.assignment, ann.id)
+    left = Verdict(choice="left", rationale=strange)
+    assert store.vote(shown.assignment, 1, left, ann.id, dwell_ms=10**15, app_version=strange * 9).status == "stored"
+    [vote] = store.votes(project.id)
+    assert vote.verdict.rationale == strange and vote.dwell_ms == 2**31 - 1
+    for fault in (lambda: store.set_guideline(project.id, strange), lambda: store.create_project(strange, "text")):
+        with pytest.raises(UserError, match="NUL"):
+            fault()
 
 
 def test_a_name_of_a_project_is_used_once(store: Store) -> None:

@@ -82,7 +82,7 @@ def fits(password: str, hashed: str) -> bool:
 
 
 def _scrypt(password: str, salt: bytes, *, n: int, r: int, p: int) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
+    return hashlib.scrypt(password.encode("utf-8", "surrogatepass"), salt=salt, n=n, r=r, p=p, maxmem=SCRYPT_MEMORY, dklen=32)
 
 
 @functools.cache
@@ -178,7 +178,7 @@ def sign_in(database: Database, name: str, password: str, address: str, now: flo
 
     A try counts as failed before it is looked at, so that many at once do not get through; the slow hash runs outside the lock.
     """
-    folded = name.strip().casefold()
+    folded = name.strip().casefold() if name.isprintable() else ""
     subjects = {"pair": f"pair {address} {folded}", "name": f"name {folded}", "address": f"address {address}"}
     with database.write() as connection:
         wait = max(_wait(connection, kind, subject, now) for kind, subject in subjects.items())
@@ -202,7 +202,7 @@ def sign_in(database: Database, name: str, password: str, address: str, now: flo
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _wait(connection: Connection, kind: str, subject: str, now: float) -> float:

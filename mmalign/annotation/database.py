@@ -130,6 +130,15 @@ class Database:
         self.engine.dispose()
 
 
+def is_storable(text: str) -> bool:
+    """Return whether every database can hold a text: no NUL, no half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
 def _full_url(url: str) -> str:
     if "://" not in url:
         return f"sqlite:///{Path(url).expanduser().absolute()}"

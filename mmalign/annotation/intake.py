@@ -13,6 +13,7 @@ from typing import Any, Literal
 from PIL import Image
 from sqlalchemy import Connection, insert, select, update
 
+from mmalign.annotation.database import is_storable
 from mmalign.annotation.protocol import MOST_CANDIDATES, Protocol, answer_of
 from mmalign.annotation.queues import LARGEST_SHUFFLE
 from mmalign.annotation.schema import BLOB, ITEM, MEDIA, PROJECT, SOURCE
@@ -140,6 +141,8 @@ def prepare(value: Comparison, *, kind: str, role: Role, limits: Limits, explana
 
 def _problem(value: Comparison, kind: str, limits: Limits) -> str | None:
     k = len(value.candidates)
+    if not is_storable(value.id):
+        return f"got the id {value.id!r}, want one without NUL and half characters. Change it."
     if not 2 <= k <= MOST_CANDIDATES:
         return f"got {k} candidates, want 2 to {MOST_CANDIDATES}. Split or remove the row."
     for n, candidate in enumerate(value.candidates, 1):
@@ -292,7 +295,7 @@ def _item(
         "comparison": one.id,
         "content_hash": one.content_hash,
         "k": one.k,
-        "row": json.dumps(row, ensure_ascii=False),
+        "row": json.dumps(row),
         "role": role,
         "answer": None if one.answer is None else json.dumps(one.answer),
         "explanation": one.explanation,

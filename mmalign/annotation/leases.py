@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import secrets
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmalign.annotation.schema import ASSIGNMENT, ITEM, PARTICIPATION, PROJECT
 from mmalign.annotation.shown import Shown, show
 
 LEASED = text("assignment.state = 'leased'")  # written out, or SQLite does not use the partial indexes
+KEY = re.compile(r"[A-Za-z0-9_-]{1,32}")  # what ids of assignments and keys of media look like
 RENEWED = 0.9  # a lease that is asked for again with less than this share left is renewed
 
 
@@ -35,42 +37,40 @@ def change_participation(connection: Connection, who: Any, **changes: Any) -> No
     connection.execute(update(PARTICIPATION).where(*mine).values(**changes))
 
 
-def current(
-    connection: Connection, project: Any, annotator: int, now: float, rng: random.Random, place: int = 0
-) -> Shown | None:
-    """Return what the person judges now (place 0) or next (place 1), leasing it if need be; None when nothing is left.
+def hand_out(connection: Connection, project: Any, annotator: int, now: float, rng: random.Random, count: int) -> list[Shown]:
+    """Return what the person judges now, and what next, up to `count`, leasing it if need be; fewer when nothing is left.
 
-    What was reopened comes first; then what the person holds, oldest first. A lease that is asked for again is renewed.
+    What was reopened comes first; then what the person holds, oldest first. A lease that is asked for again is renewed. What
+    was held too long should have been given back before (`expire`).
 
     Args:
         project: its row.
     """
-    expire(connection, project.id, now)
     who = participation(connection, project.id, annotator, now)
-    waiting = list(_reopened(connection, who)) + open_leases(connection, project.id, annotator)
+    waiting = [*_reopened(connection, who), *open_leases(connection, project.id, annotator)]
     protocol = Protocol.from_json(project.protocol)
-    while len(waiting) <= place and project.is_open:
+    while len(waiting) < count and project.is_open:
         chosen = choose(connection, who, protocol, rng)
         if chosen is None:
             break
         waiting.append(_lease(connection, project, who, chosen, now, rng))
         who = participation(connection, project.id, annotator, now)
-    if len(waiting) <= place:
-        return None
-    row = waiting[place]
-    expires = now + protocol.lease_minutes * 60
-    if row.state == "leased" and row.expires_at - now < RENEWED * protocol.lease_minutes * 60:
-        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(expires_at=expires))
-        row = assignment_row(connection, row.id)
-    return show(connection, row, project.guideline_version)
+    lasts = protocol.lease_minutes * 60
+    rows = [_renewed(connection, row, now, lasts) for row in waiting[:count]]
+    return [show(connection, row, project.guideline_version) for row in rows]
 
 
-def both(
-    connection: Connection, project: Any, annotator: int, now: float, rng: random.Random
-) -> tuple[Shown | None, Shown | None]:
-    """Return what the person judges now, and next."""
-    first = current(connection, project, annotator, now, rng)
-    return first, None if first is None else current(connection, project, annotator, now, rng, 1)
+def pair_of(shown: list[Shown]) -> tuple[Shown | None, Shown | None]:
+    """Return the current one and the one ahead, None where there is none."""
+    return shown[0] if shown else None, shown[1] if len(shown) > 1 else None
+
+
+def _renewed(connection: Connection, row: Any, now: float, lasts: float) -> Any:
+    """Put off the end of a lease, unless it is far off; return the row as it is then."""
+    if row.state != "leased" or row.expires_at - now >= RENEWED * lasts:
+        return row
+    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(expires_at=now + lasts))
+    return assignment_row(connection, row.id)
 
 
 def open_leases(connection: Connection, project: int, annotator: int) -> list[Any]:
@@ -81,7 +81,9 @@ def open_leases(connection: Connection, project: int, annotator: int) -> list[An
 
 
 def assignment_row(connection: Connection, assignment: str) -> Any:
-    """Return an assignment's row, or None."""
+    """Return an assignment's row; None where there is none, or the id cannot be one."""
+    if not KEY.fullmatch(assignment):
+        return None
     return connection.execute(select(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment)).first()
 
 
@@ -117,7 +119,8 @@ def display(connection: Connection, assignment: str, annotator: int, now: float)
     """Note when an assignment was first on the screen, images decoded. Return whether it is the person's."""
     row = assignment_row(connection, assignment)
     if row is None or row.annotator != annotator:
-        log(connection, now, "refused", annotator=annotator, assignment=assignment, reason="not_yours", of="displayed")
+        known = None if row is None else row.id
+        log(connection, now, "refused", annotator=annotator, assignment=known, reason="not_yours", of="displayed")
         return False
     if row.displayed_at is None:
         connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment).values(displayed_at=now))

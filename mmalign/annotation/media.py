@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from sqlalchemy import Connection, select
 
 from mmalign.annotation.blinding import blinded
+from mmalign.annotation.leases import KEY
 from mmalign.annotation.schema import BLOB, MEDIA
 from mmalign.errors import UserError
 from mmalign.records import Media
@@ -39,7 +40,7 @@ class Stored:
 
 def find(connection: Connection, key: str) -> Stored | None:
     """Return a medium by its key; None when there is none."""
-    row = connection.execute(select(MEDIA).where(MEDIA.c.key == key)).first()
+    row = connection.execute(select(MEDIA).where(MEDIA.c.key == key)).first() if KEY.fullmatch(key) else None
     if row is None:
         return None
     data = connection.execute(select(BLOB.c.data).where(BLOB.c.media == key)).scalar_one_or_none()

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
+from mmalign.annotation.database import is_storable
 from mmalign.annotation.events import log
 from mmalign.annotation.protocol import Protocol
 from mmalign.annotation.schema import GUIDELINE, PROJECT
@@ -66,7 +67,13 @@ def project_of(row: Any) -> Project:
 
 
 def write_guideline(connection: Connection, project: int, text: str, now: float) -> Guideline:
-    """Write a version of the instructions, unless it is the newest already."""
+    """Write a version of the instructions, unless it is the newest already.
+
+    Raises:
+        UserError: no database can hold the text.
+    """
+    if not is_storable(text):
+        raise UserError("guideline: got a text with NUL or half a character in it, want plain text. Save it as UTF-8.")
     version = project_row(connection, project).guideline_version
     which = (GUIDELINE.c.project == project, GUIDELINE.c.version == version)
     newest = connection.execute(select(GUIDELINE).where(*which)).first()

@@ -127,7 +127,7 @@ class Verdict:
 
     def to_json(self) -> str:
         """Return the verdict as one JSON object."""
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Verdict":

@@ -78,7 +78,9 @@ ITEM = Table(
     Column("want", Integer, nullable=False),
     Column("slots_left", Integer, nullable=False),  # want less those who hold or have judged it; 0 for gold and calibration
     Column("priority", Float),
-    Column("steered", Boolean, nullable=False, server_default=false()),  # handed out for its priority, or wanted more: not random
+    Column(
+        "steered", Boolean, nullable=False, server_default=false()
+    ),  # handed out for its priority, or wanted more: not random
     Column("position", BigInteger, nullable=False),
     Column("shuffle", Integer, nullable=False),
     Column("freed", BigInteger, nullable=False, default=0),

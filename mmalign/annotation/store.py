@@ -14,7 +14,7 @@ from sqlalchemy import insert, select, update
 
 from mmalign.annotation import accounts, items, leases, media, progress, votes
 from mmalign.annotation.accounts import Account, SignIn
-from mmalign.annotation.database import Database
+from mmalign.annotation.database import Database, is_storable
 from mmalign.annotation.events import Event, log, read_events
 from mmalign.annotation.intake import Added, Limits, Prepared, Role, chunks, open_batch, prepare, store_rows
 from mmalign.annotation.items import Item
@@ -30,6 +30,7 @@ from mmalign.errors import UserError
 from mmalign.records import Comparison, Fault
 
 SESSION_HOURS = 24 * 14
+LONGEST_NAME = 200
 
 
 class Store:
@@ -78,6 +79,8 @@ class Store:
         """
         if kind not in KINDS or not name.strip():
             raise UserError(f"project: got the name {name!r} and the kind {kind!r}, want a name, and {' or '.join(KINDS)}.")
+        if len(name) > LONGEST_NAME or not is_storable(name):
+            raise UserError(f"project: got the name {name[:LONGEST_NAME]!r}, want at most {LONGEST_NAME} characters, none NUL.")
         settings, now = protocol or Protocol(), self._clock()
         with self.database.write() as connection:
             if connection.execute(select(PROJECT.c.id).where(PROJECT.c.name == name)).first():
@@ -233,12 +236,17 @@ class Store:
     def take_both(self, project: int, annotator: int) -> tuple[Shown | None, Shown | None]:
         """Return what `take` and `ahead` do, in one transaction: what a page asks for after every vote."""
         with self.database.write() as connection:
-            return leases.both(connection, project_row(connection, project), annotator, self._clock(), self._rng)
+            row, now = project_row(connection, project), self._clock()
+            leases.expire(connection, project, now)
+            found = leases.hand_out(connection, row, annotator, now, self._rng, 2)
+        return leases.pair_of(found)
 
     def _current(self, project: int, annotator: int, place: int) -> Shown | None:
         with self.database.write() as connection:
-            row = project_row(connection, project)
-            return leases.current(connection, row, annotator, self._clock(), self._rng, place)
+            row, now = project_row(connection, project), self._clock()
+            leases.expire(connection, project, now)
+            found = leases.hand_out(connection, row, annotator, now, self._rng, place + 1)
+        return found[place] if len(found) > place else None
 
     def displayed(self, assignment: str, annotator: int) -> bool:
         """Note that an assignment is on the person's screen; a vote before that is refused. False: not theirs."""

@@ -11,9 +11,10 @@ from sqlalchemy import Connection, insert, select, update
 from mmalign.annotation.events import log
 from mmalign.annotation.leases import (
     assignment_row,
-    both,
     change_participation,
     expire,
+    hand_out,
+    pair_of,
     participation,
     take_slot,
 )
@@ -22,6 +23,8 @@ from mmalign.annotation.schema import ANNOTATOR, ASSIGNMENT, ITEM, PROJECT, VOTE
 from mmalign.annotation.shown import Shown, latest_verdict, show
 
 PAGE = 1000
+LONGEST_DWELL_MS = 2**31 - 1  # 24 days; what the column holds
+LONGEST_VERSION = 40
 REASONS = {
     "unknown": "there is no such item on your screen; load the page again",
     "not_yours": "this item was shown to somebody else",
@@ -158,10 +161,10 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
     if row.annotator != vote.annotator:
         return _refused(connection, vote, row, now, "not_yours")
     project = connection.execute(select(PROJECT).where(PROJECT.c.id == row.project)).one()
+    if expire(connection, project.id, now):
+        row = assignment_row(connection, vote.assignment)
     if 1 <= vote.revision <= row.revision:
         return _duplicate(connection, vote, row, project, now, rng)
-    expire(connection, project.id, now)
-    row = assignment_row(connection, vote.assignment)
     protocol = Protocol.from_json(project.protocol)
     reason, told = _objection(connection, vote, row, project, protocol, now)
     if reason:
@@ -173,7 +176,7 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
     feedback = _feedback(connection, row, given)
     if row.revision == 0:
         _count(connection, row, feedback, now)
-    following, ahead = both(connection, project, vote.annotator, now, rng)
+    following, ahead = pair_of(hand_out(connection, project, vote.annotator, now, rng, 2))
     return Receipt(status="stored", late=late, stands=vote.verdict, feedback=feedback, next=following, ahead=ahead)
 
 
@@ -197,9 +200,9 @@ def _objection(connection: Connection, vote: Cast, row: Any, project: Any, proto
 def _refused(
     connection: Connection, vote: Cast, row: Any, now: float, reason: str, told: str = "", wait_ms: int = 0
 ) -> Receipt:
-    project = None if row is None else row.project
+    project, known = (None, None) if row is None else (row.project, row.id)
     details = {"reason": reason, "revision": vote.revision, "verdict": vote.verdict.to_json()}
-    log(connection, now, "refused", project=project, annotator=vote.annotator, assignment=vote.assignment, **details)
+    log(connection, now, "refused", project=project, annotator=vote.annotator, assignment=known, **details)
     message = f"{REASONS[reason]} ({told})" if told else REASONS[reason]
     return Receipt(status="refused", reason=reason, message=message, wait_ms=wait_ms)
 
@@ -209,7 +212,7 @@ def _duplicate(connection: Connection, vote: Cast, row: Any, project: Any, now: 
     details = {"revision": vote.revision, "verdict": vote.verdict.to_json()}
     log(connection, now, "duplicate", project=row.project, annotator=row.annotator, assignment=row.id, **details)
     feedback = _feedback(connection, row, latest_verdict(connection, row))
-    following, ahead = both(connection, project, vote.annotator, now, rng)
+    following, ahead = pair_of(hand_out(connection, project, row.annotator, now, rng, 2))
     return Receipt(status="duplicate", stands=stands, feedback=feedback, next=following, ahead=ahead)
 
 
@@ -227,11 +230,11 @@ def _store(connection: Connection, vote: Cast, row: Any, project: Any, given: Ve
             shown=vote.verdict.to_json(),
             late=late,
             surplus=counts and left < 0,
-            dwell_ms=vote.dwell_ms,
+            dwell_ms=None if vote.dwell_ms is None else min(max(vote.dwell_ms, 0), LONGEST_DWELL_MS),
             displayed_at=row.displayed_at,
             submitted_at=now,
             guideline_version=who.guideline_read or project.guideline_version,
-            app_version=vote.app_version,
+            app_version="".join(c for c in vote.app_version if c.isprintable())[:LONGEST_VERSION],
         )
     )
     number = row.vote_number if row.revision else who.num_votes + 1
