@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from test_ring import SEVERAL, launch
 
 from mmalign.blind import BlindConfig, Blinded, main
 from mmalign.blind_model import opened_speaker
@@ -27,6 +29,8 @@ from mmalign.multimodal.opening import open_processor, open_sighted
 from mmalign.multimodal.tiny_families import BUILDERS
 from mmalign.records import Comparison, Content, Dropped, Media, Message, comparison, pair, read, write
 from mmalign.records.views import blind
+
+IMPORTS = "import accelerate, datasets, peft, transformers"
 
 
 def png(value: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:
@@ -166,6 +170,23 @@ def test_a_run_in_pieces_ends_byte_for_byte_as_one_without_a_stop(data: Path, tm
     assert second.num_answers == 2 and main(settings(data, pieces)).num_answers == 0
     main(settings(data, whole))
     assert contents(whole) == contents(pieces)
+
+
+def test_two_processes_one_killed_end_byte_for_byte_as_one(data: Path, tmp_path: Path) -> None:
+    words = ["model=tiny", f"path={data}", "max_new_tokens=4", "batch_size=1", "device=auto"]
+    jobs = [
+        {"verb": "blind", "words": [*words, "output=killed"], "kill": ["killed/blind.journal.part-*", 1, True]},
+        {"verb": "blind", "words": [*words, "output=two"]},
+    ]
+    (tmp_path / "several.py").write_text(re.sub("(?m)^(import accelerate.*|from diffusers .*)$", IMPORTS, SEVERAL))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = launch(tmp_path, "several.py", "jobs.json")
+    assert (tmp_path / "two" / "comparisons.parquet").is_file(), done.stderr[-3000:]
+    assert done.stdout.count("3 new answers") == 1, "the main process tells what both made"
+    whole = settings(data, tmp_path / "whole", batch_size=1)
+    main(whole)
+    main(replace(whole, output=tmp_path / "killed"))
+    assert contents(tmp_path / "two") == contents(tmp_path / "whole") == contents(tmp_path / "killed")
 
 
 def test_answers_do_not_depend_on_what_they_are_batched_with(data: Path, tmp_path: Path) -> None:
