@@ -57,7 +57,7 @@ class ImageTextAdapter:
     max_response_length: int | None = 1024
     as_video: bool = False
     num_frames: int | None = None
-    processor: dict[str, int | float | str] = field(default_factory=dict)
+    processor: dict[str, bool | int | float | str] = field(default_factory=dict)
     degradation: Annotated[Choice, Table("mmalign.multimodal.degradations:DEGRADATIONS")] | None = None
     token_weights: Annotated[Choice, Table("mmalign.curation.token_effects:TOKEN_WEIGHTS")] | None = None
     lora: Lora | None = None
