@@ -1,21 +1,17 @@
 """`mmalign annotate` as a process: it opens data, survives kill -9 at the worst moment, and refuses what cannot be."""
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from judging_processes import PATIENCE_S, ROOT, free_port, running
 from judging_sites import images
 
 from mmalign.annotate import AnnotateConfig
@@ -24,8 +20,6 @@ from mmalign.apps.intake import Intake, data_at
 from mmalign.cli import main
 from mmalign.config import read_config
 
-ROOT = Path(__file__).parents[1]
-PATIENCE_S = 90  # of a machine that does other things
 # Dies after a vote is on disk and before anybody is told, once.
 DYING = """
 import os, signal, sys
@@ -48,48 +42,6 @@ def rows(folder: Path, count: int = 5) -> Path:
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str = ""
-    told: list[str] = field(default_factory=list)
-
-
-@contextmanager
-def running(*arguments: str, program: str | None = None) -> Iterator[Server]:
-    start = [sys.executable, "-m", "mmalign"] if program is None else [sys.executable, "-c", program]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*start, "annotate", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-    server = Server(process)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            server.told.append(line)
-            if found := re.match(r"judging: (http://[^/]+)/", line):
-                server.url = found[1]
-                break
-        assert server.url, "".join(server.told)
-        wait(server.url)
-        yield server
-    finally:
-        process.kill()
-        server.told += process.stderr.readlines()
-        process.stderr.close()
-        process.wait()
-
-
-def wait(url: str) -> None:
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            httpx.get(f"{url}/health", timeout=PATIENCE_S).raise_for_status()
-            return
-        except httpx.TransportError:
-            assert time.monotonic() < until
-            time.sleep(0.1)
 
 
 def body_of_current(client: httpx.Client, project: int = 1) -> dict[str, Any]:
@@ -160,12 +112,6 @@ print([name for name in ("torch", "transformers", "diffusers", "gradio", "matplo
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize(
