@@ -166,7 +166,7 @@ def pictures(shown: Sequence[Shown], num_frames: int | None = None) -> dict[str,
         for frames, places in zip(videos, chosen, strict=True)
     ]
     kept = [frames[places] for frames, places in zip(videos, chosen, strict=True)]
-    return {**given, "videos": kept, "video_metadata": told, "do_sample_frames": False}
+    return {**given, "videos": [kept], "video_metadata": told, "do_sample_frames": False}
 
 
 def undivided(text: str) -> tuple[str, str]:

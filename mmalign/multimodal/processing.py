@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from mmalign.multimodal.templates import PartsTemplate, Shown, marked
 from mmalign.records import Content, Sample
 
 Ids = tuple[int, ...]
+COUNTS = tuple(one.name for one in fields(Encoded) if one.type == "int")  # how many were cut, and the like
 
 
 @dataclass(frozen=True)
@@ -268,10 +269,9 @@ class SightedEncoder:
             tuple(continuations),
             tuple(context_of),
             tuple(part.given[n] for part, n in members),
-            sum(part.cut_prompts for part in parts),
-            sum(part.cut_responses for part in parts),
-            tuple(media) if any(seen is not None for seen in media) else (),
-            tuple(others) if any(others) else (),
+            media=tuple(media) if any(seen is not None for seen in media) else (),
+            others=tuple(others) if any(others) else (),
+            **{name: sum(getattr(part, name) for part in parts) for name in COUNTS},
         )
 
     def _check_length(self, length: int, seen: Seen | None) -> None:
