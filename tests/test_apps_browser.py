@@ -38,7 +38,7 @@ pytestmark = [
 ]
 QUICK: dict[str, Any] = {"min_dwell_ms": 0, "gold_share": 0, "repeat_share": 0, "order": "data", "overlap_share": 0}
 MAKER = "sdxl-turbo-secret"
-WAIT_MS = 5000
+WAIT_MS = 15_000
 
 
 @dataclass
@@ -892,7 +892,7 @@ def test_a_server_killed_between_storing_and_answering_costs_nothing(tmp_path: P
 
 
 def test_votes_wait_in_the_tab_while_the_network_is_gone_even_through_a_reload(site: Site, judge: Any) -> None:
-    project = site.project(image_pairs(4))
+    project = site.project(image_pairs(4), min_dwell_ms=400)
     page = judge(project)
     before = ready(page)
     page.route("**/api/**", lambda route: route.abort())

@@ -92,9 +92,11 @@ class Judge {
     const waits = ["loading", "sending", "finished"].includes(this.phase);
     if (!waits && isSame(current)) return this.#prefetch(ahead);
     if (!waits && isSame(ahead)) return this.#prefetch(current);
-    if (current) await this.show(this.#prepared(current));
-    else this.#finish();
-    this.#prefetch(ahead);
+    if (!current) return this.#finish();
+    const prepared = this.#prepared(current);
+    this.show(prepared);
+    await prepared.ready; // the network first brings what is to be seen first
+    if (this.prepared === prepared) this.#prefetch(ahead);
   }
 
   #count(progress) {
