@@ -136,3 +136,8 @@ class Server:
     def megabytes(self) -> float:
         """Resident memory."""
         return round(psutil.Process(self.process.pid).memory_info().rss / 2**20, 1)
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the server has used so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
