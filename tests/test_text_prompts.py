@@ -1,5 +1,6 @@
 """Prompts reach a language model as they do when it answers, within its positions and its vocabulary."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from runs import metrics_of
 from text_runs import train_text
+from tiny_causal import tiny_causal
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmalign.adapters.text import TextAdapter
@@ -114,6 +116,18 @@ def test_a_dtype_without_lora_is_refused() -> None:
 def test_a_tokenizer_of_more_tokens_than_the_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"adapter\.tokenizer: got one of \d+ tokens for a model of 8"):
         check_vocabulary(LlamaForCausalLM(LlamaConfig(vocab_size=8, **SMALL)), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "coefficient", "told"), [("mixtral", 0.02, True), ("mixtral", 0.0, False), ("llama", None, False)]
+)
+def test_a_mixture_of_experts_is_told_that_its_auxiliary_loss_is_not_added(
+    name: str, coefficient: float | None, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {} if coefficient is None else {"router_aux_loss_coef": coefficient}
+    with caplog.at_level(logging.WARNING):
+        check_vocabulary(tiny_causal(name, dtype=torch.float32, vocab_size=600, **more), tiny_tokenizer())
+    assert ("(router_aux_loss_coef 0.02) is not added, unlike in TRL" in caplog.text) == told
 
 
 def test_a_lora_in_place_of_a_model_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -106,7 +106,10 @@ def open_model(
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer of another model.
+    """Refuse a tokenizer of another model, and tell of a mixture of experts that its router's auxiliary loss is not added.
+
+    TRL 1.16 adds that loss, times the config's `router_aux_loss_coef`, to any preference loss, whatever the config says of
+    `output_router_logits`. It is about how evenly the experts are used, not about preferences.
 
     Raises:
         UserError: it has more tokens than the model.
@@ -117,8 +120,13 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
             f"adapter.tokenizer: got one of {tokenizer.vocab_size} tokens for a model of {rows}. Name the model's own one."
         )
     config = model.config.get_text_config()
-    if getattr(config, "router_aux_loss_coef", None) and getattr(config, "output_router_logits", False):
-        logger.warning("the auxiliary loss of the model's router is not added: only the preference losses train it.")
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if coefficient and hasattr(config, "output_router_logits"):
+        logger.warning(
+            "a mixture of experts: the auxiliary loss that balances its experts (router_aux_loss_coef %g) is not added, unlike "
+            "in TRL; only the losses of the config train it. With a full fine-tune watch that experts are used, or set lora.",
+            coefficient,
+        )
 
 
 def learned_positions(model: Any) -> int | None:
