@@ -206,7 +206,10 @@ def filled_cache(folder: Path, examples: Sequence[Example], cache: Path) -> Refe
     return read
 
 
-def our_run(policy: TextPolicy, work: Path, *, num_examples: int, batch_size: int, accumulation: int) -> Run:
+DPO = Term(name="dpo", loss=LOSSES["dpo"], settings={"beta": BETA})
+
+
+def our_run(policy: TextPolicy, work: Path, *, num_examples: int, batch_size: int, accumulation: int, term: Term = DPO) -> Run:
     """The run of a policy that was opened."""
     optimiser = Choice(name="adamw", target=OPTIMISERS["adamw"], settings={"learning_rate": LEARNING_RATE})
     training = Training(
@@ -221,7 +224,7 @@ def our_run(policy: TextPolicy, work: Path, *, num_examples: int, batch_size: in
     run = Run(
         accelerator=start(training, work),
         policy=policy,
-        objective=Objective([Term(name="dpo", loss=LOSSES["dpo"], settings={"beta": BETA})]),
+        objective=Objective([term]),
         training=training,
         order=Order(num_examples=num_examples, batch_size=batch_size, accumulation=accumulation, seed=SEED),
         output=work,
