@@ -24,6 +24,7 @@ MODULES = {
     "protobuf": "google.protobuf",
     "scikit-learn": "sklearn",
     "open-clip-torch": "open_clip",
+    "markdown-it-py": "markdown_it",
 }
 WORKSPACE = 1.0  # GB that CUDA, cuDNN and fragmentation take beside the estimate
 

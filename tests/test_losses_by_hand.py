@@ -50,7 +50,8 @@ REFERENCE_FREE = {
     "selm",
     "dckd",
     "adpa",
-    *("slic", "simpo", "alphapo", "cpo", "orpo", "asft", "dove"),
+    *("slic", "simpo", "alphapo", "cpo", "orpo", "asft"),
+    *("dove", "tpo_visual"),  # they ask for another measure of the reference
 }
 
 
