@@ -387,6 +387,7 @@ def fit(
         num_processes=accelerator.num_processes,
         process=accelerator.process_index,
         groups=getattr(stream, "groups", ()),
+        mix=getattr(stream, "mix", None),
     )
     total = training.num_steps(num_examples, order.per_step)
     torch.manual_seed(seed + accelerator.process_index)  # dropout; every other draw has a generator of its own

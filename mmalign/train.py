@@ -33,7 +33,7 @@ from mmalign.models.lora import LORA_FILES
 from mmalign.noise import beta_conventions
 from mmalign.objective import Objective
 from mmalign.scorers.preference import HEAD_FILES
-from mmalign.sources import OfflineStream, Shape
+from mmalign.sources import Offline, OfflineStream, Shape
 from mmalign.training import start
 
 __all__ = ["TrainConfig", "Trained", "main"]
@@ -160,13 +160,14 @@ def _plan(
     per_step = num_processes * training.batch_size * training.accumulation
     num_examples = len(examples)
     steps = training.num_steps(num_examples, per_step)
-    online = config.source.build().online
-    epochs = "" if online else f" = {steps * per_step / num_examples:.2f} epochs"
+    source = config.source.build()
+    epochs = "" if source.online else f" = {steps * per_step / num_examples:.2f} epochs"
     lines = [
         f"data       {summary}",
         f"batch      {num_processes} devices x {training.batch_size} x {training.accumulation} accumulated "
         f"= {per_step} examples of {seen.num_candidates} per step",
         f"length     {steps} steps = {steps * per_step} examples{epochs}",
+        *(source.lines(examples, steps * per_step) if isinstance(source, Offline) else ()),
         f"trained    {policy.plan()}",
         *policy.notes(examples),
     ]

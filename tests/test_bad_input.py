@@ -49,6 +49,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no_model": ({"adapter": {"model": "/absent/model"}}, r"/absent/model"),
     "scores": ({"loss": "rank_dpo"}, r"loss\.rank_dpo: needs the data scores.*data\.view \(ranked"),
     "labels": ({"loss": "kto"}, r"loss\.kto: needs the data labels.*unpaired"),
+    "wanted": ({"source": {"name": "offline", "wanted": 0.8}}, r"source\.wanted: got 0\.8, and examples without labels"),
+    "wanted_percent": (
+        {"source": {"name": "offline", "wanted": 80}},
+        r"source\.wanted: got 80\.0, want a share between 0 and 1",
+    ),
     "candidates": ({"data": {"view": "best"}}, r"loss\.dpo: got 1 candidates a prompt, want 2"),
     "cache": ({"adapter": {"cache": "absent_cache"}}, r"absent_cache.*got no cache, want one\. Run `mmalign prepare`"),
     "crop": ({"adapter": {"cache": "c", "crop": "random"}}, r"crop: got random with a cache.*Use crop: center"),

@@ -1,5 +1,6 @@
 """The order of the examples: the same union at each step however it is split, every epoch a permutation, resumable."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -7,15 +8,15 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.records import Example
-from mmalign.sources import Draw, Offline, Order
+from mmalign.sources import Draw, Mix, Offline, Order
 
 
-def order(batch_size: int, accumulation: int, num_processes: int = 1, process: int = 0, **changes: int) -> Order:
+def order(batch_size: int, accumulation: int, num_processes: int = 1, process: int = 0, **changes: Any) -> Order:
     sizes = {"num_examples": 10, "seed": 3, **changes}
     return Order(batch_size=batch_size, accumulation=accumulation, num_processes=num_processes, process=process, **sizes)
 
 
-def steps(split: tuple[int, int, int], num_steps: int, **changes: int) -> list[list[Draw]]:
+def steps(split: tuple[int, int, int], num_steps: int, **changes: Any) -> list[list[Draw]]:
     """The examples of each step, over all processes and micro-batches, sorted."""
     batch_size, accumulation, num_processes = split
     found: list[list[Draw]] = [[] for _ in range(num_steps)]
@@ -54,6 +55,76 @@ def test_the_order_is_the_seeds() -> None:
 def test_a_step_larger_than_the_data_goes_through_it_more_than_once() -> None:
     (draws,) = steps((8, 1, 1), 1, num_examples=3)
     assert [epoch for epoch, _ in draws] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+MIX = Mix(Fraction("0.8"), (1, 4, 7), (0, 2, 3, 5, 6, 8, 9))  # wanted ones are few
+
+
+def test_wanted_examples_have_their_share_of_any_stretch_however_few_they_are() -> None:
+    drawn = [draw for batch in order(1, 1, mix=MIX).micro_batches(0, 210) for draw in batch]
+    wanted = [index in MIX.first for _, index in drawn]
+    for start in range(0, 170, 7):
+        for length in (1, 5, 8, 10, 37):
+            assert abs(sum(wanted[start : start + length]) - 0.8 * length) < 1.01
+    assert sum(wanted) == 168
+    for part in (MIX.first, MIX.others):
+        own = [draw for draw in drawn if draw[1] in part]
+        epochs = [own[n : n + len(part)] for n in range(0, len(own), len(part))]
+        assert all(sorted(index for _, index in one) == sorted(part) for one in epochs), "every epoch is a permutation"
+        assert all({number for number, _ in one} == {place} for place, one in enumerate(epochs))
+        assert len({tuple(index for _, index in one) for one in epochs}) > 2
+
+
+@pytest.mark.parametrize("split", [(8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)])
+def test_a_mixed_step_has_the_same_examples_however_it_is_split_and_goes_on_where_it_stopped(
+    split: tuple[int, int, int],
+) -> None:
+    assert steps(split, 9, mix=MIX) == steps((8, 1, 1), 9, mix=MIX)
+    mixed = order(*split, mix=MIX)
+    assert [*mixed.micro_batches(0, 4), *order(*split, mix=MIX).micro_batches(4, 9)] == list(mixed.micro_batches(0, 9))
+
+
+@pytest.mark.parametrize("share", ["0.1", "0.333", "0.5", "0.999"])
+def test_any_share_is_met_to_one_draw_far_into_a_run(share: str) -> None:
+    mixed = order(1000, 1, mix=Mix(Fraction(share), MIX.first, MIX.others))
+    (batch,) = mixed.micro_batches(1_000_000, 1_000_001)
+    assert abs(sum(index in MIX.first for _, index in batch) - 1000 * float(share)) < 1.01
+
+
+def labelled(*labels: float) -> list[Example]:
+    return [Example(id=f"example {n}", samples=(), side={"labels": label}) for n, label in enumerate(labels)]
+
+
+def test_offline_draws_the_wanted_share_by_the_labels() -> None:
+    stream = Offline(wanted=0.75).open(labelled(0, 0, 1, 0, 0), Reader())
+    assert stream.mix == Mix(Fraction(3, 4), (2,), (0, 1, 3, 4))
+    got = [name for batch in stream.collated(order(4, 1, num_examples=5, mix=stream.mix), 0, 5) for name, _ in batch]
+    assert got.count("example 2") == 15 and {got.count(f"example {n}") for n in (0, 1, 3, 4)} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (labelled(1, 1), r"2 wanted and 0 unwanted examples, want some of both"),
+        (labelled(0), r"0 wanted and 1 unwanted examples"),
+        ([Example(id="plain", samples=())], r"examples without labels\. Use data\.view: unpaired"),
+    ],
+)
+def test_a_share_of_what_is_not_there_is_refused(given: list[Example], told: str) -> None:
+    with pytest.raises(UserError, match=f"source\\.wanted: got 0\\.8, and {told}"):
+        Offline(wanted=0.8).open(given, Reader())
+
+
+def test_a_share_is_refused_where_steps_are_of_one_size_and_out_of_bounds() -> None:
+    class Sized(Reader):
+        def groups(self, examples: list[Example]) -> tuple[tuple[int, ...], ...]:
+            return (tuple(range(len(examples))),)
+
+    with pytest.raises(UserError, match=r"source\.wanted: got 0\.8 where a step is of one size"):
+        Offline(wanted=0.8).open(labelled(0, 1), Sized())
+    for share in (0.0, 1.0, -0.1, 80.0):
+        with pytest.raises(ValueError, match="want a share between 0 and 1"):
+            Offline(wanted=share)
 
 
 def examples(number: int, name: str = "example") -> list[Example]:

@@ -1,6 +1,7 @@
 """Examples: a table seen through a view, as a sequence whose media are read when an item is."""
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, overload
@@ -17,8 +18,8 @@ class Examples(Sequence[Example]):
     """The examples of a table under a view, in the table's order; what the view dropped is counted by reason.
 
     Building it reads no media. Item i reads the one row it comes from. `kinds` tells (number of samples, numbers of images in a
-    sample) of the examples there are, each with its first row, `sources` the numbers of images in a prompt; `fingerprint` is a
-    hash of all that was read.
+    sample) of the examples there are, each with its first row, `sources` the numbers of images in a prompt; `labels` are those
+    of all examples where the view gives side data of that name; `fingerprint` is a hash of all that was read.
 
     Args:
         dataset: a table of our schema.
@@ -35,6 +36,7 @@ class Examples(Sequence[Example]):
         self.dropped: Counter[str] = Counter()
         self.kinds: dict[tuple[int, tuple[int, ...]], str] = {}
         self.sources: dict[int, str] = {}
+        self.labels = array("d")
         self._places: list[tuple[int, int]] = []
         digest = hashlib.sha256()
         for index, row in enumerate(outlines(dataset)):
@@ -49,6 +51,9 @@ class Examples(Sequence[Example]):
                 self.sources.setdefault(len(row.prompt.images), row.where or f"row {index + 1}")
                 self._places += [(index, n) for n in range(len(outcome))]
                 for example in outcome:
+                    label = example.side.get("labels")
+                    if isinstance(label, float):
+                        self.labels.append(label)
                     images = tuple(sorted({len(sample.completion.media()) for sample in example.samples}))
                     self.kinds.setdefault((len(example.samples), images), row.where or f"row {index + 1}")
         self.fingerprint = digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from mmalign.sources.offline import Offline, OfflineStream
 from mmalign.sources.online_pairs import OnlinePairs
-from mmalign.sources.order import Draw, Order
+from mmalign.sources.order import Draw, Mix, Order
 from mmalign.sources.prepared import Prepared, Shape, Source, Stream
 from mmalign.sources.replay import Replay
 from mmalign.sources.rollouts import Rollouts
@@ -11,6 +11,7 @@ from mmalign.sources.self_play import SelfPlay
 __all__ = [
     "SOURCES",
     "Draw",
+    "Mix",
     "Offline",
     "OfflineStream",
     "OnlinePairs",

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
 Draw = tuple[int, int]  # (epoch, index of the example)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Two parts of the examples, drawn in a proportion of their own.
+
+    Args:
+        share: of the draws, that `first` has; between 0 and 1.
+        first, others: examples.
+    """
+
+    share: Fraction
+    first: tuple[int, ...]
+    others: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +35,9 @@ class Order:
 
     With `groups`, tuples of examples that are all there are, a step is of one group: each has an order and epochs of its own
     (a step can begin a group's next epoch), and its turns come evenly, as often as its share of the examples.
+
+    With `mix`, its first part has its share of any stretch of draws, to one draw, evenly spread; either part has an order and
+    epochs of its own.
     """
 
     num_examples: int
@@ -29,6 +47,7 @@ class Order:
     num_processes: int = 1
     process: int = 0
     groups: tuple[tuple[int, ...], ...] = ()
+    mix: Mix | None = None
 
     @property
     def per_step(self) -> int:
@@ -43,6 +62,8 @@ class Order:
                 yield [self._draw(position) for position in range(start, start + self.batch_size)]
 
     def _draw(self, position: int) -> Draw:
+        if self.mix is not None:
+            return self._mixed(position, self.mix)
         if not self.groups:
             epoch, place = divmod(position, self.num_examples)
             return epoch, self._permutation(epoch, 0, self.num_examples)[place]
@@ -51,6 +72,12 @@ class Order:
         members = self.groups[group]
         epoch, place = divmod(turn * self.per_step + place, len(members))
         return epoch, members[self._permutation(epoch, group, len(members))[place]]
+
+    def _mixed(self, position: int, mix: Mix) -> Draw:
+        before, after = (int(place * mix.share) for place in (position, position + 1))  # draws of the first part
+        part, turn, members = (0, before, mix.first) if after > before else (1, position - before, mix.others)
+        epoch, place = divmod(turn, len(members))
+        return epoch, members[self._permutation(epoch, part, len(members))[place]]
 
     def _turn(self, step: int) -> tuple[int, int]:
         """The group of a step, and how many steps it had before: its j-th is due at (j + its start) / its size."""
