@@ -189,7 +189,9 @@ def _each(prompt: Content, change: Callable[[Media], Media]) -> Content:
 def _png(frames: Sequence[Image.Image], media: Media) -> Media:
     """Images as media, without loss."""
     if len(frames) > 1:
-        return Media(data=animation(frames), where=media.where)
+        rate = media.frame_rate()
+        how = {} if rate is None else {"frame_ms": round(1000 / rate)}
+        return Media(data=animation(frames, **how), where=media.where)
     stream = io.BytesIO()
     frames[0].save(stream, "PNG", compress_level=1)
     return Media(data=stream.getvalue(), where=media.where)

@@ -17,6 +17,7 @@ from mmalign.multimodal.templates import Shown
 Outputs = Mapping[str, Any]  # of a processor, for one prompt
 Parts = list[tuple[Kind, dict[str, Tensor], int]]  # of each image: kind, its tensors, placeholders that its features fill
 Blocks = tuple[tuple[int, int], ...]
+ASSUMED_RATE = 1.0  # frames a second, where no file tells
 
 
 # --- images of a prompt -------------------------------------------------------------------------------------------------
@@ -152,20 +153,21 @@ def pictures(shown: Sequence[Shown], num_frames: int | None = None) -> dict[str,
 
     Args:
         shown: by a prompt, in order.
-        num_frames: of a video with more of them, this many, evenly spaced from the first to the last. Videos are taken for one
-            frame a second, as TEMPLE and LLaVA-Hound have them, so that the times of frames are their numbers.
+        num_frames: of a video with more of them, this many, evenly spaced from the first to the last. The times of frames are
+            told by the rate of their file; frames that are images of their own, and files that tell no rate, are taken for one
+            a second, as TEMPLE and LLaVA-Hound have them.
     """
     images = [files[0].open() for kind, files in shown if kind == "image"]
-    videos = [_frames(files) for kind, files in shown if kind == "video"]
+    videos = [_clip(files) for kind, files in shown if kind == "video"]
     given: dict[str, Any] = {"images": [images]} if images else {}
     if not videos:
         return given
-    chosen = [np.linspace(0, len(v) - 1, min(len(v), num_frames or len(v))).round().astype(int) for v in videos]
-    told = [
-        {"fps": 1.0, "total_num_frames": len(frames), "frames_indices": places.tolist()}
-        for frames, places in zip(videos, chosen, strict=True)
-    ]
-    kept = [frames[places] for frames, places in zip(videos, chosen, strict=True)]
+    told, kept = [], []
+    for frames, rate in videos:
+        count = len(frames)
+        places = np.linspace(0, count - 1, min(count, num_frames or count)).round().astype(int)
+        told.append({"fps": rate, "total_num_frames": count, "duration": count / rate, "frames_indices": places.tolist()})
+        kept.append(frames[places])
     return {**given, "videos": [kept], "video_metadata": told, "do_sample_frames": False}
 
 
@@ -276,7 +278,7 @@ def grid_positions(types: Int[Tensor, " context"], images: Sequence[SeenImage], 
     return torch.cat(parts, dim=1)
 
 
-def _grids(image: SeenImage, config: Any) -> list[tuple[list[int], float]]:
+def _grids(image: SeenImage, config: Any) -> list[tuple[list[int], float | Tensor]]:
     """Grids, and how many indices their frames are apart; before each frame of Qwen3-VL a time is written, and it is alone."""
     if image.kind == "image":
         return [(image.tensors["image_grid_thw"][0].tolist(), 1)]
@@ -286,7 +288,7 @@ def _grids(image: SeenImage, config: Any) -> list[tuple[list[int], float]]:
     if config.model_type == "qwen2_vl":
         return [([time, height, width], 1)]
     seconds = image.tensors.get("second_per_grid_ts", torch.ones(1))
-    return [([time, height, width], config.vision_config.tokens_per_second * float(seconds[0]))]
+    return [([time, height, width], config.vision_config.tokens_per_second * seconds[0])]
 
 
 def no_cross_attention(outputs: Outputs, begun: int) -> Int[Tensor, "context images tiles"] | None:
@@ -327,6 +329,8 @@ def patches_together(changed: Float[Tensor, "n channels m"], pixels: Float[Tenso
     return changed[:, :, None].expand(-1, -1, copies, -1).reshape(pixels.shape)
 
 
-def _frames(files: Sequence[Any]) -> Any:
-    frames = files[0].frames() if len(files) == 1 else [media.open() for media in files]
-    return np.stack([np.asarray(frame) for frame in frames])
+def _clip(files: Sequence[Any]) -> tuple[Any, float]:
+    """Frames of a video, and how many of them make a second."""
+    if len(files) > 1:
+        return np.stack([np.asarray(media.open()) for media in files]), ASSUMED_RATE
+    return np.stack([np.asarray(frame) for frame in files[0].frames()]), files[0].frame_rate() or ASSUMED_RATE

@@ -31,6 +31,30 @@ def num_frames_of(image: Image.Image) -> int:
     return int(getattr(image, "n_frames", 1)) if image.format in ANIMATIONS else 1
 
 
+def rate_of(image: Image.Image) -> float | None:
+    """Frames a second of an opened animation, the mean where they differ; None: its file does not tell, or it is still.
+
+    Every frame is decoded on the way.
+    """
+    shown = 0.0
+    for place in range(num_frames_of(image)):
+        image.seek(place)
+        image.load()
+        shown += float(image.info.get("duration", 0))
+    return 1000 * num_frames_of(image) / shown if shown > 0 and num_frames_of(image) > 1 else None
+
+
+def video_rate(data: bytes) -> float | None:
+    """Frames a second of a video file, the mean where they differ; None: it does not tell. Nothing is decoded.
+
+    Raises:
+        UserError: PyAV is not installed.
+        ValueError: not a readable video.
+    """
+    with _opened(data) as (_, stream):
+        return float(stream.average_rate) if stream.average_rate else None
+
+
 def video_num_frames(data: bytes) -> int:
     """The number of frames of a video file, without decoding them.
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmalign.errors import UserError
-from mmalign.records.frames import num_frames_of, video_frames, video_num_frames, video_suffix
+from mmalign.records.frames import num_frames_of, rate_of, video_frames, video_num_frames, video_rate, video_suffix
 
 # What Pillow raises on damaged files: most plugins OSError, the PNG reader SyntaxError, the GIF reader IndexError, short
 # headers the rest.
@@ -119,6 +119,21 @@ class Media:
                     image.load()
                     found.append(to_rgb(ImageOps.exif_transpose(image)))
                 return found
+        except DAMAGED as fault:
+            raise UserError(self._damaged(fault)) from fault
+
+    def frame_rate(self) -> float | None:
+        """Return the frames a second that the file tells, the mean where they differ; None: it does not, or is a still image.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        data = self.read()
+        try:
+            if video_suffix(data):
+                return video_rate(data)
+            with Image.open(io.BytesIO(data)) as image:
+                return rate_of(image)
         except DAMAGED as fault:
             raise UserError(self._damaged(fault)) from fault
 
