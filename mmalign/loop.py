@@ -151,7 +151,7 @@ class Run:
         if reference is not None:
             known_of = {"logps": reference["policy"], **inputs.readings(reference["policy"])}
             readings |= {f"{name}/ref": value for name, value in known_of.items()}
-        known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob", "lengths")}
+        known = {name: prepared.side.get(name) for name in ("labels", "scores", "prob", "lengths", "blind")}
         now = metrics.preference_metrics(result.losses, result.rewards, readings, **known, beta=self.objective.beta())
         self.sums = metrics.add(self.sums, now)
         one = torch.ones((), dtype=torch.float64, device=logps.device)

@@ -49,7 +49,7 @@ def test_several_blind_candidates_make_an_example_each() -> None:
     value = row("w", "l", "b", "c", ranks=(1, 2, 2, 2), weight=2.0, provenance=({}, {}, BLIND, BLIND))
     examples = blind(value)
     assert texts(examples) == [["w", "l", "b"], ["w", "l", "c"]]
-    assert [e.id for e in examples] == ["r#2", "r#3"] and all(e.side == {"weight": 2.0} for e in examples)
+    assert [e.id for e in examples] == ["r#2", "r#3"] and all(e.side == {"weight": 2.0, "blind": 1.0} for e in examples)
 
 
 def test_rows_without_a_blind_candidate_an_order_or_a_worse_candidate_are_dropped() -> None:

@@ -23,6 +23,7 @@ def preference_metrics(
     scores: Float[Tensor, "batch m"] | None = None,
     prob: Float[Tensor, " batch"] | None = None,
     lengths: Float[Tensor, "batch m"] | None = None,
+    blind: Float[Tensor, " batch"] | None = None,
     beta: float | None = None,
 ) -> Sums:
     """Sums and counts of every metric of one batch, on its device: no synchronisation until they are read.
@@ -42,6 +43,9 @@ def preference_metrics(
       is not wanted, dpop, nca, apo_zero or a term nll or chosen_guard hold it.
     - `kl/k3`: KL divergence from the reference where candidates are the policy's own samples (`mmalign.metrics.k3`).
     - `lengths/chosen`, `lengths/rejected`, `lengths/difference`: scored tokens.
+    - `rewards/accuracies_blind`, `rewards/margins_blind`: of the pair (chosen, blind), where the last candidate was made
+      without seeing the image; `rewards/blind`, `logps/blind`, `lengths/blind` ... are its values. All other metrics are then
+      those of the candidates before it, whose only ordered pairs are (chosen, rejected).
 
     Args:
         losses, rewards: what the loss returned; the rewards may be of a further completion, k = 1 beside more candidates.
@@ -50,8 +54,11 @@ def preference_metrics(
         scores: ranked data: candidates are in order where the scores are; without them column i is better than j > i.
         prob: soft labels: a pair of 0.5 is a tie, which no order of rewards gets right or wrong.
         lengths: scored tokens of every candidate.
+        blind: given by the view `blind`, whose last candidate is the blind one.
         beta: of the loss, for what depends on it.
     """
+    if blind is not None and rewards.shape[1] > 2:
+        return _with_blind(losses, rewards, readings, prob, lengths, beta)
     sums: Sums = {"loss": masked_sum(losses.detach())}
     columns = {"rewards": rewards, **readings}
     policy, reference = readings.get("logps"), readings.get("logps/ref")
@@ -75,6 +82,33 @@ def preference_metrics(
         if lengths is not None:
             sums["ranking/accuracy_mean"] = masked_sum(_in_order(policy / lengths), ordered)
             sums["lengths/difference"] = masked_sum(lengths[:, 0] - lengths[:, -1])
+    return sums
+
+
+def _with_blind(
+    losses: Float[Tensor, " batch"],
+    rewards: Float[Tensor, "batch k"],
+    readings: Mapping[str, Float[Tensor, "batch _"]],
+    prob: Float[Tensor, " batch"] | None,
+    lengths: Float[Tensor, "batch k"] | None,
+    beta: float | None,
+) -> Sums:
+    """The metrics of chosen and rejected candidates, and beside them those of the blind one, which is the last."""
+    k = rewards.shape[1]
+    seeing = {name: values[:, :-1] if values.shape[1] == k else values for name, values in readings.items()}
+    alone = torch.zeros_like(rewards[:, :-1])
+    alone[:, 0] = 1  # rejected candidates are not ordered among themselves
+    theirs = None if lengths is None else lengths[:, :-1]
+    sums = preference_metrics(losses, rewards[:, :-1], seeing, scores=alone, prob=prob, lengths=theirs, beta=beta)
+    columns = {"rewards": rewards, **{name: values for name, values in readings.items() if values.shape[1] == k}}
+    if lengths is not None:
+        columns["lengths"] = lengths
+    if "logps" in columns and "logps/ref" in columns:
+        columns["logps/ratio"] = columns["logps"] - columns["logps/ref"]
+    sums |= {_named(name, "blind"): masked_sum(values[:, -1]) for name, values in columns.items()}
+    pair = rewards[:, [0, -1]]
+    sums["rewards/accuracies_blind"] = masked_sum(_in_order(pair)[:, 0, 1])
+    sums["rewards/margins_blind"] = masked_sum(pair[:, 0] - pair[:, 1])
     return sums
 
 

@@ -262,7 +262,8 @@ def prompts(row: Comparison) -> tuple[Example, ...]:
 def blind(row: Comparison, *, by: str = "auto", num_candidates: int | None = None) -> tuple[Example, ...] | Dropped:
     """The best candidate, the worse ones, and last the blind one, which was made without seeing the image: for `blind_bpo`.
 
-    Which one is blind, its provenance says: `{"source": "blind"}`, as `mmalign blind` writes it; its rank does not count.
+    Which one is blind, its provenance says: `{"source": "blind"}`, as `mmalign blind` writes it; its rank does not count. Side
+    data `blind` = 1 tell the metrics of a run that the last candidate is a blind one.
 
     Source: Blind PO (arXiv 2503.14189).
 
@@ -292,7 +293,7 @@ def blind(row: Comparison, *, by: str = "auto", num_candidates: int | None = Non
             return Dropped(f"{len(order) + 1} candidates, want {num_candidates}")
         order = thinned(order, num_candidates - 1)
     suffix = len(made) > 1
-    return tuple(_example(row, (*order, i), {}, f"#{i}" if suffix else "") for i in made)
+    return tuple(_example(row, (*order, i), {"blind": 1.0}, f"#{i}" if suffix else "") for i in made)
 
 
 def crossed(row: Comparison) -> tuple[Example, ...] | Dropped:
