@@ -70,7 +70,7 @@ class TrainConfig:
         if not self.loss:
             raise ValueError("loss: got an empty list, want at least one loss.")
         try:
-            Objective(_terms(self.loss), self.auto_beta).try_settings()
+            _check_together(self)
         except UserError as fault:
             raise ValueError(str(fault)) from fault
         if getattr(self.source.target, "online", False) and self.training.epochs is not None:
@@ -128,21 +128,43 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     """
     objective = Objective(_terms(config.loss), config.auto_beta)
     shape = seen_by_losses(config, examples)
+    _check_losses(config, shape.num_candidates)
+    objective.check(shape.side, shape.num_candidates)
+    _check_measures(config, objective, shape.measures)
+    objective.try_out(shape.side, shape.num_candidates)
+    if config.training.moving_reference is None and any(loss.name == "tr_dpo" for loss in config.loss):
+        logger.warning(
+            "loss tr_dpo is dpo where the reference stays. Set training.moving_reference (published: decay 0.4, every 512)."
+        )
+    return objective
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Refuse losses that do not go with their settings, the adapter or the reference, whatever the data."""
+    objective = Objective(_terms(config.loss), config.auto_beta)
+    objective.try_settings()
+    _check_losses(config, num_candidates=2)
+    _check_measures(config, objective, config.adapter.build().measures)
+    _check_reference(config, objective, config.source.build())
+
+
+def _check_losses(config: TrainConfig, num_candidates: int) -> None:
+    """Ask the adapter, where it has something to say about losses."""
     check = getattr(config.adapter.build(), "check_losses", None)
     if check is not None:
-        check(config.loss, shape.num_candidates)
-    objective.check(shape.side, shape.num_candidates)
-    known = shape.measures
-    if not objective.measures <= known:
-        unknown = " and ".join(sorted(objective.measures - known))
+        check(config.loss, num_candidates)
+
+
+def _check_measures(config: TrainConfig, objective: Objective, known: frozenset[str]) -> None:
+    """Refuse losses that ask for more than can be measured."""
+    lacking = sorted(objective.measures - known)
+    if lacking:
         remedies: Mapping[str, str] = getattr(config.adapter.target, "remedies", {})
-        told = [f"{remedies[name]}, or leave" for name in sorted(objective.measures - known) if name in remedies]
+        told = [f"{remedies[name]}, or leave" for name in lacking if name in remedies]
         raise UserError(
-            f"loss: asks for {unknown}, which adapter {config.adapter.name} with source {config.source.name} does not measure. "
-            f"{told[0] if told else 'Leave'} the loss that needs it out."
+            f"loss: asks for {' and '.join(lacking)}, which adapter {config.adapter.name} with source {config.source.name} "
+            f"does not measure. {told[0] if told else 'Leave'} the loss that needs it out."
         )
-    objective.try_out(shape.side, shape.num_candidates)
-    return objective
 
 
 def _terms(losses: Sequence[Choice]) -> list[Term]:
@@ -170,7 +192,6 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
     adapter = config.adapter.build()
     source = config.source.build()
     source.check(examples, adapter)
-    _check_reference(config, objective, source)
     if config.adapter.settings.get("buckets") is not None and not isinstance(source, Offline):
         raise UserError(f"adapter.buckets: got them with source: {config.source.name}, want source: offline. Set it to null.")
     policy = adapter.open(
@@ -191,11 +212,16 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
 
 def _check_reference(config: TrainConfig, objective: Objective, source: Any) -> None:
     """Refuse a setting of the reference that nothing would ask for."""
+    names = ", ".join(term.name for term in objective.terms)
     if config.training.moving_reference is not None and not objective.needs_reference:
-        names = ", ".join(term.name for term in objective.terms)
         raise UserError(f"training.moving_reference: {names} asks for no reference. Set it to null, or choose another loss.")
     settings = config.adapter.settings
     bank = "draws" if "draws" in settings else "cache"  # of texts a cache holds nothing else
+    if bank == "cache" and settings.get("cache") is not None and not objective.needs_reference:
+        raise UserError(
+            f"adapter.cache: got {settings['cache']}, which would hold log-probabilities of the reference, and {names} asks "
+            "for none. Set it to null, or choose another loss."
+        )
     cached = settings.get("cache") is not None and settings.get(bank) is not None
     unread = config.training.moving_reference is not None or not isinstance(source, Offline)
     if cached and unread and objective.needs_reference:

@@ -148,11 +148,7 @@ class Objective:
                     f"loss.{term.name}: needs the data {', '.join(missing)}, the view gives {have}. "
                     f"Choose another data.view (ranked gives scores, unpaired gives labels) or another loss."
                 )
-            if term.settings.get("beta") == "auto" and ("reference" not in term.data or num_candidates == 1):
-                raise UserError(
-                    f"loss.{term.name}.beta: got auto, want a number: auto follows the margins of policy against reference "
-                    "between candidates, which this loss on this view does not have."
-                )
+            self._check_beta(term, num_candidates)
             if term.num_candidates not in (None, num_candidates):
                 raise UserError(
                     f"loss.{term.name}: got {num_candidates} candidates a prompt, want {term.num_candidates}. "
@@ -190,11 +186,15 @@ class Objective:
         """Compute every term that is ours on made-up data: settings that no data would go with are told with the config.
 
         Raises:
-            UserError: the loss refuses its settings, or its share is negative: it would be turned round.
+            UserError: the loss refuses its settings, has an automatic beta without a reference, or its share is negative: it
+                would be turned round. All shares are zero.
         """
+        if not any(term.weight for term in self.terms):
+            raise UserError(f"loss.{self.terms[0].name}.weight: got 0 of all losses, want one of them above zero.")
         for term in self.terms:
             if not (math.isfinite(term.weight) and term.weight >= 0):
                 raise UserError(f"loss.{term.name}.weight: got {term.weight}, want zero or more. Correct the weight.")
+            self._check_beta(term, term.num_candidates)
             if LOSSES.get(term.name) is term.loss:
                 known = {name: required for name, required in term.data.items() if not _measured(name)}
                 needed, everything = ({name for name in known if known[name] or more} for more in (False, True))
@@ -203,6 +203,15 @@ class Objective:
                 faults = list(takewhile(bool, (self._fault_of(term, names, k) for names, k in tries)))
                 if len(faults) == len(tries):
                     raise UserError(str(faults[1]))
+
+    @staticmethod
+    def _check_beta(term: Term, num_candidates: int | None) -> None:
+        """Refuse an automatic beta that has nothing to follow."""
+        if term.settings.get("beta") == "auto" and ("reference" not in term.data or num_candidates == 1):
+            raise UserError(
+                f"loss.{term.name}.beta: got auto, want a number: auto follows the margins of policy against reference "
+                "between candidates, which this loss on this view does not have."
+            )
 
     def _fault_of(self, term: Term, names: Collection[str], num_candidates: int) -> UserError | None:
         """What a loss refuses in made-up data with these names, if anything."""

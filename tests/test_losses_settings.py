@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from loss_inputs import settings_of
+from runs import merged
 
 from mmalign.adapters.text_lengths import SURVEYED
 from mmalign.config import read_config
@@ -121,6 +122,81 @@ def test_margins_given_one_per_pair_are_data_and_not_looked_at() -> None:
         assert LOSSES[name](logps, logps, margin=margins).losses.tolist() == [0.0, 1.0]
 
 
+def config_file(folder: Path, **changes: Any) -> Path:
+    """A run on texts with these changes; its data are not there, and not looked for."""
+    config = {
+        "output": str(folder / "run"),
+        "adapter": {"name": "text", "model": "none"},
+        "data": {"importer": {"name": "trl", "path": "none.jsonl"}},
+        "loss": "dpo",
+        "training": {"steps": 1, "optimiser": {"name": "adamw", "learning_rate": 1e-3}},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(merged(config, changes)))
+    return file
+
+
+TAUGHT = {"adapter": {"teacher": {"model": "none"}}}
+CACHED = {"adapter": {"cache": "folder"}}
+MOVING = {"training": {"moving_reference": {"decay": 0.4, "every": 512}}}
+REWARD = {"adapter": {"name": "text_reward", "model": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"name": "ipo", "label_smoothing": 0.1}}, r"loss\.label_smoothing: unknown key"),
+        ({"loss": {"name": "hinge", "label_smoothing": 0.1}}, r"loss\.label_smoothing: unknown key"),
+        ({"loss": {"name": "robust", "label_smoothing": 0.5}}, r"loss\.robust\.label_smoothing: got 0\.5, want .* below 0\.5"),
+        ({"loss": {"name": "exo", "label_smoothing": 0.0}}, r"loss\.exo\.label_smoothing: got 0\.0, want above 0"),
+        ({"loss": {"name": "simpo", "divergence": "js"}}, r"loss\.divergence: unknown key"),
+        ({"loss": {"name": "kto", "divergence": "js"}}, r"loss\.divergence: unknown key"),
+        ({"loss": {"name": "dpo", "divergence": "kl"}}, r"loss\.divergence: got 'kl', want one of reverse_kl"),
+        ({"loss": {"name": "ld_dpo", "alpha": 2.0}}, r"loss\.ld_dpo\.alpha: got 2\.0, want 0 to 1"),
+        ({"loss": {"name": "orpo", "beta": "auto"}}, r"loss\.orpo\.beta: got auto, want a number"),
+        ({"loss": {"name": "kto", "beta": "auto"}}, r"loss\.kto\.beta: got auto, want a number"),
+        (
+            {"loss": {"name": "simpo"}, **CACHED},
+            r"adapter\.cache: got folder, which would hold .* reference, and simpo asks for none",
+        ),
+        ({"loss": {"name": "orpo"}, **MOVING}, r"training\.moving_reference: orpo asks for no reference"),
+        ({**CACHED, **MOVING}, r"adapter\.cache: got folder, a bank of reference logps, with a moving reference"),
+        ({"loss": {"name": "simpo"}, "adapter": {"score": "difference"}}, r"adapter\.score: got difference with loss simpo"),
+        ({"loss": {"name": "dove"}, "adapter": {"score": "difference"}}, r"adapter\.score: got difference with loss dove"),
+        ({"loss": {"name": "dckd"}}, r"loss: asks for teacher_divergence, .* Set adapter\.teacher to the model that teaches"),
+        ({"loss": {"name": "adpa"}, **TAUGHT}, r"loss: asks for advantage, which adapter text .* does not measure"),
+        (TAUGHT, r"adapter\.teacher: got one, of which dpo learns nothing\. Set it to null"),
+        ({"loss": {"name": "mdpo"}}, r"loss: asks for degraded, which adapter text with source offline does not measure"),
+        ({"loss": {"name": "dpo", "weight": 0.0}}, r"loss\.dpo\.weight: got 0 of all losses"),
+        (REWARD, r"loss: got dpo, which asks for a reference, which a reward model has not, want bradley_terry"),
+        ({"loss": {"name": "selm"}, **REWARD}, r"loss: got selm, which asks for a reference"),
+        ({"loss": {"name": "gpm"}, **REWARD}, r"loss: got gpm with adapter\.head scalar, want bradley_terry"),
+        ({"adapter": {"quantization": "4bit"}}, r"adapter\.quantization: got it without lora"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_when_the_config_is_read(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_config(TrainConfig, config_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        CACHED,
+        {"loss": {"name": "tr_dpo"}, **MOVING},
+        {"loss": [{"name": "nll"}, {"name": "dckd"}], **TAUGHT},
+        {"loss": {"name": "ld_dpo"}, "adapter": {"score": "difference"}},
+        {"loss": [{"name": "dpo"}, {"name": "nll", "weight": 0.0}]},
+        {"loss": {"name": "gpm"}, "adapter": {"name": "text_reward", "model": "none", "head": "gpm"}},
+    ],
+)
+def test_what_goes_together_is_not_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    read_config(TrainConfig, config_file(tmp_path, **changes))
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -130,19 +206,9 @@ def test_margins_given_one_per_pair_are_data_and_not_looked_at() -> None:
     ],
 )
 def test_a_setting_that_turns_the_loss_round_is_told_with_the_config(tmp_path: Path, loss: Any, message: str) -> None:
-    config = {
-        "output": str(tmp_path / "run"),
-        "adapter": {"name": "text", "model": "none"},
-        "data": {"importer": {"name": "trl", "path": "none.jsonl"}},
-        "loss": [{"name": "simpo"}, {"name": "nll", "weight": 0.0}],
-        "training": {"steps": 1, "optimiser": {"name": "adamw", "learning_rate": 1e-3}},
-    }
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    read_config(TrainConfig, file)
-    file.write_text(yaml.safe_dump({**config, "loss": loss}))
+    read_config(TrainConfig, config_file(tmp_path, loss=[{"name": "simpo"}, {"name": "nll", "weight": 0.0}]))
     with pytest.raises(UserError, match=message):
-        read_config(TrainConfig, file)
+        read_config(TrainConfig, config_file(tmp_path, loss=loss))
 
 
 def test_the_text_of_nll_tells_of_how_many_examples_the_mean_length_is() -> None:

@@ -201,7 +201,7 @@ def test_a_scalar_reward_model_loads_in_stock_transformers_with_its_scores(tmp_p
 def test_losses_that_want_a_reference_and_rows_that_are_no_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="which a reward model has not, want bradley_terry"):
         trained(tmp_path / "a", "configs/smoke_data/chats.jsonl", loss={"name": "dpo", "beta": 0.1})
-    with pytest.raises(UserError, match="want 1"):
+    with pytest.raises(UserError, match="got gpm with adapter.head scalar, want bradley_terry"):
         trained(tmp_path / "b", "configs/smoke_data/chats.jsonl", loss="gpm")
     with pytest.raises(UserError, match="want 2"):
         trained(tmp_path / "c", "configs/smoke_data/chats.jsonl", adapter={"head": GPM})

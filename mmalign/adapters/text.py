@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmalign.adapters.text_teacher import REMEDIES, TeacherModel
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
+from mmalign.likelihoods.tokens import GRADED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +140,15 @@ class TextAdapter:
             raise ValueError(f"tiny: got changes for model {self.model}, which are for model: tiny.")
 
     def check_losses(self, losses: Sequence[Choice], num_candidates: int) -> None:
-        """Refuse `score: difference` with a loss whose value the tokens that answers share would change.
+        """Refuse `score: difference` with a loss whose value the tokens that answers share would change, and an idle teacher.
 
         Raises:
             UserError: names the loss.
         """
+        asked = {name for loss in losses for name in inspect.signature(loss.target).parameters}
+        if self.teacher is not None and not asked & GRADED:
+            names = ", ".join(loss.name for loss in losses)
+            raise UserError(f"adapter.teacher: got one, of which {names} learns nothing. Set it to null, or add dckd or adpa.")
         if self.score == "response":
             return
         for loss in losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +121,19 @@ class TextRewardAdapter:
         if num_candidates != 2:
             raise UserError(f"adapter.head: got gpm for rows of {num_candidates} candidates, want pairs. Use data.view: pair.")
         return 1
+
+    def check_losses(self, losses: Sequence[Choice], num_candidates: int) -> None:
+        """Refuse losses that a reward model of this head has nothing for.
+
+        Raises:
+            UserError: a loss asks for a reference, or is that of the other head.
+        """
+        wanted, other = ("bradley_terry", "gpm") if self.head.target is Scalar else ("gpm", "bradley_terry")
+        for loss in losses:
+            if any(name.split("_")[0] == "reference" for name in inspect.signature(loss.target).parameters):
+                raise UserError(f"loss: got {loss.name}, which asks for a reference, which a reward model has not, want {wanted}.")
+            if loss.name == other:
+                raise UserError(f"loss: got {other} with adapter.head {self.head.name}, want {wanted}, or the other head.")
 
     def check_sources(self, numbers: Mapping[int, str]) -> None:
         """Refuse prompts with images; `numbers` as `records.Examples.sources` has them.
