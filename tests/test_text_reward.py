@@ -203,7 +203,7 @@ def test_losses_that_want_a_reference_and_rows_that_are_no_pairs_are_refused(tmp
         trained(tmp_path / "a", "configs/smoke_data/chats.jsonl", loss={"name": "dpo", "beta": 0.1})
     with pytest.raises(UserError, match="got gpm with adapter.head scalar, want bradley_terry"):
         trained(tmp_path / "b", "configs/smoke_data/chats.jsonl", loss="gpm")
-    with pytest.raises(UserError, match="want 2"):
+    with pytest.raises(UserError, match="got bradley_terry with adapter.head gpm, want gpm"):
         trained(tmp_path / "c", "configs/smoke_data/chats.jsonl", adapter={"head": GPM})
     with pytest.raises(UserError, match="even number"):
         config_of(tree_of(tmp_path / "d", "x", adapter={"head": {"name": "gpm", "dim": 3}}))
