@@ -42,6 +42,25 @@ class PublicBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublicReplay:
+    """A micro-batch of Diffusion-DRO, with the draws of its sampling.
+
+    Args:
+        experts: images and prompts.
+        first: of an update, where the sampling policy becomes what the policy is.
+        noise: x at the first timestep of each row.
+        visited: timesteps of each row, the least noisy first.
+        own: the part of the schedule whose state is kept.
+    """
+
+    experts: PublicBatch
+    first: bool
+    noise: Tensor
+    visited: Tensor
+    own: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class PublicTransitions:
     """Pairs of successors of one x_t each, as SPO's sampling leaves them: with their prompts already encoded.
 
@@ -81,8 +100,8 @@ class PublicStep:
         Args:
             policy: ours, already moved away from its reference.
             folder: the pipeline.
-            batches: used in turn.
-            loss: (this, batch) -> loss with a graph.
+            batches: used in turn; a list is the micro-batches of one update.
+            loss: (this, micro-batch) -> loss with a graph.
             reference: see the class.
             fault: other than 1 plants a wrong factor in the loss, which the gate must find.
         """
@@ -105,7 +124,7 @@ class PublicStep:
         self.network.load_state_dict(policy.denoiser.core.state_dict())
         self.network.train()
         self.noise = Noise(self.pipe)
-        self.batches = cycle(batches)
+        self.batches = cycle([one if isinstance(one, list) else [one] for one in batches])
         self.loss, self.fault = loss, fault
         self.parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(list(self.parameters.values()), lr=LEARNING_RATE, weight_decay=0.01)
@@ -118,9 +137,12 @@ class PublicStep:
 
     def micro_step(self) -> float:
         """Gradients of the next batch; returns its loss, which is read for the log as there."""
-        loss = self.fault * self.loss(self, next(self.batches))
-        loss.backward()
-        return loss.item()
+        parts, total = next(self.batches), 0.0
+        for part in parts:
+            loss = self.fault * self.loss(self, part) / len(parts)
+            loss.backward()
+            total += loss.item()
+        return total
 
     def micro_step_of_next(self) -> None:
         """Gradients of the next batch, which stay."""
@@ -301,56 +323,53 @@ class DroSampler:
     Source: Wu et al. 2025, algorithm 1, and the public code's structure as described.
     """
 
-    def __init__(self, noise: Tensor, visited: Tensor, own: Tensor) -> None:
-        """Args:
-        noise: x at the first timestep of each row.
-        visited: timesteps of each row, the least noisy first.
-        own: the part of the schedule whose state is kept.
-        """
-        self.noise, self.visited, self.own = noise, visited, own
+    def __init__(self) -> None:
+        """Not copied yet."""
         self.network: Any = None
 
     @torch.no_grad()
-    def __call__(self, side: PublicStep, condition: Condition) -> tuple[Tensor, Tensor]:
+    def __call__(self, side: PublicStep, given: PublicReplay, condition: Condition) -> tuple[Tensor, Tensor]:
         """States and outputs, one a row."""
         from diffusers import DPMSolverMultistepScheduler
 
         if self.network is None:
             side.sampling_copy = self.network = copy.deepcopy(side.network).requires_grad_(False)
-        self.network.load_state_dict(side.network.state_dict())
+        if given.first:
+            self.network.load_state_dict(side.network.state_dict())
         self.network.eval()
         solvers, config = [], side.noise.scheduler.config
-        for row in self.visited:
+        for row in given.visited:
             solver = DPMSolverMultistepScheduler.from_config(config, lower_order_final=False)
             solver.set_timesteps(timesteps=row.flip(0).tolist())
             solvers.append(solver)
-        current, states, outputs = self.noise, [], []
-        for place in range(self.visited.shape[1] - 1, -1, -1):
-            now = self.visited[:, place]
+        current, states, outputs = given.noise, [], []
+        for place in range(given.visited.shape[1] - 1, -1, -1):
+            now = given.visited[:, place]
             said = side.predict(self.network, current, now, condition)
             states.append(current)
             outputs.append(said)
             rows = zip(solvers, said, now, current, strict=True)
             stepped = [solver.step(one[None], t, x[None], return_dict=False)[0] for solver, one, t, x in rows]
             current = torch.cat(stepped)
-        kept = self.visited.shape[1] - 1 - self.own
+        kept = given.visited.shape[1] - 1 - given.own
         rows_of = torch.arange(len(kept))
         return torch.stack(states)[kept, rows_of], torch.stack(outputs)[kept, rows_of]
 
 
-def dro_loss(side: PublicStep, batch: PublicBatch, sampler: DroSampler) -> Tensor:
-    """Diffusion-DRO: sample the buffer anew, encode the experts, one policy and one reference pass on experts and own states.
+def dro_loss(side: PublicStep, given: PublicReplay, sampler: DroSampler) -> Tensor:
+    """Diffusion-DRO, a micro-step: sample anew, encode the experts, one pass of policy and reference on experts and own states.
 
     mean max((e_expert - e_ref_expert) - (e_own - e_ref_own) + 0.001, 0)
 
     Source: Wu et al. 2025, and the public code's structure as described.
     """
+    batch = given.experts
     text = side.text(batch.tokens)
-    state, said = sampler(side, text)
+    state, said = sampler(side, given, text)
     clean = side.latents(batch.pixels, batch.posterior)
-    noisy, given, target = side.noise.added(clean, batch.noise, batch.timestep)
+    noisy, told, target = side.noise.added(clean, batch.noise, batch.timestep)
     both = {name: value.repeat(2, 1, 1) for name, value in text.items()}
-    inputs = torch.cat([noisy, state]), given.repeat(2), both
+    inputs = torch.cat([noisy, state]), told.repeat(2), both
     target = torch.cat([target, said])
     error = (side.predict(side.network, *inputs) - target).square().mean((1, 2, 3))
     with side.reference() as network:

@@ -52,7 +52,7 @@ HEADS = {
     "rank_dpo": "RankDPO, one list of 4",
     "spo": "SPO's training phase, pairs of successors of one x_t, guidance",
     "spo sampling": "SPO's sampling phase, a prompt, with decoding and a step-aware CLIP",
-    "dro": "Diffusion-DRO, one micro-step with its sampling",
+    "dro": "Diffusion-DRO, an update of several micro-steps with its sampling",
     "dro sampling": "Diffusion-DRO, the sampling of own states alone",
 }
 GOALS: dict[tuple[str, str], float] = {("spo", OURS): 1.95, ("dro", OURS): 1.5, ("dro sampling", OURS): 1.85}
@@ -65,9 +65,10 @@ DISCLOSED = (
     "image and one text pass a prompt, and pays where they are used again",
     "what costs a GPU nothing costs a small network on a CPU much: the loops over candidates and over samples' schedulers are "
     "part of the ratios, and ratios above the FLOP limit are theirs",
-    "DRO: the draws of the micro-batch are the first seed's whose own states stop after about 10.5 of 20 steps on average, as "
-    "draws do; both sides sample 4 states at once, where mmalign may take a whole update's (64 published) together",
-    "DRO: a step is one micro-batch here; published, the sampling policy stays for 16 of them: nothing else per micro-batch",
+    "DRO: an update has 4 micro-steps of 4 images (published 16 of 4), for which one policy samples on both sides, as there; "
+    "the public structure samples 4 states in each, mmalign all 16 at once, sorted by how far they go. With one micro-step an "
+    "update its batch would shrink from 4 rows, with 16 from 64",
+    "DRO: the draws are the first seed's whose own states stop after about 10.5 of 20 steps on average, as draws do",
     "DRO: mmalign's sampling reads once where its rows end (`.tolist()`, which `syncs` cannot see on a CPU), and waits no more",
     "SPO: both sides have their prompts encoded ahead. In its sampling phase (a prompt, 4 successors, 20 steps) the public "
     "structure forwards no state twice either: mmalign only saves the scorer's text tower, once a prompt instead of once an "

@@ -26,6 +26,7 @@ class Toy:
         num_batches: different micro-batches.
         num_steps: of a DRO trajectory. Published: 20.
         replayed: own states of a DRO micro-step. Published: 4.
+        accumulation: DRO's micro-steps of an update. Published: 16.
         pairs: transitions of an SPO micro-step. Published: 10 (SD 1.5), 2 (SDXL).
         sizes: k of the memory rows.
     """
@@ -37,6 +38,7 @@ class Toy:
     num_batches: int = 2
     num_steps: int = 20
     replayed: int = 4
+    accumulation: int = 4
     pairs: int = 2
     sizes: tuple[int, ...] = (2, 4, 8)
 
@@ -80,7 +82,7 @@ TOYS: dict[str, dict[str, Toy]] = {
         "sd3": Toy(family="sd3", resolution=128, parts=_SD3, base="small"),
     },
     "tiny": {
-        "sd15": Toy(family="sd15", resolution=32, base="tiny", num_steps=6, num_batches=1, sizes=(2, 8)),
+        "sd15": Toy(family="sd15", resolution=32, base="tiny", num_steps=6, accumulation=2, num_batches=1, sizes=(2, 8)),
         "sdxl": Toy(family="sdxl", resolution=32, base="tiny", num_batches=1),
         "sd3": Toy(family="sd3", resolution=32, base="tiny", num_batches=1),
     },

@@ -12,8 +12,10 @@ import torch
 from diffusion_variants import BETA, LEARNING_RATE, MAX_GRAD_NORM, answer_of, cycle, draws_of, held_tensors, move_away
 from measuring import GRADIENT_TOLERANCE, Answer, GateError
 from method_peers import (
+    Condition,
     DroSampler,
     PublicBatch,
+    PublicReplay,
     PublicStep,
     PublicTransitions,
     dro_loss,
@@ -73,13 +75,14 @@ class OurStep:
         work: Path,
         *,
         candidates: int | None = None,
+        accumulation: int = 1,
     ) -> None:
         """Args:
         policy: opened, and already away from its reference.
-        micro_batches: the one micro-batch of a step, however long it takes to make it.
+        micro_batches: those of a step, however long it takes to make them.
         loss: name and settings.
         work: folder for the run's output.
-        candidates: the setting `training.candidate_microbatch`.
+        candidates, accumulation: the settings `training.candidate_microbatch` and `training.accumulation`.
         """
         name, settings = loss
         training = Training(
@@ -88,6 +91,7 @@ class OurStep:
             schedule="constant",
             max_grad_norm=MAX_GRAD_NORM,
             candidate_microbatch=candidates,
+            accumulation=accumulation,
             mixed_precision="no",
         )
         self.policy, self.micro_batches = policy, micro_batches
@@ -253,37 +257,60 @@ def _spo_sampling(how: Opening, policy: DiffusionPolicy, ours: OurStep, peers: M
 
 
 def dro_side(how: Opening) -> Side:
-    """Diffusion-DRO: a step samples its own states anew, as published with one micro-batch an update."""
+    """Diffusion-DRO: an update of several micro-batches, for all of which one policy samples, as published."""
     toy = how.toy
-    examples = lists(toy, toy.replayed, 1)
+    examples = lists(toy, toy.replayed * toy.accumulation, 1)
+    parts = [examples[start : start + toy.replayed] for start in range(0, len(examples), toy.replayed)]
     online = how.moved()
-    batch = online.collate([online.item(one, 0) for one in examples])
-    seed = typical_seed(online, batch, toy.num_steps)
+    batches = [online.collate([online.item(one, 0) for one in part]) for part in parts]
+    seed = typical_seed(online, batches, toy.num_steps)
     policy = how.moved(how.filled(examples))
     policy.seed = online.seed = seed
-    given = policy.collate([policy.item(one, 0) for one in examples])
-    order = Order(num_examples=toy.replayed, batch_size=toy.replayed, accumulation=1, seed=0)
+    given = [policy.collate([policy.item(one, 0) for one in part]) for part in parts]
+    order = Order(num_examples=len(examples), batch_size=toy.replayed, accumulation=toy.accumulation, seed=0)
     variants: dict[str, Any] = {}
     streams: dict[str, ReplayStream] = {}
-    for name, one, items in ((ONLINE, online, batch), (OURS, policy, given)):
+    for name, one, items in ((ONLINE, online, batches), (OURS, policy, given)):
         stream = Replay(num_steps=toy.num_steps).open(examples, one, accelerator=None, seed=0)
         stream.expert = _Given(items)  # type: ignore[assignment]
-        step = OurStep(one, functools.partial(stream.batches, order, 0, 1), ("dro", {}), how.work)
+        micro_batches = functools.partial(stream.batches, order, 0, 1)
+        step = OurStep(one, micro_batches, ("dro", {}), how.work, accumulation=toy.accumulation)
         stream.accelerator = step.run.accelerator
         variants[name], streams[name] = step, stream
-    public = public_batch(online, batch)
-    noise, jitter = streams[OURS]._draws(order, 0, 1, policy.latent_shape)
-    visited = visited_timesteps(public.timestep, jitter, policy.schedule.num_timesteps)
-    own = public.timestep * toy.num_steps // policy.schedule.num_timesteps
+    replays = _public_replays(online, batches, streams[OURS], order)
     peers, apart = {}, {}
     for name in (PEER, AGAIN):
-        sampler = DroSampler(noise, visited, own)
+        sampler = DroSampler()
         loss = functools.partial(dro_loss, sampler=sampler)
-        peers[name] = PublicStep(online, how.folder, [public], loss, reference="copy", fault=how.fault)
-        apart[name] = functools.partial(sampler, peers[name], peers[name].text(public.tokens))
-    experts = [policy.prepare(given)]
+        peers[name] = PublicStep(online, how.folder, [replays], loss, reference="copy", fault=how.fault)
+        text = [peers[name].text(one.experts.tokens) for one in replays]
+        apart[name] = functools.partial(_public_own, sampler, peers[name], replays, text)
+    experts = [policy.prepare(one) for one in given]
     apart[OURS] = functools.partial(_own, streams[OURS], experts, order)
     return Side(variants={**peers, **variants}, num_batches=1, apart={"sampling": apart})
+
+
+def _public_replays(
+    policy: DiffusionPolicy, batches: Sequence[Mapping[str, Any]], stream: ReplayStream, order: Order
+) -> list[PublicReplay]:
+    """The micro-batches of an update in the public script's form, with the very draws that `stream` makes."""
+    count, total = stream.settings.num_steps, policy.schedule.num_timesteps
+    noise, jitter = stream._draws(order, 0, len(batches), policy.latent_shape)
+    draws = zip(noise.split(order.batch_size), jitter.split(order.batch_size), strict=True)
+    replays = []
+    for batch, (begin, shares) in zip(batches, draws, strict=True):
+        experts = public_batch(policy, batch)
+        visited, own = visited_timesteps(experts.timestep, shares, total), experts.timestep * count // total
+        replays.append(PublicReplay(experts=experts, first=not replays, noise=begin, visited=visited, own=own))
+    return replays
+
+
+def _public_own(
+    sampler: DroSampler, side: PublicStep, replays: Sequence[PublicReplay], text: Sequence[Condition]
+) -> tuple[Tensor, Tensor]:
+    found = [sampler(side, one, condition) for one, condition in zip(replays, text, strict=True)]
+    states, outputs = zip(*found, strict=True)
+    return torch.cat(states), torch.cat(outputs)
 
 
 def gate_states(name: str, ours: Sequence[Tensor], peer: Sequence[Tensor]) -> float:
@@ -298,12 +325,12 @@ def gate_states(name: str, ours: Sequence[Tensor], peer: Sequence[Tensor]) -> fl
     return max(gaps)
 
 
-def typical_seed(policy: DiffusionPolicy, batch: Mapping[str, Any], num_steps: int) -> int:
+def typical_seed(policy: DiffusionPolicy, batches: Sequence[Mapping[str, Any]], num_steps: int) -> int:
     """The first seed whose draws stop, on average, where draws do on average: after (num_steps + 1) / 2 steps."""
     before, wanted = policy.seed, (num_steps + 1) / 2
     for seed in range(1000):
         policy.seed = seed
-        timestep = public_batch(policy, batch).timestep
+        timestep = torch.cat([public_batch(policy, batch).timestep for batch in batches])
         steps = num_steps - timestep * num_steps // policy.schedule.num_timesteps
         if abs(float(steps.float().mean()) - wanted) <= 0.02 * num_steps:
             policy.seed = before
@@ -377,15 +404,15 @@ def _prepared(policy: DiffusionPolicy, items: Sequence[Any]) -> Callable[[], Ite
 
 
 def _own(stream: ReplayStream, experts: Sequence[Prepared], order: Order) -> tuple[Tensor, Tensor]:
-    (found,) = stream._sampled(experts, order, 0)
-    return found["noisy"], found["output"]
+    found = stream._sampled(experts, order, 0)
+    return torch.cat([one["noisy"] for one in found]), torch.cat([one["output"] for one in found])
 
 
 class _Given:
     """Experts that are read already."""
 
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
 
-    def collated(self, order: Order, first_step: int, last_step: int) -> list[Any]:
-        return [self.batch]
+    def collated(self, order: Order, first_step: int, last_step: int) -> Sequence[Any]:
+        return self.batches
