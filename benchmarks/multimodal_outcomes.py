@@ -32,11 +32,10 @@ import torch
 from shapes_bed import HARMFUL, PLAIN, REFUSAL, Asked, asked, pretrained
 
 from mmalign import blind, train
-from mmalign.blind_rows import with_blind
 from mmalign.config import read_config
 from mmalign.digits import default_cache
 from mmalign.models.quiet import quiet_libraries
-from mmalign.records import Comparison, Content, Media, Message, comparison, read, write
+from mmalign.records import Comparison, Content, Media, Message, write
 from mmalign.stages import on_cpu
 
 FORBIDDEN = (
@@ -78,8 +77,8 @@ class Bed:
     before: Outcome
 
     def rows(self, name: str) -> Path:
-        """Rows `pairs`, `images` (no rows of text alone), or `blind` (with blind answers)."""
-        return self.folder / f"{name}.jsonl"
+        """Rows `pairs`, `images` (no rows of text alone), or `blind` (the pairs with blind answers)."""
+        return self.folder / ("blind/comparisons.jsonl" if name == "blind" else f"{name}.jsonl")
 
 
 def make_bed(folder: Path, seed: int, cache: Path) -> Bed:
@@ -89,15 +88,14 @@ def make_bed(folder: Path, seed: int, cache: Path) -> Bed:
     images = image_rows(seed)
     write([*images, *text_rows()], folder / "pairs.jsonl")
     write(images, folder / "images.jsonl")
-    blind.main(blind_config(folder / "images.jsonl", base, folder / "blind"))
-    write([*map(comparison, read(folder / "blind")), *answered_rows(text_rows(), base)], folder / "blind.jsonl")
+    blind.main(blind_config(folder / "pairs.jsonl", base, folder / "blind"))
     return Bed(base=base, folder=folder, seed=seed, before=measured(base, seed))
 
 
 def blind_config(rows: Path, base: Path, output: Path) -> blind.BlindConfig:
-    """`mmalign blind` as anybody runs it."""
+    """`mmalign blind` as anybody runs it; to rows of text alone it gives what the base says as it is."""
     settings = {"data": {"name": "comparisons", "path": str(rows)}, "model": str(base), "output": str(output)}
-    return _config(blind.BlindConfig, {**settings, "max_new_tokens": 12})
+    return _config(blind.BlindConfig, {**settings, "format": "jsonl", "max_new_tokens": 12})
 
 
 def _config(kind: Any, settings: Mapping[str, Any]) -> Any:
@@ -120,16 +118,6 @@ def text_rows() -> list[Comparison]:
     plain = [Asked(question, answer) for question, answer in PLAIN.items()]
     asked_often = [(n, one) for n, one in enumerate([*harmful, *plain]) for _ in range(REPEATS)]
     return [_row(f"text-{time}", one, refused=n < len(harmful)) for time, (n, one) in enumerate(asked_often)]
-
-
-def answered_rows(rows: Sequence[Comparison], base: Path) -> list[Comparison]:
-    """Rows of text alone with what the base says, as their blind answer: there is no image that it could do without."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model, processor = AutoModelForImageTextToText.from_pretrained(base).eval(), AutoProcessor.from_pretrained(base)
-    questions = [row.prompt.messages[0].text for row in rows]
-    said = dict(zip(distinct := list(dict.fromkeys(questions)), answered(model, processor, distinct, ()), strict=True))
-    return [with_blind(row, [said[one]], [{"model": str(base)}]) for row, one in zip(rows, questions, strict=True)]
 
 
 def _row(id: str, one: Asked, *, refused: bool) -> Comparison:

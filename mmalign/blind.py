@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from mmalign.answerers import Answerer, completed, files_of
 from mmalign.blind_model import Asked, Speaker, opened_speaker
-from mmalign.blind_rows import BLIND, DEGRADED, Filters, best_text, blind_prompt, shown_prompt, with_blind
+from mmalign.blind_rows import BLIND, DEGRADED, Filters, best_text, of_text, question, with_blind
 from mmalign.claims import check_claim, claim, digest_of
 from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.errors import UserError
@@ -64,6 +64,9 @@ class BlindConfig:
     degradation: Annotated[Choice, Table("mmalign.multimodal.degradations:DEGRADATIONS")] | None = field(
         default=None, metadata={"help": "null: images are taken out; else answers under degraded ones, as noise with t: 900"}
     )
+    text_only: Literal["keep", "drop"] = field(
+        default="keep", metadata={"help": "rows without an image; keep: the base answers them as they stand"}
+    )
     filters: Filters = field(default=Filters(), metadata={"help": "which blind answers are left out; none"})
     output: Path = field(metadata={"help": "folder for the rows with their blind candidates"})
     format: Literal["parquet", "jsonl"] = field(default="parquet", metadata={"help": "of the rows"})
@@ -99,12 +102,13 @@ class Blinded:
     """What a run left: the file of rows, and how it came to be. Only one of several processes has it `told`.
 
     Args:
-        num_rows: with a blind candidate.
-        num_prompts: distinct prompts without their images.
+        num_rows: written.
+        num_prompts: distinct prompts that are answered.
         num_answers: made by this run.
         num_cut: answers that `max_new_tokens` cut.
         dropped: rows and answers left out, by reason.
         faults: rows that could not be used.
+        num_text_only: of the rows, those of text alone.
     """
 
     file: Path
@@ -114,6 +118,7 @@ class Blinded:
     num_cut: int
     dropped: Counter[str]
     faults: tuple[Fault, ...] = ()
+    num_text_only: int = 0
     told: bool = True
     source: str = BLIND
 
@@ -123,6 +128,8 @@ class Blinded:
             return ""
         how = "without their images" if self.source == BLIND else "under degraded images"
         lines = [f"{self.num_prompts} prompts {how}, {self.num_answers} new answers: {self.num_rows} rows"]
+        kept = "with what the base answers" if self.source == BLIND else "as they were"
+        lines += [f"  {self.num_text_only} of them of text alone, {kept}"] * bool(self.num_text_only)
         lines += [f"  {number} left out: {reason}" for reason, number in self.dropped.most_common()]
         lines += [f"  {self.num_cut} answers cut at max_new_tokens"] * bool(self.num_cut)
         lines += [f"  {len(self.faults)} rows not usable, first: {self.faults[0]}"] if self.faults else []
@@ -139,13 +146,13 @@ class _Run:
     """The rows of one output folder, and what is asked of each without its images.
 
     Args:
-        prompt_of: of each row, the number of its prompt, or why it has none.
+        prompt_of: of each row, the number of its prompt, why it has none, or None: it is kept without an answer.
         prompts: distinct ones, with the number of the first row that asks each; with a degradation one a row.
     """
 
     config: BlindConfig
     rows: Rows
-    prompt_of: tuple[int | Dropped, ...]
+    prompt_of: tuple[int | Dropped | None, ...]
     prompts: tuple[tuple[Content, int], ...]
 
     @property
@@ -159,7 +166,7 @@ class _Run:
     @property
     def wanted(self) -> set[int]:
         """Prompts of the rows up to the limit."""
-        return {one for one in self.prompt_of[: self.config.limit] if not isinstance(one, Dropped)}
+        return {one for one in self.prompt_of[: self.config.limit] if isinstance(one, int)}
 
     def jobs(self) -> list[Job]:
         """All answers, beyond the limit too: batches, and so answers, are the same under any limit."""
@@ -175,11 +182,16 @@ def main(config: BlindConfig) -> Blinded:
     """Answer every prompt without its images, and write the rows with these answers as further, rejected candidates.
 
     Images and their placeholders are taken out of the prompt; no other word is changed. Rows that ask the same share an answer.
+    Rows of text alone, which hold what is refused and what is answered today, show nothing that could be taken out: what the
+    base answers to them is their blind answer, so that they train with the others; where it is the chosen one it teaches
+    nothing.
+
     A killed run is gone on with by the same command, in as many processes as you like, and ends the same; filters may change
     without anything being answered again.
 
     With a degradation the images stay and are shown degraded, which is how Bootstrapped Preference Optimization (arXiv
-    2403.08730; noise, step 900, then plain `dpo`) makes rejected answers; every row is then answered by itself.
+    2403.08730; noise, step 900, then plain `dpo`) makes rejected answers; every row is then answered by itself, and rows of
+    text alone stay as they are.
 
     Source: Li et al. 2025 (Blind PO, arXiv 2503.14189); how the authors decoded is not told, greedy is their
         inference script's.
@@ -210,24 +222,24 @@ def main(config: BlindConfig) -> Blinded:
 
 
 def _planned(config: BlindConfig, rows: Rows) -> _Run:
-    numbers: dict[str, int] = {}
-    prompts: list[tuple[Content, int]] = []
-    prompt_of: list[int | Dropped] = []
+    shown, keep = config.degradation is not None, config.text_only == "keep"
+    prompt_of: list[int | Dropped | None] = []
+    prompts: dict[str, tuple[Content, int]] = {}
+    places: dict[str, int] = {}
     for number, row in enumerate(rows.outlines):
-        prompt = blind_prompt(row) if config.degradation is None else shown_prompt(row)
-        if isinstance(prompt, Dropped):
-            prompt_of.append(prompt)
+        asked = question(row, shown=shown, keep_texts=keep)
+        if not isinstance(asked, Content):
+            prompt_of.append(asked)
             continue
-        key = prompt.key() if config.degradation is None else str(number)
-        if key not in numbers:
-            numbers[key] = len(prompts)
-            prompts.append((prompt, number))
-        prompt_of.append(numbers[key])
-    if not prompts:
-        reasons = Counter(one.reason for one in prompt_of if isinstance(one, Dropped))
+        key = str(number) if shown else asked.key()
+        prompts.setdefault(key, (asked, number))
+        prompt_of.append(places.setdefault(key, len(places)))
+    hidden = [question(row, shown=shown, keep_texts=False) for row in rows.outlines]
+    if all(isinstance(one, Dropped) for one in hidden):
+        reasons = Counter(one.reason for one in hidden if isinstance(one, Dropped))
         told = ", ".join(f"{reason}: {number}" for reason, number in reasons.most_common())
         raise UserError(f"data: got no row to make blind ({told}), want prompts with images. Check the data.")
-    return _Run(config=config, rows=rows, prompt_of=tuple(prompt_of), prompts=tuple(prompts))
+    return _Run(config=config, rows=rows, prompt_of=tuple(prompt_of), prompts=tuple(prompts.values()))
 
 
 def _settings(run: _Run) -> dict[str, Any]:
@@ -348,16 +360,20 @@ def _write(run: _Run, num_answers: int) -> Blinded:
         num_cut=sum(not note["provenance"]["ended"] for note in used),
         dropped=dropped,
         faults=run.rows.faults,
+        num_text_only=sum(of_text(run.rows.outlines[number]) for number, _ in kept),
         source=run.config.source,
     )
 
 
 def _kept(run: _Run, notes: dict[Job, dict[str, Any]], dropped: Counter[str]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The rows that have a blind answer, with the notes of theirs; what is left out is counted."""
+    """The rows that have a blind answer or need none, with the notes of theirs; what is left out is counted."""
     for number, row in enumerate(run.rows.outlines[: run.config.limit]):
         prompt = run.prompt_of[number]
         if isinstance(prompt, Dropped):
             dropped[prompt.reason] += 1
+            continue
+        if prompt is None:
+            yield number, []
             continue
         answers = []
         for one in range(run.config.num_candidates):

@@ -14,6 +14,7 @@ from mmalign.records import Comparison, Content, Dropped, Message
 from mmalign.records.verdicts import PHI, values_of
 
 BLIND, DEGRADED = "blind", "degraded"  # sources of an answer, as its provenance tells them
+NO_IMAGE = Dropped("no image in the prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,7 @@ def shown_prompt(row: Comparison) -> Content | Dropped:
         return Dropped("a prompt of its own for each candidate")
     if row.prefix is not None:
         return Dropped("a prefix that answers go on from")
-    if not row.prompt.media():
-        return Dropped("no image in the prompt")
-    return row.prompt
+    return row.prompt if row.prompt.media() else NO_IMAGE
 
 
 def blind_prompt(row: Comparison) -> Content | Dropped:
@@ -66,6 +65,26 @@ def blind_prompt(row: Comparison) -> Content | Dropped:
     if prompt.is_empty() or (last is not None and last.is_empty()):
         return Dropped("nothing asked beside the image")
     return prompt
+
+
+def of_text(row: Comparison) -> bool:
+    """Whether a row is one of text alone, to which a model can answer as it stands."""
+    last = row.prompt.messages[-1] if row.prompt.messages else None
+    return shown_prompt(row) == NO_IMAGE and not row.prompt.is_empty() and (last is None or not last.is_empty())
+
+
+def question(row: Comparison, *, shown: bool = False, keep_texts: bool = True) -> Content | Dropped | None:
+    """What a row asks of the base, why it is left out, or None: it stays without an answer.
+
+    Args:
+        row: as it was imported.
+        shown: images are shown; rows of text alone then stay as they are.
+        keep_texts: rows of text alone are not left out.
+    """
+    prompt = shown_prompt(row) if shown else blind_prompt(row)
+    if isinstance(prompt, Content) or not (keep_texts and of_text(row)):
+        return prompt
+    return None if shown else row.prompt
 
 
 def best_text(row: Comparison, by: str) -> str:
@@ -89,7 +108,7 @@ def with_blind(
 
     Args:
         row: as it was.
-        answers, origins: texts, and where each comes from.
+        answers, origins: texts, and where each comes from; there may be none.
         by: what orders the row, as in the view `pair`.
         source: what the provenance of the answers says.
     """

@@ -14,7 +14,7 @@ from test_ring import SEVERAL, launch
 
 from mmalign.blind import BlindConfig, Blinded, main
 from mmalign.blind_model import opened_speaker
-from mmalign.blind_rows import Filters, blind_prompt, likeness, with_blind
+from mmalign.blind_rows import Filters, blind_prompt, likeness, of_text, question, with_blind
 from mmalign.cli import VERBS
 from mmalign.config import Table
 from mmalign.errors import UserError
@@ -106,11 +106,20 @@ def test_the_image_is_taken_out_and_no_word_is_changed() -> None:
 
 
 def test_rows_that_have_nothing_to_hide_or_nothing_to_ask_are_told_apart() -> None:
-    assert blind_prompt(ROWS[3]) == Dropped("no image in the prompt")
+    assert blind_prompt(ROWS[3]) == Dropped("no image in the prompt") and of_text(ROWS[3])
     assert blind_prompt(ROWS[4]) == Dropped("nothing asked beside the image")
     assert blind_prompt(row(9, ROWS[0].prompt, prefix="So")) == Dropped("a prefix that answers go on from")
     own = row(9, ROWS[0].prompt, prompts=(ROWS[0].prompt, ROWS[1].prompt))
     assert blind_prompt(own) == Dropped("a prompt of its own for each candidate")
+    assert not any(map(of_text, (ROWS[0], ROWS[4], own, row(9, asked("", picture=None)), row(9, Content()))))
+
+
+def test_a_row_of_text_alone_is_asked_as_it_stands_and_left_alone_where_images_are_shown() -> None:
+    assert question(ROWS[3]) == ROWS[3].prompt and question(ROWS[3], shown=True) is None
+    for shown in (False, True):
+        assert question(ROWS[3], shown=shown, keep_texts=False) == Dropped("no image in the prompt")
+    assert question(ROWS[0], shown=True) == ROWS[0].prompt and question(ROWS[0]) == blind_prompt(ROWS[0])
+    assert question(row(9, ROWS[3].prompt, prefix="So")) == Dropped("a prefix that answers go on from")
 
 
 def test_a_blind_candidate_stands_last_with_the_worst_and_scores_stay_told() -> None:
@@ -130,24 +139,40 @@ def test_a_blind_candidate_stands_last_with_the_worst_and_scores_stay_told() -> 
 def test_a_run_appends_what_the_stock_model_says_without_the_image(data: Path, tmp_path: Path) -> None:
     result = main(settings(data, tmp_path / "out"))
     rows = rows_of(result)
-    assert [value.id for value in rows] == ["r0", "r1", "r2", "r5"]
-    assert (result.num_rows, result.num_prompts, result.num_answers) == (4, 3, 3)
-    assert dict(result.dropped) == {"no image in the prompt": 1, "nothing asked beside the image": 1}
+    assert [value.id for value in rows] == ["r0", "r1", "r2", "r3", "r5"]
+    assert (result.num_rows, result.num_prompts, result.num_answers, result.num_text_only) == (5, 4, 4, 1)
+    assert dict(result.dropped) == {"nothing asked beside the image": 1}
     blind_ones = [value.candidates[2].words() for value in rows]
     assert blind_ones[0] == blind_ones[2] and all(blind_ones), "rows that ask the same share an answer"
-    assert all(value.prompt.media() for value in rows), "the image stays in the row"
+    assert [bool(value.prompt.media()) for value in rows] == [True, True, True, False, True], "the image stays in the row"
     origin = rows[0].provenance[2]
     assert (origin["source"], origin["model"], origin["temperature"], origin["max_new_tokens"]) == ("blind", "tiny", 0.0, 4)
-    assert rows[3].weight == 2.0 and set(origin["versions"]) == {"mmalign", "torch", "transformers", "peft"}
+    assert rows[4].weight == 2.0 and set(origin["versions"]) == {"mmalign", "torch", "transformers", "peft"}
 
     model, processor = open_sighted("tiny"), open_processor("tiny")
-    chat = [{"role": m.role, "content": [{"type": "text", "text": m.text}]} for m in blind_prompt(ROWS[1]).messages]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    ids = torch.tensor([processor.tokenizer(text)["input_ids"]])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    said = processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert blind_ones[1] == said
-    assert "next: mmalign train ... loss=blind_bpo data.view=blind" in str(result) and "1 left out: no image" in str(result)
+    for number, asked_for in ((1, blind_prompt(ROWS[1])), (3, ROWS[3].prompt)):
+        assert isinstance(asked_for, Content)
+        chat = [{"role": m.role, "content": [{"type": "text", "text": m.text}]} for m in asked_for.messages]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = torch.tensor([processor.tokenizer(text)["input_ids"]])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        said = processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert blind_ones[number] == said
+    assert "next: mmalign train ... loss=blind_bpo data.view=blind" in str(result) and "1 left out: nothing asked" in str(
+        result
+    )
+    assert "  1 of them of text alone, with what the base answers" in str(result)
+
+
+def test_rows_of_text_alone_train_with_the_others_or_are_left_out(data: Path, tmp_path: Path) -> None:
+    rows = rows_of(main(settings(data, tmp_path / "out")))
+    assert not any(isinstance(blind(value), Dropped) for value in rows), "every row is an example of the view"
+    origins = [value.provenance[-1] for value in rows]
+    assert all(origin["source"] == "blind" for origin in origins)
+    without = main(settings(data, tmp_path / "without", text_only="drop"))
+    assert dict(without.dropped) == {"nothing asked beside the image": 1, "no image in the prompt": 1}
+    assert (without.num_rows, without.num_text_only) == (4, 0) and "of text alone" not in str(without)
+    assert [value.candidates for value in rows_of(without)] == [value.candidates for value in rows if value.id != "r3"]
 
 
 def test_the_rows_are_those_of_the_views_that_train_on_them(data: Path, tmp_path: Path) -> None:
@@ -167,7 +192,7 @@ def test_a_run_in_pieces_ends_byte_for_byte_as_one_without_a_stop(data: Path, tm
     with open(pieces / "blind.journal", "ab") as journal:
         journal.write(b'{"prompt": 1, "ans')  # as a kill leaves it
     second = main(settings(data, pieces))
-    assert second.num_answers == 2 and main(settings(data, pieces)).num_answers == 0
+    assert second.num_answers == 3 and main(settings(data, pieces)).num_answers == 0
     main(settings(data, whole))
     assert contents(whole) == contents(pieces)
 
@@ -182,7 +207,7 @@ def test_two_processes_one_killed_end_byte_for_byte_as_one(data: Path, tmp_path:
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = launch(tmp_path, "several.py", "jobs.json")
     assert (tmp_path / "two" / "comparisons.parquet").is_file(), done.stderr[-3000:]
-    assert done.stdout.count("3 new answers") == 1, "the main process tells what both made"
+    assert done.stdout.count("4 new answers") == 1, "the main process tells what both made"
     whole = settings(data, tmp_path / "whole", batch_size=1)
     main(whole)
     main(replace(whole, output=tmp_path / "killed"))
@@ -197,19 +222,19 @@ def test_answers_do_not_depend_on_what_they_are_batched_with(data: Path, tmp_pat
         ]
         for size in (1, 3)
     ]
-    assert texts[0] == texts[1] and len(set(texts[0])) == 3
+    assert texts[0] == texts[1] and len(set(texts[0])) == 4
 
 
 def test_a_plain_language_model_answers_too(data: Path, tmp_path: Path) -> None:
     folder = text_folder({})
     rows = rows_of(main(settings(data, tmp_path / "out", model=str(folder), format="jsonl")))
-    assert len(rows) == 4 and all(value.candidates[2].words() for value in rows)
+    assert len(rows) == 5 and all(value.candidates[2].words() for value in rows)
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
 def test_every_family_answers_without_an_image(data: Path, tmp_path: Path, family: str) -> None:
     result = main(settings(data, tmp_path / "out", tiny={"family": family}, temperature=1.0, max_new_tokens=12))
-    assert result.num_rows == 4
+    assert result.num_rows == 5
 
 
 # Under degraded images
@@ -220,7 +245,10 @@ def test_answers_under_noise_are_no_blind_ones_and_every_row_has_its_own(data: P
     config = settings(data, tmp_path / "out", degradation=noise, tiny={"family": "qwen2_vl"}, max_new_tokens=3)
     result = main(config)
     rows = rows_of(result)
-    assert [value.id for value in rows] == ["r0", "r1", "r2", "r4", "r5"], "every row is answered by itself"
+    assert [value.id for value in rows] == ["r0", "r1", "r2", "r3", "r4", "r5"], "every row is answered by itself"
+    assert result.num_answers == 5 and len(rows[3].candidates) == 2, "and one of text alone stays as it was"
+    assert rows[3].ranks == ROWS[3].ranks and rows[3].provenance == ({}, {})
+    assert "  1 of them of text alone, as they were" in str(result)
     origin = rows[0].provenance[2]
     assert (origin["source"], origin["degradation"]["name"], origin["degradation"]["t"]) == ("degraded", "noise", 900)
     assert blind(rows[0]) == Dropped("no blind candidate, want one made by mmalign blind")
