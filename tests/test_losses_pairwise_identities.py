@@ -261,6 +261,16 @@ def test_the_alpha_divergence_works_in_float64() -> None:
     assert result.losses.dtype == torch.float64 and logps.grad.isfinite().all()
 
 
+def test_the_weight_of_wpo_never_passes_one() -> None:
+    # TRL's has no limit: a pair that the policy is sure of would weigh e^4 here.
+    policy, reference = pairs()
+    agreement = torch.full((8, 2), 2.0, dtype=torch.float64)
+    plain = dpo(policy, reference, beta=0.01).losses
+    torch.testing.assert_close(wpo(policy, reference, agreement).losses, plain, rtol=1e-14, atol=0)
+    free = wpo(policy, reference, agreement, clamp=False).losses
+    torch.testing.assert_close(free, math.exp(4) * plain, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("noise", [0.5, 0.7])
 def test_robust_refuses_labels_that_say_nothing_or_the_opposite(noise: float) -> None:
     # TRL gives NaN at 0.5 and warns above.

@@ -27,6 +27,20 @@ validation shows weights without the average    test_loop.py::test_the_moving_av
 the SDXL VAE overflows in half precision        test_models_diffusion.py::test_a_vae_that_overflows_in_half_precision_is_kept_in_float32
 beta means something else in every tool         test_noise.py::test_every_convention_of_beta_gives_the_same_logit
 shared noise is uniform instead of Gaussian     test_families_qwen_z.py::test_the_shared_noise_of_a_flow_model_is_gaussian
+
+Of TRL 1.16, on texts:
+
+label_smoothing does nothing to sigmoid         test_losses_pairwise_identities.py::test_label_smoothing_changes_dpo
+WPO's weights beside sft raise RuntimeError     test_losses_pairwise_identities.py::test_the_weights_of_wpo_and_a_likelihood_term_go_together
+the alpha divergence raises in float64          test_losses_pairwise_identities.py::test_the_alpha_divergence_works_in_float64
+robust gives NaN at 0.5 and warns above         test_losses_pairwise_identities.py::test_robust_refuses_labels_that_say_nothing_or_the_opposite
+WPO's weight is not limited to 1                test_losses_pairwise_identities.py::test_the_weight_of_wpo_never_passes_one
+sft is a token mean of each micro-batch         test_losses_terms.py::test_nll_by_token_is_the_same_however_the_rows_are_split_and_trls_is_not
+the cache of references hangs on the run        test_text_cache.py::test_training_from_the_cache_is_training_without_it
+constants of divergences change ipo             test_losses_pairwise_divergences.py::test_a_constant_of_the_divergence_does_not_change_normalised_losses
+AOT sorts the rows of each process              test_losses_pairwise_batch.py::test_aot_on_several_processes_is_aot_on_the_whole_batch
+rewards leave the divergence out                test_losses_pairwise_divergences.py::test_rewards_are_of_the_transformed_log_ratio
+                                                test_losses_golden_text.py::test_plain_log_ratios_times_beta_are_the_rewards_that_trl_logs_of_every_loss
 """  # noqa: E501 (names of tests are not broken)
 
 import math
