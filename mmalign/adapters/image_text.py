@@ -15,8 +15,46 @@ from mmalign.adapters.text_policy import TextPolicy
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
+from mmalign.records import Media
 
 OF_DEGRADED = frozenset({"degraded", "each_degraded", "greedy", "anchored"})  # measures that a degraded image is shown for
+
+
+@dataclass(frozen=True, kw_only=True)
+class SightedAnswers:
+    """Answers written during training, always to the same prompts and images.
+
+    Args:
+        prompts: one answer each; users' messages where the processor has a chat template.
+        images: files, one a prompt, null where it shows nothing; empty: no prompt shows anything.
+        max_new_tokens: of an answer.
+        temperature: 0 takes the likeliest token.
+        seed: of the sampler.
+    """
+
+    prompts: tuple[str, ...]
+    images: tuple[str | None, ...] = ()
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail when the run is nearly over."""
+        if not self.prompts:
+            raise ValueError("prompts: got none, want one or more, or validation: null.")
+        if self.images and len(self.images) != len(self.prompts):
+            raise ValueError(f"images: got {len(self.images)} for {len(self.prompts)} prompts, want one each, or none at all.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want 1 or more.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: got {self.temperature}, want 0 or more.")
+
+    def media(self) -> list[tuple[Media, ...]]:
+        """What each prompt shows."""
+        return [
+            () if path is None else (Media(path=path, where="adapter.validation.images"),)
+            for path in self.images or (None,) * len(self.prompts)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +73,8 @@ class ImageTextAdapter:
             `degraded`, `each_degraded`, `greedy` or `anchored`.
         token_weights: factors of the log-probabilities of an answer's tokens, as of the adapter text.
         lora: low-rank weights on the linear layers of the language model; None: full fine-tuning in float32.
-        tower: train the vision tower too, in full or by LoRA. Published: frozen.
+        tower: train the vision tower too, in full or by LoRA; its layers behind the one whose states are the features (LLaVA's
+            last) stay as they are, which the plan tells. Published: frozen.
         projector: train what maps features to embeddings; auto: in full fine-tuning, not with a LoRA.
         quantization, dtype, attention, group_by_length, gradient_checkpointing, mismatched, trust_remote_code: as of the
             adapter text.
@@ -44,6 +83,7 @@ class ImageTextAdapter:
         cache: folder of reference log-probabilities, which `mmalign prepare` fills; None: a reference pass each step.
         features: folder of image features, filled on the way; None: they are kept in memory alone. Wants a frozen tower and
             projector.
+        validation: answers written during training.
         tiny: `family` and changes of the config of `model: tiny`.
     """
 
@@ -72,6 +112,7 @@ class ImageTextAdapter:
     mismatched: Literal["auto"] | bool = "auto"
     cache: str | None = None
     features: str | None = None
+    validation: SightedAnswers | None = None
     trust_remote_code: bool = False
     tiny: dict[str, int | str] | None = None
 
@@ -83,7 +124,6 @@ class ImageTextAdapter:
     remedies: ClassVar[Mapping[str, str]] = {}
     score: ClassVar[str] = "response"
     teacher: ClassVar[None] = None
-    validation: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
@@ -150,9 +190,12 @@ class ImageTextAdapter:
         """Load model and processor; arguments as of `TextAdapter.open`.
 
         Raises:
-            UserError: no such model, or one that does not go with the settings.
+            UserError: no such model, one that does not go with the settings, or an image of `validation` that is missing.
         """
         self._check_cache(asked)
+        for media in self.validation.media() if self.validation is not None else ():
+            for one in media:
+                one.inspect()
         where = torch.device(device)
         parts = image_text_parts(
             self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from mmalign.multimodal.opening import (
     open_processor,
     open_sighted,
     parts_note,
+    passed_over,
     train_parts,
 )
 from mmalign.multimodal.processing import SightedEncoder
@@ -38,6 +40,7 @@ from mmalign.records import Content, Media, Message
 if TYPE_CHECKING:
     from mmalign.adapters.image_text import ImageTextAdapter
 
+UNTOLD = ("transformers_version", "_name_or_path", "architectures", "dtype")  # of a config: what moves no feature
 LOOKED_AT = 64  # examples whose images are processed before a run, to tell lengths
 
 
@@ -74,7 +77,10 @@ def image_text_parts(
     weights_key = weights_fingerprint(model) if settings.cache is not None else ""
     reference = frozen_copy(model, dtype) if needs_copy(settings, needs_reference, caching) else None
     store = None if settings.features is None else _store(settings, model, mixed_precision)
-    _train(model, settings, seed, weights)
+    reader = _reader(settings, processor, model, asked, num_candidates, seed)
+    unused = passed_over(model, _shown(reader.encoder)[1].images) if settings.tower else frozenset()
+    idle = sum(model.get_parameter(name).numel() for name in unused)
+    _train(model, settings, seed, weights, unused)
     names = {name.removeprefix("reference_") for name in asked}
     if "divergence" in names and not needs_reference:
         raise UserError(
@@ -82,7 +88,6 @@ def image_text_parts(
             "null."
         )
     wanted = asked_measures(asked) | (names & {"divergence", "anchored"})
-    reader = _reader(settings, processor, model, asked, num_candidates, seed)
     return Parts(
         model=model,
         reference=reference,
@@ -96,7 +101,7 @@ def image_text_parts(
         autocast=None if mixed_precision == "no" else DTYPES[mixed_precision],
         fingerprint={"network": weights_key, "precision": f"{dtype} {mixed_precision} {settings.quantization}"},
         wanted=wanted if caching is None else wanted - GRADED,
-        note=parts_note(model),
+        note=parts_note(model) + (f" ({idle:,} of the tower stay as they are: no feature depends on them)" if idle else ""),
         looked_at=LOOKED_AT,
     )
 
@@ -119,9 +124,9 @@ class _Networks:
         return network
 
 
-def _train(model: Any, settings: ImageTextAdapter, seed: int, weights: Path | None) -> None:
+def _train(model: Any, settings: ImageTextAdapter, seed: int, weights: Path | None, unused: frozenset[str]) -> None:
     """Let the parts take gradients that are to be trained: as they are, by LoRA, or as a run left them."""
-    parts = {"tower": settings.tower, "projector": settings.trains_projector}
+    parts: dict[str, Any] = {"tower": settings.tower, "projector": settings.trains_projector, "unused": unused}
     if weights is not None and (weights / ADAPTER_FILES[0]).is_file():
         load_weights(model, weights)
         return
@@ -176,12 +181,18 @@ def _shown(encoder: SightedEncoder) -> tuple[list[int], Any]:
 
 
 def _store(settings: ImageTextAdapter, model: Any, mixed_precision: str) -> FeatureStore:
+    """Features on disk of this tower and projector, as their config and the precision have them run."""
     family = family_of(model)
     parts = [model.model.get_submodule(path) for path in (family.tower, *family.projectors) if _is_module(model, path)]
     told = [model.model.get_parameter(path) for path in family.projectors if not _is_module(model, path)]
     keys = [weights_fingerprint(part) for part in parts]
     keys += [content_key(one.detach().float().cpu().numpy().tobytes()) for one in told]
-    return FeatureStore(Path(str(settings.features)), content_key(*keys, mixed_precision))
+    kept = {name: value for name, value in model.config.to_dict().items() if name not in ("text_config", *UNTOLD)}
+    vision = {name: value for name, value in kept.pop("vision_config").items() if name not in UNTOLD}
+    config = json.dumps({**kept, "vision_config": vision}, sort_keys=True, default=str)
+    precision = f"{mixed_precision} {settings.quantization}"
+    note = {"model": settings.model, "revision": settings.revision, "precision": precision, "weights": keys}
+    return FeatureStore(Path(str(settings.features)), content_key(*keys, config, precision), note)
 
 
 def _is_module(model: Any, path: str) -> bool:

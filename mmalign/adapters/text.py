@@ -18,6 +18,7 @@ from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
 from mmalign.likelihoods.tokens import GRADED
+from mmalign.records import Media
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class Answers:
             raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want 1 or more.")
         if self.temperature < 0:
             raise ValueError(f"temperature: got {self.temperature}, want 0 or more.")
+
+    def media(self) -> list[tuple[Media, ...]]:
+        """What each prompt shows: nothing."""
+        return [()] * len(self.prompts)
 
 
 # Losses of (policy - reference) of one candidate minus that of the other: what both answers begin with cancels.

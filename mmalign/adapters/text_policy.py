@@ -22,7 +22,7 @@ from mmalign.language.network import TokenNetwork
 from mmalign.language.opening import lora_layers, lora_off, save_full, save_lora
 from mmalign.likelihoods import TokenInputs
 from mmalign.likelihoods.tokens import GRADED
-from mmalign.records import Content, Example
+from mmalign.records import Content, Example, Media, Message
 from mmalign.sources import Prepared
 
 FULL = "model"  # the folder, in a run's output, that a full fine-tune is saved to
@@ -276,17 +276,28 @@ class TextPolicy:
         wanted = self.settings.validation
         if wanted is None:
             return
-        prompts = [self.reader.encoder.prompt(prompt_content(self.tokenizer, text)) for text in wanted.prompts]
-        answers = generate_texts(
-            self.model,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=wanted.max_new_tokens,
-            temperature=wanted.temperature,
-            seeds=[wanted.seed + n for n in range(len(prompts))],
-        )
+        shown = wanted.media()
+        encoder = self.reader.encoder
+        contents = [prompt_content(encoder.tokenizer, text, media) for text, media in zip(wanted.prompts, shown, strict=True)]
+        answers = [""] * len(contents)
+        for group in _answered_together(shown):
+            told = [encoder.arguments(contents[n]) if shown[n] else {} for n in group]
+            found = generate_texts(
+                self.model,
+                self.tokenizer,
+                [told[0]["input_ids"][0].tolist()] if told[0] else [encoder.prompt(contents[n]) for n in group],
+                max_new_tokens=wanted.max_new_tokens,
+                temperature=wanted.temperature,
+                seeds=[wanted.seed + n for n in group],
+                shown={name: tensor for name, tensor in told[0].items() if name not in ("input_ids", "attention_mask")},
+            )
+            for n, answer in zip(group, found, strict=True):
+                answers[n] = answer
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"prompt": p, "answer": a} for p, a in zip(wanted.prompts, answers, strict=True)]
+        rows = [
+            {"prompt": prompt, **({"image": media[0].path} if media else {}), "answer": answer}
+            for prompt, media, answer in zip(wanted.prompts, shown, answers, strict=True)
+        ]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "answers.jsonl").write_text(text, encoding="utf-8")
 
@@ -338,8 +349,14 @@ def asked_measures(asked: frozenset[str]) -> frozenset[str]:
     return frozenset(names & {"shared", "joint", "agreement", "entropy", *GRADED})
 
 
-def prompt_content(tokenizer: Any, text: str) -> Content:
-    """A prompt given as words: the user's message where the tokenizer has a template."""
-    from mmalign.records import Message
+def prompt_content(tokenizer: Any, text: str, images: tuple[Media, ...] = ()) -> Content:
+    """A prompt given as words and images before them: the user's message where the tokenizer has a template."""
+    if tokenizer.chat_template is None:
+        return Content(text=text, images=images)
+    return Content(messages=(Message(role="user", text=text, images=images),))
 
-    return Content(text=text) if tokenizer.chat_template is None else Content(messages=(Message(role="user", text=text),))
+
+def _answered_together(shown: Sequence[Sequence[Media]]) -> list[list[int]]:
+    """Numbers of prompts that are answered in one call: those that show nothing, and each other one alone."""
+    plain = [number for number, media in enumerate(shown) if not media]
+    return [group for group in (plain, *([number] for number, media in enumerate(shown) if media)) if group]

@@ -152,6 +152,7 @@ def generate_answers(
     seeds: Sequence[int] = (),
     batch_size: int = 8,
     never_empty: bool = False,
+    shown: Mapping[str, Tensor] | None = None,
 ) -> list[list[int]]:
     """Answers as token ids; see `generate_ids`. Prompts of like length go together."""
     eos = ends_of(model, tokenizer)
@@ -170,6 +171,7 @@ def generate_answers(
             top_p=top_p,
             seeds=[seeds[n] for n in group] if seeds else (),
             never_empty=tokenizer if never_empty else None,
+            shown=shown,
         )
         for n, answer in zip(group, answers, strict=True):
             out[n] = answer
@@ -187,6 +189,7 @@ def generate_texts(
     top_p: float = 1.0,
     seeds: Sequence[int] = (),
     batch_size: int = 8,
+    shown: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Answers as texts, without special tokens; see `generate_answers`."""
     answers = generate_answers(
@@ -199,6 +202,7 @@ def generate_texts(
         top_p=top_p,
         seeds=seeds,
         batch_size=batch_size,
+        shown=shown,
     )
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 

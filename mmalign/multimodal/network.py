@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.errors import UserError
 from mmalign.likelihoods import Layout, Tokens
 from mmalign.multimodal.families import Family, Features
 from mmalign.multimodal.features import FeatureStore
@@ -43,6 +44,7 @@ class Sight:
         self.kind = model.config.model_type
         self.shown = (tuple(shown[0]), shown[1])
         self._memo: OrderedDict[tuple[Any, ...], Features] = OrderedDict()
+        self._num_bytes = 0
         with torch.enable_grad():
             [found] = self._encoded(model, self.shown[1].images[:1])
         self.frozen = not any(part.requires_grad for part in (found.tokens, *found.deep))
@@ -133,10 +135,10 @@ class Sight:
         distinct = {image.key: image for image in images}
         known: dict[str, Features] = {}
         if self.frozen:
-            for key in distinct:
+            for key, image in distinct.items():
                 found = self._memo.get((key, how))
                 if found is None and self.store is not None:
-                    found = self.store.get(key, _device(model))
+                    found = self.store.get(key, image.num_tokens, _device(model))
                 if found is not None:
                     known[key] = found
         missing = [image for key, image in distinct.items() if key not in known]
@@ -181,6 +183,7 @@ class Sight:
     def forget(self) -> None:
         """Remember no features."""
         self._memo.clear()
+        self._num_bytes = 0
 
     def _encoded(self, model: Any, images: Sequence[SeenImage]) -> list[Features]:
         device = _device(model)
@@ -188,11 +191,12 @@ class Sight:
 
     def _remember(self, used: dict[tuple[Any, ...], Features]) -> None:
         for key, one in used.items():
-            self._memo[key] = one
+            if key not in self._memo:
+                self._memo[key] = one
+                self._num_bytes += _num_bytes(one)
             self._memo.move_to_end(key)
-        size = sum(map(_num_bytes, self._memo.values()))
-        while size > MOST_BYTES and len(self._memo) > len(used):
-            size -= _num_bytes(self._memo.popitem(last=False)[1])
+        while self._num_bytes > MOST_BYTES and len(self._memo) > len(used):
+            self._num_bytes -= _num_bytes(self._memo.popitem(last=False)[1])
 
     def _merged(self, model: Any, layout: Layout, features: list[Features]) -> dict[str, Any]:
         """Embeddings with features in the places of the placeholders; deepstack's go with them to the language model."""
@@ -202,6 +206,12 @@ class Sight:
         ids = ids.index_fill(0, place, 0).view_as(layout.ids)  # placeholders may be outside the vocabulary
         embedded = model.get_input_embeddings()(ids)
         tokens = torch.cat([one.tokens for one in features]).to(embedded.dtype)
+        if len(tokens) != len(where):
+            raise UserError(
+                f"adapter.model: got {len(tokens)} features of images for {len(where)} tokens that stand for them: the "
+                "processor does not go with the model. Correct its patch_size, vision_feature_select_strategy and "
+                "num_additional_image_tokens, or name the model's own processor."
+            )
         filled = embedded.flatten(0, 1).index_copy(0, place, tokens).view_as(embedded)
         told: dict[str, Any] = {"input_ids": None, "inputs_embeds": filled}
         if features[0].deep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from mmalign.errors import UserError
 from mmalign.language import opening
 from mmalign.language.tiny import TINY
 from mmalign.multimodal.families import FAMILIES, Family
+from mmalign.multimodal.seen import SeenImage
 from mmalign.multimodal.tiny import tiny_folder
 from mmalign.records.rows import nearest
 
 logger = logging.getLogger(__name__)
+
+EXTRAS = {"num2words": "smolvlm"}  # packages that processors import themselves -> the extra that brings them
+OTHER_TOWERS = {"llava": ("pixtral",)}  # towers whose images are written and encoded otherwise than their family's
 
 
 def open_processor(
@@ -31,7 +35,7 @@ def open_processor(
         trust_remote_code: run code that comes with it.
         tiny: see `tiny_parts`.
     Raises:
-        UserError: no processor there, or a tokenizer alone.
+        UserError: no processor there, a tokenizer alone, or a package that it wants is missing.
     """
     if name == TINY:
         name = str(tiny_folder(tiny))
@@ -39,7 +43,12 @@ def open_processor(
 
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as fault:
+    except ImportError as fault:
+        said = str(fault).strip().splitlines()[0]
+        extra = next((extra for package, extra in EXTRAS.items() if package in said), None)
+        remedy = "Install it." if extra is None else f"Run: pip install mmalign[{extra}]"
+        raise UserError(f"adapter.model: the processor of {name} wants a package that is missing ({said}). {remedy}") from fault
+    except (OSError, ValueError) as fault:
         raise UserError(
             f"adapter.processor: cannot open {name} ({str(fault).strip().splitlines()[0]}). Name a folder or a hub id."
         ) from fault
@@ -84,13 +93,16 @@ def family_of(model: Any) -> Family:
     """The facts of a model's family.
 
     Raises:
-        UserError: a family that is not known.
+        UserError: a family that is not known, or a tower that is not its own.
     """
     kind = model.config.model_type
     if kind not in FAMILIES:
         raise UserError(
             f"adapter.model: got a model of type {kind}, want one of {', '.join(FAMILIES)}.{nearest(kind, FAMILIES)}"
         )
+    tower = getattr(model.config.vision_config, "model_type", "")
+    if tower in OTHER_TOWERS.get(kind, ()):
+        raise UserError(f"adapter.model: got a {kind} with a tower of type {tower}, which mmalign does not run. Name another.")
     return FAMILIES[kind]
 
 
@@ -112,7 +124,12 @@ def part_of(name: str, family: Family) -> str:
 
 
 def lora_targets(
-    model: Any, targets: Sequence[str] | None = None, *, tower: bool = False, projector: bool = False
+    model: Any,
+    targets: Sequence[str] | None = None,
+    *,
+    tower: bool = False,
+    projector: bool = False,
+    unused: Collection[str] = (),
 ) -> list[str]:
     """Full names of the layers that a LoRA tunes: linear ones of the language model, but not its output layer.
 
@@ -120,6 +137,7 @@ def lora_targets(
         model: of a known family.
         targets: endings of names, as `language.opening.add_lora` takes them. None: every linear layer.
         tower, projector: whether layers of these parts are tuned too.
+        unused: names of parameters whose layers are left out, see `passed_over`.
     Raises:
         UserError: a target that no layer of these parts bears.
     """
@@ -129,7 +147,10 @@ def lora_targets(
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and part_of(name, family) in wanted
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and part_of(name, family) in wanted
+        and f"{name}.weight" not in unused
     ]
     if targets is None:
         return found
@@ -143,18 +164,57 @@ def lora_targets(
     return [name for name in found if any(name == t or name.endswith(f".{t}") for t in targets)]
 
 
-def train_parts(model: Any, *, tower: bool = False, projector: bool = True) -> None:
+def passed_over(model: Any, images: Sequence[SeenImage]) -> frozenset[str]:
+    """Names of the tower's parameters that the features do not depend on, so that no training moves them.
+
+    LLaVA takes the states of the last layer but one: the last layer, and the norm behind it, are run for nothing.
+
+    Args:
+        model: of a known family, without LoRA.
+        images: any one, as the encoder makes it.
+    """
+    family = family_of(model)
+    tower = {name: p for name, p in model.named_parameters() if part_of(name, family) == "tower" and p.is_floating_point()}
+    before = {name: parameter.requires_grad for name, parameter in tower.items()}
+    device = next(iter(tower.values())).device
+    with torch.enable_grad():
+        for parameter in tower.values():
+            parameter.requires_grad_(True)
+        [found] = family.features(model, [image.to(device) for image in images[:1]])
+        met = _leaves((found.tokens, *found.deep))
+        for name, parameter in tower.items():
+            parameter.requires_grad_(before[name])
+    return frozenset(name for name, parameter in tower.items() if id(parameter) not in met)
+
+
+def _leaves(tensors: Sequence[torch.Tensor]) -> set[int]:
+    """Identities of the parameters that the graphs of tensors lead to."""
+    left, seen, found = [tensor.grad_fn for tensor in tensors], set(), set()
+    while left:
+        node: Any = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        left += [following for following, _ in node.next_functions]
+    return found
+
+
+def train_parts(model: Any, *, tower: bool = False, projector: bool = True, unused: Collection[str] = ()) -> None:
     """Full fine-tuning: the language model takes a gradient, the projector as published for LLaVA, the tower if asked.
 
     Args:
         model: of a known family.
         tower: published: frozen (BPO, SPA-VL, RLAIF-V).
         projector: published: trained (BPO, SPA-VL, RLAIF-V); frozen by LLaVA-Hound.
+        unused: names of parameters that are frozen in any case, see `passed_over`: weight decay alone would move them.
     """
     family = family_of(model)
     trained = {"language": True, "tower": tower, "projector": projector}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[part_of(name, family)] and parameter.is_floating_point())
+        wanted = trained[part_of(name, family)] and name not in unused
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
 
 
 def load_weights(model: Any, folder: Path, *, tower: bool = False, projector: bool = True) -> None:
