@@ -4,6 +4,7 @@ import glob
 import os
 import pwd
 import random
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -89,17 +90,25 @@ def postgres() -> Iterator[Postgres]:
 
     settings = ("listen_addresses=''", f"unix_socket_directories={folder}", "fsync=off", "max_connections=200")
     options = " ".join(f"-c {setting}" for setting in settings)
+    stop = [f"{bin}/pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "-t", "20", "stop"]
+    keeper = keeper_of(folder, stop if user is None else ["runuser", "-u", user, "--", *stop])
     try:
         run(f"{bin}/initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "mmalign", "-E", "UTF8", "--locale=C", "--no-sync")
         run(f"{bin}/pg_ctl", "-D", f"{folder}/data", "-w", "-t", str(WAIT_S), "-o", options, "start")
-    except (subprocess.CalledProcessError, FileNotFoundError, subprocess.TimeoutExpired) as fault:
-        pytest.skip(f"POSTGRESQL IS NOT TESTED: the server does not start ({fault}); see {folder.with_suffix('.log')}")
-    try:
         yield Postgres(f"postgresql+psycopg://mmalign@/postgres?host={folder}")
+    except (subprocess.CalledProcessError, FileNotFoundError, subprocess.TimeoutExpired) as fault:
+        pytest.skip(f"POSTGRESQL IS NOT TESTED: the server does not start ({fault}): {folder.with_suffix('.log').read_text()}")
     finally:
-        run(f"{bin}/pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "-W", "stop")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_suffix(".log").unlink(missing_ok=True)
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        keeper.wait(60)
+
+
+def keeper_of(folder: Path, stop: list[str]) -> "subprocess.Popen[bytes]":
+    """A process that stops a server and removes its folder as soon as its standard input ends: by us, or as we are killed."""
+    command = f"cat >/dev/null; cd /tmp; {shlex.join(stop)}; rm -rf {shlex.quote(str(folder))} {shlex.quote(str(folder))}.log"
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -149,3 +149,12 @@ def test_accounts_that_cannot_be_are_refused(store: Store, name: str, password: 
     with pytest.raises(UserError, match=told):
         store.add_account(name, password, role)
     assert len(store.accounts()) == 1
+
+
+def test_a_clock_that_is_set_back_makes_nobody_wait_longer(store: Store, clock: Clock) -> None:
+    store.add_account("Ann", "correct horse battery")
+    for _ in range(6):
+        answer = store.sign_in("Ann", "wrong")
+    assert answer.status == "wait"
+    clock.now -= 3600
+    assert 0 < store.sign_in("Ann", "wrong").wait_s <= 1.0

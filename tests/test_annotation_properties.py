@@ -1,6 +1,6 @@
 """Random sessions of several people against a plain model of what must be true, on SQLite and on PostgreSQL.
 
-Leases, votes, undo, expiry, restarts, power cuts before a commit and lost replies after it come in any order.
+Leases, votes, undo, expiry, closing, restarts, power cuts before a commit and lost replies after it come in any order.
 """
 
 import json
@@ -44,6 +44,7 @@ class Known:
     state: str = "leased"
     since: int = 0
     expires: float = 0.0
+    leased: float = 0.0
     displayed: float | None = None
     given: list[str] = field(default_factory=list)  # canonical choices, one a revision
     first: int = 0
@@ -68,6 +69,7 @@ class Sessions(RuleBasedStateMachine):
         self.reopened: dict[int, str | None] = dict.fromkeys(self.people)
         self.cast: list[tuple[str, int, str, bool, bool]] = []
         self.count = 0
+        self.is_open = True
         self.add(2, 1)
 
     def open(self) -> None:
@@ -96,10 +98,10 @@ class Sessions(RuleBasedStateMachine):
         return {row for row, want in self.want.items() if want > self.taken(row) and row not in busy}
 
     def check_shown(self, person: int, shown: Shown | None, place: int) -> None:
-        """What comes is what the person holds already, or something free; nothing comes only if nothing is free."""
+        """What comes is what the person holds already, or something free; nothing comes only if nothing is free, or closed."""
         self.expire()
         while len(self.mine(person)) <= place:
-            free = self.free(person)
+            free = self.free(person) if self.is_open else set()
             if not free:
                 break
             if len(self.mine(person)) < place:  # it was handed out on the way, unseen
@@ -126,7 +128,15 @@ class Sessions(RuleBasedStateMachine):
         same = [id for id, one in self.known.items() if (one.person, one.row) == (person, row_of(shown))]
         assert same in ([], [shown.assignment]), "who held an item gets the same assignment again"
         one = self.known.setdefault(shown.assignment, Known(person=person, row=row_of(shown), order=order_of(shown)))
-        one.state, one.since, one.displayed = "leased", self.count, None
+        one.state, one.since, one.leased = "leased", self.count, self.clock.now
+
+    def seen(self, one: Known) -> bool:
+        """Put it on the screen; return whether that is noted, or was."""
+        if one.displayed is None and not self.is_open:
+            return False
+        if one.displayed is None or (one.state == "leased" and one.displayed < one.leased):
+            one.displayed = self.clock.now
+        return True
 
     # What people do
 
@@ -141,9 +151,7 @@ class Sessions(RuleBasedStateMachine):
     @rule(data=st.data(), other=st.booleans())
     def display(self, data: st.DataObject, other: bool) -> None:
         id, one, person = self.pick(data, other)
-        assert self.store.displayed(id, person) == (person == one.person)
-        if person == one.person and one.displayed is None:
-            one.displayed = self.clock.now
+        assert self.store.displayed(id, person) == (person == one.person and self.seen(one))
 
     @precondition(lambda self: self.known)
     @rule(
@@ -157,8 +165,7 @@ class Sessions(RuleBasedStateMachine):
     def vote(self, data: st.DataObject, other: bool, step: int, choice: str, seen: bool, cut: bool) -> None:
         id, one, person = self.pick(data, other)
         if seen and not other:
-            assert self.store.displayed(id, person)
-            one.displayed = self.clock.now if one.displayed is None else one.displayed
+            assert self.store.displayed(id, person) == self.seen(one)
             self.clock.now += DWELL_S
         revision = max(1, len(one.given) + step)
         if cut:
@@ -167,7 +174,7 @@ class Sessions(RuleBasedStateMachine):
         status, reason = self.expect_vote(id, one, person, revision)
         assert (receipt.status, receipt.reason) == (status, reason)
         if status == "stored":
-            assert receipt.late == self.note_vote(id, one, choice)
+            assert (receipt.late, receipt.closed) == (self.note_vote(id, one, choice), not self.is_open)
         if status != "refused":
             self.check_shown(person, receipt.next, 0)
             self.check_shown(person, receipt.ahead, 1)
@@ -183,7 +190,7 @@ class Sessions(RuleBasedStateMachine):
         if one.given and self.reopened[person] != id:
             return "refused", "not_reopened"
         if one.displayed is None:
-            return "refused", "not_displayed"
+            return "refused", "not_displayed" if self.is_open else "closed"
         return ("refused", "too_soon") if self.clock.now - one.displayed < DWELL_S else ("stored", "")
 
     def note_vote(self, id: str, one: Known, choice: str) -> bool:
@@ -209,7 +216,7 @@ class Sessions(RuleBasedStateMachine):
         if before is not None:
             voted = [(first, name) for first, name in voted if first < self.known[before].first]
         shown = self.store.undo(self.project, id)
-        if not voted:
+        if not voted or not self.is_open:
             assert shown is None
             return
         self.reopened[id] = voted[-1][1]
@@ -267,6 +274,20 @@ class Sessions(RuleBasedStateMachine):
     def prioritise(self, data: st.DataObject) -> None:
         rows = data.draw(st.lists(st.sampled_from(sorted(self.want)), unique=True, max_size=3))
         self.store.prioritise(self.project, {self.numbers[row]: float(n) for n, row in enumerate(rows)})
+
+    @rule()
+    def close_or_open(self) -> None:
+        """What was on no screen when it was closed is given back, or left as it was judged."""
+        self.is_open = not self.is_open
+        self.store.set_open(self.project, self.is_open)
+        if self.is_open:
+            return
+        for one in self.known.values():
+            if one.state == "leased" and one.displayed is None:
+                one.state = "released"
+        for person, id in self.reopened.items():
+            if id is not None and self.known[id].displayed is None:
+                self.reopened[person] = None
 
     @rule()
     def restart(self) -> None:

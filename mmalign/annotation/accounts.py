@@ -211,7 +211,7 @@ def _wait(connection: Connection, kind: str, subject: str, now: float) -> float:
     if row is None or now - row.last_at > FORGET_S or row.failures < FREE_FAILURES[kind]:
         return 0.0
     wait: float = min(2.0 ** min(row.failures - FREE_FAILURES[kind], 30), LONGEST_WAIT_S)
-    return max(0.0, float(row.last_at) + wait - now)
+    return min(wait, max(0.0, float(row.last_at) + wait - now))  # not longer where the clock was set back
 
 
 def _note_failure(connection: Connection, subject: str, now: float) -> None:

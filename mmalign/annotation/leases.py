@@ -66,8 +66,8 @@ def pair_of(shown: list[Shown]) -> tuple[Shown | None, Shown | None]:
 
 
 def _renewed(connection: Connection, row: Any, now: float, lasts: float) -> Any:
-    """Put off the end of a lease, unless it is far off; return the row as it is then."""
-    if row.state != "leased" or row.expires_at - now >= RENEWED * lasts:
+    """Put off the end of a lease, unless it is far off (farther than it can be: the clock was set back); return its row."""
+    if row.state != "leased" or RENEWED * lasts <= row.expires_at - now <= lasts:
         return row
     connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(expires_at=now + lasts))
     return assignment_row(connection, row.id)
@@ -106,6 +106,18 @@ def release(connection: Connection, project: int, annotator: int, now: float) ->
     return len(held)
 
 
+def release_unseen(connection: Connection, project: int, now: float) -> int:
+    """Give back what was handed out to anybody and has not been on a screen yet, opened again too; return how many leases."""
+    ahead = (ASSIGNMENT.c.project == project, LEASED, ASSIGNMENT.c.displayed_at.is_(None))
+    rows = connection.execute(select(ASSIGNMENT).where(*ahead).order_by(ASSIGNMENT.c.id)).all()
+    for row in rows:
+        _end(connection, row, "released", now)
+    unseen = select(ASSIGNMENT.c.id).where(ASSIGNMENT.c.project == project, ASSIGNMENT.c.displayed_at.is_(None))
+    opened = (PARTICIPATION.c.project == project, PARTICIPATION.c.reopened.in_(unseen))
+    connection.execute(update(PARTICIPATION).where(*opened).values(reopened=None))
+    return len(rows)
+
+
 def expire(connection: Connection, project: int, now: float) -> int:
     """Give back all that was held too long; return how many."""
     late = (ASSIGNMENT.c.project == project, LEASED, ASSIGNMENT.c.expires_at <= now)
@@ -116,16 +128,35 @@ def expire(connection: Connection, project: int, now: float) -> int:
 
 
 def display(connection: Connection, assignment: str, annotator: int, now: float) -> bool:
-    """Note when an assignment was first on the screen, images decoded. Return whether it is the person's."""
+    """Note when an assignment was first on the screen since it was handed out, images decoded. False: it is not noted.
+
+    It is not, where the assignment is another person's, or the project was closed before it came on the screen.
+    """
     row = assignment_row(connection, assignment)
     if row is None or row.annotator != annotator:
         known = None if row is None else row.id
         log(connection, now, "refused", annotator=annotator, assignment=known, reason="not_yours", of="displayed")
         return False
-    if row.displayed_at is None:
-        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment).values(displayed_at=now))
-        log(connection, now, "displayed", project=row.project, annotator=annotator, assignment=assignment)
+    if row.displayed_at is not None and (row.state != "leased" or row.displayed_at >= row.leased_at):
+        return True
+    is_open = connection.execute(select(PROJECT.c.is_open).where(PROJECT.c.id == row.project)).scalar_one()
+    if row.displayed_at is None and not is_open:
+        told = {"reason": "closed", "of": "displayed"}
+        log(connection, now, "refused", project=row.project, annotator=annotator, assignment=row.id, **told)
+        return False
+    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment).values(displayed_at=now))
+    log(connection, now, "displayed", project=row.project, annotator=annotator, assignment=assignment)
     return True
+
+
+def clock_was_set_back(connection: Connection, row: Any, now: float) -> Any:
+    """Return the row of an assignment that was on the screen later than now as if it were there since now, and note it."""
+    if row.displayed_at is None or row.displayed_at <= now:
+        return row
+    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(displayed_at=now))
+    details = {"by_s": round(row.displayed_at - now, 3)}
+    log(connection, now, "clock", project=row.project, annotator=row.annotator, assignment=row.id, **details)
+    return assignment_row(connection, row.id)
 
 
 def take_slot(connection: Connection, project: int, item: int, by: int) -> int:
@@ -154,7 +185,10 @@ def _reopened(connection: Connection, who: Any) -> tuple[Any, ...]:
 
 
 def _lease(connection: Connection, project: Any, who: Any, chosen: Next, now: float, rng: random.Random) -> Any:
-    """Hand an item out. Who held it before gets the same assignment again; else the order of its sides is drawn."""
+    """Hand an item out. Who held it before gets the same assignment again; else the order of its sides is drawn.
+
+    What was on the person's screen before stays known as such: a vote on it may still be on its way.
+    """
     mine = (ASSIGNMENT.c.item == chosen.item, ASSIGNMENT.c.annotator == who.annotator)
     same = ASSIGNMENT.c.repeats.is_(None) if chosen.repeats is None else ASSIGNMENT.c.repeats == chosen.repeats
     before = connection.execute(select(ASSIGNMENT).where(*mine, same)).first()
@@ -167,7 +201,6 @@ def _lease(connection: Connection, project: Any, who: Any, chosen: Next, now: fl
         "guideline_version": project.guideline_version,
         "leased_at": now,
         "expires_at": now + Protocol.from_json(project.protocol).lease_minutes * 60,
-        "displayed_at": None,
     }
     if before is None:
         id = secrets.token_urlsafe(16)

@@ -13,6 +13,7 @@ from mmalign.errors import UserError
 logger = logging.getLogger(__name__)
 
 APPEND_ONLY = ("vote", "event")
+REFUSED = "votes and events are append only"
 
 
 def _create(connection: Connection) -> None:
@@ -22,18 +23,19 @@ def _create(connection: Connection) -> None:
         connection.execute(
             text(
                 "CREATE OR REPLACE FUNCTION mmalign_append_only() RETURNS trigger AS "
-                "$$ BEGIN RAISE EXCEPTION 'votes and events are append only'; END $$ LANGUAGE plpgsql"
+                f"$$ BEGIN RAISE EXCEPTION '{REFUSED}'; END $$ LANGUAGE plpgsql"
             )
         )
     for table in APPEND_ONLY:
         for action in ("UPDATE", "DELETE"):
             name = f"{table}_no_{action.lower()}"
             body = (
-                "BEGIN SELECT RAISE(ABORT, 'votes and events are append only'); END"
+                f"BEGIN SELECT RAISE(ABORT, '{REFUSED}'); END"
                 if connection.dialect.name == "sqlite"
                 else "FOR EACH ROW EXECUTE FUNCTION mmalign_append_only()"
             )
             connection.execute(text(f"CREATE TRIGGER {name} BEFORE {action} ON {table} {body}"))
+    _sealed(connection)
 
 
 def _steered(connection: Connection) -> None:
@@ -44,7 +46,20 @@ def _steered(connection: Connection) -> None:
     connection.execute(text(f"UPDATE item SET steered = {yes} WHERE id IN (SELECT item FROM assignment WHERE kind = 'active')"))
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_steered,)
+def _sealed(connection: Connection) -> None:
+    """Version 3: what triggers on UPDATE and DELETE do not see is refused too: INSERT OR REPLACE of SQLite, TRUNCATE."""
+    same = {"vote": "id = NEW.id OR (assignment = NEW.assignment AND revision = NEW.revision)", "event": "id = NEW.id"}
+    for table in APPEND_ONLY:
+        if connection.dialect.name == "sqlite":
+            there = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {same[table]})"
+            refuse = f"{there} BEGIN SELECT RAISE(ABORT, '{REFUSED}'); END"
+            connection.execute(text(f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} {refuse}"))
+        else:
+            refuse = "FOR EACH STATEMENT EXECUTE FUNCTION mmalign_append_only()"
+            connection.execute(text(f"CREATE TRIGGER {table}_no_truncate BEFORE TRUNCATE ON {table} {refuse}"))
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_steered, _sealed)
 FIRST = 1
 
 

@@ -113,8 +113,13 @@ class Store:
             return [project_of(row) for row in connection.execute(select(PROJECT).order_by(PROJECT.c.id))]
 
     def set_open(self, project: int, is_open: bool) -> None:
-        """Open a project for judging, or close it: nothing is handed out and no vote is taken."""
+        """Open a project for judging, or close it: nothing is handed out or opened again.
+
+        What is on a screen then can still be judged, and counts; what was only fetched ahead is given back.
+        """
         with self.database.write() as connection:
+            if not is_open:
+                leases.release_unseen(connection, project, self._clock())
             connection.execute(update(PROJECT).where(PROJECT.c.id == project).values(is_open=is_open))
             log(connection, self._clock(), "project", project=project, of="opened" if is_open else "closed")
 

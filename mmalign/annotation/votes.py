@@ -12,6 +12,7 @@ from mmalign.annotation.events import log
 from mmalign.annotation.leases import (
     assignment_row,
     change_participation,
+    clock_was_set_back,
     expire,
     hand_out,
     pair_of,
@@ -34,7 +35,7 @@ REASONS = {
     "bad_revision": "this item is open with another revision; load the page again",
     "not_reopened": "this item was judged; undo it first to change the verdict",
     "answered": "the right answer of this item has been told",
-    "closed": "the project is closed",
+    "closed": "the project was closed before this item was on your screen",
 }
 
 
@@ -62,6 +63,7 @@ class Receipt:
         reason: why it was refused, a key of REASONS; empty otherwise.
         message: the same in words.
         late: its lease had ended; it counts all the same, and is marked.
+        closed: the project was closed while this was on the screen; it counts all the same.
         wait_ms: after too_soon, how long to wait before it is sent again.
         stands: the verdict that stands for the assignment, as shown; None where there is none.
         feedback: after a calibration item.
@@ -72,6 +74,7 @@ class Receipt:
     reason: str = ""
     message: str = ""
     late: bool = False
+    closed: bool = False
     wait_ms: int = 0
     stands: Verdict | None = None
     feedback: Feedback | None = None
@@ -165,6 +168,7 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
         row = assignment_row(connection, vote.assignment)
     if 1 <= vote.revision <= row.revision:
         return _duplicate(connection, vote, row, project, now, rng)
+    row = clock_was_set_back(connection, row, now)
     protocol = Protocol.from_json(project.protocol)
     reason, told = _objection(connection, vote, row, project, protocol, now)
     if reason:
@@ -177,19 +181,21 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
     if row.revision == 0:
         _count(connection, row, feedback, now)
     following, ahead = pair_of(hand_out(connection, project, vote.annotator, now, rng, 2))
-    return Receipt(status="stored", late=late, stands=vote.verdict, feedback=feedback, next=following, ahead=ahead)
+    told: dict[str, Any] = {"stands": vote.verdict, "feedback": feedback, "next": following, "ahead": ahead}
+    return Receipt(status="stored", late=late, closed=not project.is_open, **told)
 
 
 def _objection(connection: Connection, vote: Cast, row: Any, project: Any, protocol: Protocol, now: float) -> tuple[str, str]:
-    """Return why a vote is refused, and in words where there is more to say; empty when it is not."""
-    if not project.is_open and row.state != "leased":
-        return "closed", ""
+    """Return why a vote is refused, and in words where there is more to say; empty when it is not.
+
+    What was on a screen when its project was closed is taken, as what is late is: the work was done.
+    """
     if vote.revision != row.revision + 1:
         return "bad_revision", ""
     if row.revision and participation(connection, project.id, vote.annotator, now).reopened != row.id:
         return "not_reopened", ""
     if row.displayed_at is None:
-        return "not_displayed", ""
+        return ("not_displayed" if project.is_open else "closed"), ""
     if (now - row.displayed_at) * 1000 < protocol.min_dwell_ms:
         return "too_soon", ""
     k = len(json.loads(row.shown_order))
@@ -246,7 +252,7 @@ def _store(connection: Connection, vote: Cast, row: Any, project: Any, given: Ve
         change_participation(connection, who, reopened=None)
     counted = counts - (row.holds and row.state == "voted")
     connection.execute(update(PROJECT).where(PROJECT.c.id == project.id).values(num_counted=PROJECT.c.num_counted + counted))
-    details = {"revision": vote.revision, "late": late}
+    details = {"revision": vote.revision, "late": late} | ({} if project.is_open else {"closed": True})
     log(connection, now, "voted", project=project.id, annotator=vote.annotator, assignment=row.id, **details)
 
 
@@ -279,8 +285,11 @@ def _feedback(connection: Connection, row: Any, given: Verdict) -> Feedback | No
 def reopen(connection: Connection, project: Any, annotator: int, now: float, assignment: str | None = None) -> Shown | None:
     """Open a judgement again: a named one, or the one before the last; None when there is none.
 
-    The verdict that was given stands until another is cast. Calibration items, whose answers were told, are passed over.
+    The verdict that was given stands until another is cast. Calibration items, whose answers were told, are passed over. In a
+    closed project nothing is opened.
     """
+    if not project.is_open:
+        return None
     who = participation(connection, project.id, annotator, now)
     mine = select(ASSIGNMENT).where(
         ASSIGNMENT.c.project == project.id,
