@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from multimodal import VIDEO_FAMILIES, parts, picture, sample
+from multimodal import VIDEO_FAMILIES, encoder, parts, picture, sample
 
 from mmalign.errors import UserError
 from mmalign.language.opening import add_lora, save_full, save_lora
@@ -21,6 +21,7 @@ from mmalign.multimodal.opening import (
     open_sighted,
     part_of,
     parts_note,
+    passed_over,
     train_parts,
 )
 from mmalign.multimodal.processing import SightedEncoder
@@ -64,6 +65,33 @@ def test_full_fine_tuning_trains_the_projector_and_not_the_tower_unless_asked(fa
     assert trained() == {"language"}
     train_parts(model, tower=True)
     assert trained() == {"language", "projector", "tower"}
+
+
+PASSED_OVER = {  # of the tiny tower's two layers and the norm behind them
+    "llava": ("encoder.layers.1", "post_layernorm"),
+    "llava_next": ("encoder.layers.1", "post_layernorm"),
+    "llava_onevision": ("post_layernorm",),
+}
+
+
+@FAMILY
+def test_layers_of_the_tower_that_no_feature_depends_on_are_not_trained(family: str) -> None:
+    model, _ = tiny_parts({"family": family})
+    [image] = encoder(family)([sample("what?", "red", picture(0, 32, 32))]).media[0].images[:1]
+    unused = passed_over(model, (image,))
+    inner = f"model.{FAMILIES[family].tower}."
+    beginnings = tuple(f"{inner}{name}." for name in PASSED_OVER.get(family, ()))
+    tower = [name for name, _ in model.named_parameters() if part_of(name, FAMILIES[family]) == "tower"]
+    assert unused == {name for name in tower if name.startswith(beginnings)} and len(unused) < len(tower)
+    train_parts(model, tower=True, unused=unused)
+    [found] = FAMILIES[family].features(model, [image])
+    sum(part.sum() for part in (found.tokens, *found.deep)).backward()
+    for name in tower:
+        parameter = model.get_parameter(name)
+        assert (parameter.grad is not None) == parameter.requires_grad == (name not in unused), name
+    layers = lora_targets(model, tower=True, unused=unused)
+    assert not {f"{name}.weight" for name in layers} & unused
+    assert {part_of(name, FAMILIES[family]) for name in layers} == {"language", "tower"}
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "gemma3"])
@@ -155,3 +183,27 @@ def test_a_processor_that_leaves_its_patches_to_the_config_is_told() -> None:
     processor.patch_size = processor.vision_feature_select_strategy = None
     fit_processor(processor, model)
     assert (processor.patch_size, processor.vision_feature_select_strategy) == (8, "default")
+
+
+def test_a_llava_with_the_tower_of_another_family_is_refused() -> None:
+    model, _ = tiny_parts({"family": "llava"})
+    model.config.vision_config.model_type = "pixtral"
+    with pytest.raises(UserError, match="got a llava with a tower of type pixtral"):
+        family_of(model)
+
+
+def test_a_package_that_a_processor_wants_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import SmolVLMProcessor, SmolVLMVideoProcessor
+    from transformers.models.smolvlm import processing_smolvlm
+
+    _, stand_in = parts("smolvlm")
+    with monkeypatch.context() as there:
+        there.setattr(processing_smolvlm, "num2words", str)
+        video = SmolVLMVideoProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
+        SmolVLMProcessor(
+            image_processor=stand_in.image_processor, tokenizer=stand_in.tokenizer, video_processor=video
+        ).save_pretrained(tmp_path)
+        assert type(open_processor(str(tmp_path))).__name__ == "SmolVLMProcessor"
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(UserError, match=r"num2words.*pip install mmalign\[smolvlm\]"):
+        open_processor(str(tmp_path))
