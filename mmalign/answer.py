@@ -1,4 +1,4 @@
-"""`mmalign answer`: k answers a prompt from one causal language model or several, to be scored or compared. Restartable."""
+"""`mmalign answer`: k answers a prompt from one language model or several, which see its images. Restartable."""
 
 import json
 import logging
@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mmalign.answerers import Answerer, completed, files_of, opened_encoder, opened_model, provenance_of
-from mmalign.asked import Prompt, asked_prompts, prompt_entry
+from mmalign.answerers import Answerer, completed, opened_encoder, sees_by_run, settings_of
+from mmalign.asked import Prompt, asked_prompts, prompt_key
+from mmalign.blind_model import Asked, Speaker, Spoken, asked, sees, sighted_encoder, speaker_of
 from mmalign.claims import check_claim, claim, digest_of
-from mmalign.config import Choice, Table, check_folder, command_line, resolved
+from mmalign.config import Choice, Table, check_folder, command_line
 from mmalign.errors import UserError
 from mmalign.makers import Dtype
 from mmalign.processes import Processes, launched_processes
@@ -20,10 +21,12 @@ from mmalign.records import Fault
 from mmalign.records.journal import gather_parts, part_of
 from mmalign.records.reading import json_lines
 from mmalign.records.stamps import replace_file
+from mmalign.records.writing import content_entry, store_media
 
 logger = logging.getLogger(__name__)
 
 ROWS_FILE = "comparisons.jsonl"
+MEDIA_FOLDER = "comparisons_media"  # beside it, as `records.write` names it
 JOURNAL_FILE = "answers.journal"  # no .jsonl, which would pass for rows
 STATE_FILE = "answering.json"
 # What may differ between a run and its restart. The batch size may not: rounding can turn a token, and then all that follow.
@@ -51,13 +54,17 @@ class Generator:
     max_new_tokens: int | None = None
     batch_size: int | None = None
     dtype: Dtype | None = None
+    processor: dict[str, bool | int | float | str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerConfig:
     """Settings of `mmalign answer`; what a tuned model leaves out is as in its run."""
 
-    model: str | None = field(default=None, metadata={"help": "folder or hub id of a causal language model, or tiny"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "folder or hub id of a language model, of one that sees for prompts with images; or tiny"},
+    )
     tuned: str | None = field(default=None, metadata={"help": "output of `mmalign train`, or its checkpoint-N; LoRA or full"})
     revision: str | None = field(default=None, metadata={"help": "of a hub id"})
     gguf_file: str | None = field(default=None, metadata={"help": "file in the model's folder that holds GGUF weights"})
@@ -87,6 +94,12 @@ class AnswerConfig:
     dtype: Dtype = field(default="float32", metadata={"help": "of the weights"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1 ..."})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    processor: dict[str, bool | int | float | str] | None = field(
+        default=None, metadata={"help": "further arguments of the processor of images, as max_pixels"}
+    )
+    as_video: bool | None = field(default=None, metadata={"help": "several images of a message are the frames of one video"})
+    num_frames: int | None = field(default=None, metadata={"help": "of a video with more of them, evenly spaced; null: all"})
+    tiny: dict[str, int | str] | None = field(default=None, metadata={"help": "family and sizes of the tiny model"})
     generators: tuple[Generator, ...] = field(default=(), metadata={"help": "several models, each with what differs"})
     output: Path = field(metadata={"help": "folder for comparisons.jsonl"})
     limit: int | None = field(default=None, metadata={"help": "only the first prompts"})
@@ -145,6 +158,8 @@ Job = tuple[int, int]  # (number of the prompt, number of the candidate)
 def main(config: AnswerConfig) -> Answered:
     """Answer every prompt k times; a killed run is gone on with by the same command, in as many processes as you like.
 
+    Prompts with images want models that see; their images lie beside the rows.
+
     Each answer has a seed of its own from (seed, prompt number, candidate number), and is always sampled in the same batch,
     whatever the limit: interrupted or not, by one process or several, the folder ends byte for byte the same. Answers are noted
     batch by batch; rows are written from the notes, in the order of the prompts. No answer ends before it has a visible
@@ -155,10 +170,11 @@ def main(config: AnswerConfig) -> Answered:
     """
     prompts = asked_prompts(config.prompts, config.data)
     answerers = tuple(map(completed, config.answerers))
+    seeing = tuple(_sees(answerer, prompts) for answerer in answerers)
     settings = _settings(config, answerers, prompts)
     check_folder(config.output)
     check_claim(config.output / STATE_FILE, settings, "answers")
-    run = _Run(config=config, answerers=answerers, key=digest_of(settings), prompts=prompts)
+    run = _Run(config=config, answerers=answerers, seeing=seeing, key=digest_of(settings), prompts=prompts)
     processes = launched_processes()
     processes.wait()  # until here nobody has written
     if processes.is_main and run.journal.parent.is_dir():
@@ -177,10 +193,11 @@ def main(config: AnswerConfig) -> Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """The prompts of one output folder, and by whom and how each is answered."""
+    """The prompts of one output folder, and by whom and how each is answered; `seeing`: which of them see."""
 
     config: AnswerConfig
     answerers: tuple[Answerer, ...]
+    seeing: tuple[bool, ...]
     key: str
     prompts: Sequence[Prompt]
 
@@ -209,14 +226,32 @@ class _Run:
         return image_seed(self.config.seed, *job)
 
     def row(self, index: int, answers: Sequence[dict[str, Any]]) -> bytes:
-        """The row of a prompt, as its notes tell it."""
+        """The row of a prompt, as its notes tell it; its images are put beside the rows."""
+        folder = self.config.output / MEDIA_FOLDER
         row = {
             "id": f"{self.key}-{index:06d}",
-            "prompt": prompt_entry(self.prompts[index].content),
+            "prompt": content_entry(self.prompts[index].whole(), lambda media: f"{folder.name}/{store_media(media, folder)}"),
             "candidates": [answer["text"] for answer in answers],
             "provenance": [answer["provenance"] for answer in answers],
         }
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def _sees(answerer: Answerer, prompts: Sequence[Prompt]) -> bool:
+    """Whether a model is opened as one that sees: where prompts show something, or it was tuned as such.
+
+    Raises:
+        UserError: a prompt shows something, and the model does not see.
+    """
+    shown = next((prompt for prompt in prompts if prompt.content.media()), None)
+    if shown is None:
+        return answerer.tuned is not None and sees_by_run(answerer.tuned)
+    if not sees(answerer):
+        raise UserError(
+            f"{shown.where}: got a prompt with images, which {answerer.name} does not see. Name a model that sees, or remove "
+            "the row."
+        )
+    return True
 
 
 def _due(run: _Run) -> tuple[set[Job], list[list[list[Job]]]]:
@@ -251,74 +286,57 @@ def _sample_all(
     from tqdm import tqdm
 
     device = processes.device(run.config.device)
-    encoders = {number: opened_encoder(run.answerers[number]) for number, batches in enumerate(work) if batches}
-    contexts = {number: _contexts(run, encoder, work[number]) for number, encoder in encoders.items()}
-    models = {min(encoders): opened_model(run.answerers[min(encoders)], device)}
+    encoders = {number: _encoder(run, number) for number, batches in enumerate(work) if batches}
+    known = {number: _known(run, encoder, work[number]) for number, encoder in encoders.items()}
+
+    def opened(number: int) -> Speaker:
+        return speaker_of(run.answerers[number], encoders[number], device, seeing=run.seeing[number])
+
+    first = min(encoders)
+    speakers = {first: opened(first)}
     if processes.is_main:
         claim(run.config.output / STATE_FILE, settings, run.config)
     processes.wait()
     notes = part_of(run.journal, processes.index) if processes.several else run.journal
     for number, encoder in encoders.items():
-        answerer, mine = run.answerers[number], processes.share(work[number])
+        mine = processes.share(work[number])
         if not mine:
             continue
-        model = models.pop(number) if number in models else opened_model(answerer, device)
-        stamp = provenance_of(answerer, model)
-        for batch in tqdm(mine, desc=answerer.name, unit="batch", disable=not processes.is_main):
-            lines = _answers(run, answerer, model, encoder.tokenizer, [contexts[number][index] for index, _ in batch], batch)
-            _note(notes, [_line(run, job, stamp, one) for job, one in zip(batch, lines, strict=True) if run.lacks(job, made)])
-        del model
+        speaker = speakers.pop(number) if number in speakers else opened(number)
+        for batch in tqdm(mine, desc=speaker.answerer.name, unit="batch", disable=not processes.is_main):
+            prompts = {index: known[number].get(index) or _asked(run, encoder, index) for index in dict(batch)}
+            answers = speaker.spoken([prompts[index] for index, _ in batch], [run.seed(job) for job in batch])
+            lines = [(job, one) for job, one in zip(batch, answers, strict=True) if run.lacks(job, made)]
+            _note(notes, [_line(run, job, speaker.provenance, one) for job, one in lines])
+        del speaker
 
 
-def _contexts(run: _Run, encoder: Any, batches: Sequence[list[Job]]) -> dict[int, list[int]]:
-    """Token ids of the prompts of these batches."""
-    asked = sorted({index for batch in batches for index, _ in batch})
-    plain = [index for index in asked if not run.prompts[index].content.messages]
+def _encoder(run: _Run, number: int) -> Any:
+    return sighted_encoder(run.answerers[number]) if run.seeing[number] else opened_encoder(run.answerers[number])
+
+
+def _known(run: _Run, encoder: Any, batches: Sequence[list[Job]]) -> dict[int, Asked]:
+    """The prompts of these batches, where they show nothing: what is wrong with one is told before the first answer."""
+    indices = sorted({index for batch in batches for index, _ in batch if not run.prompts[index].content.media()})
+    plain = [index for index in indices if not run.prompts[index].content.messages]
     if plain and encoder.template == "auto" and encoder.tokenizer.chat_template is not None:
         logger.info("prompts that are texts go past the chat template: set template: always for users' messages")
-    found = {}
-    for index in asked:
-        try:
-            found[index] = encoder.prompt(run.prompts[index].content)
-        except UserError as fault:
-            raise UserError(f"{run.prompts[index].where}: {str(fault).replace('adapter.', '')}") from fault
-    return found
+    return {index: _asked(run, encoder, index) for index in indices}
 
 
-def _answers(
-    run: _Run, answerer: Answerer, model: Any, tokenizer: Any, contexts: Sequence[list[int]], batch: Sequence[Job]
-) -> list[dict[str, Any]]:
-    """Text, number of tokens, and whether it came to an end, of each answer of a batch."""
-    from mmalign.language.generation import ends_of, generate_ids
-
-    ends = ends_of(model, tokenizer)
-    found = generate_ids(
-        model,
-        contexts,
-        max_new_tokens=answerer.max_new_tokens,
-        pad=tokenizer.pad_token_id or 0,
-        eos=ends,
-        temperature=answerer.temperature,
-        top_k=answerer.top_k,
-        top_p=answerer.top_p,
-        seeds=[run.seed(job) for job in batch],
-        never_empty=tokenizer,
-    )
-    return [
-        {
-            "text": tokenizer.decode(ids, skip_special_tokens=True),
-            "tokens": len(ids),
-            "ended": bool(ids) and ids[-1] in ends,
-        }
-        for ids in found
-    ]
+def _asked(run: _Run, encoder: Any, index: int) -> Asked:
+    prompt = run.prompts[index]
+    try:
+        return asked(encoder, prompt.whole())
+    except UserError as fault:
+        raise UserError(f"{prompt.where}: {str(fault).replace('adapter.', '')}") from fault
 
 
-def _line(run: _Run, job: Job, stamp: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+def _line(run: _Run, job: Job, stamp: dict[str, Any], answer: Spoken) -> dict[str, Any]:
     id = run.prompts[job[0]].id
     origin = {**stamp, **({} if id is None else {"prompt_id": id}), "seed": run.seed(job)}
-    origin |= {"tokens": answer["tokens"], "ended": answer["ended"]}
-    return {"prompt": job[0], "candidate": job[1], "text": answer["text"], "provenance": origin}
+    origin |= {"tokens": answer.tokens, "ended": answer.ended}
+    return {"prompt": job[0], "candidate": job[1], "text": answer.text, "provenance": origin}
 
 
 def _note(journal: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -361,8 +379,8 @@ def _write_rows(run: _Run) -> int:
 
 def _settings(config: AnswerConfig, answerers: Sequence[Answerer], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything that the answers depend on, with fingerprints of what lies behind names."""
-    said = [[prompt.content.key(), prompt.id] for prompt in prompts]
-    own = {answerer.name: {**resolved(answerer), **files_of(answerer)} for answerer in answerers}
+    said = [[prompt_key(prompt.whole()), prompt.id] for prompt in prompts]
+    own = {answerer.name: settings_of(answerer) for answerer in answerers}
     return {"prompts": f"{len(prompts)} prompts, sha256 {digest_of(json.dumps(said))}", "seed": config.seed, "generators": own}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmalign.config import read_config, resolved
+from mmalign.config import Choice, read_config, resolved
 from mmalign.config.writing import environment
 from mmalign.errors import UserError
 from mmalign.makers import Dtype, fingerprint
@@ -18,8 +18,9 @@ from mmalign.snapshots import is_checkpoint, weights_file, write_stock_weights
 
 INHERITED = (
     *("model", "revision", "gguf_file", "tokenizer", "chat_template", "chat_template_kwargs", "template", "system_prompt"),
-    "tiny",
+    *("tiny", "processor", "as_video", "num_frames"),
 )
+OF_SIGHT = ("processor", "as_video", "num_frames")  # settings of models that see, not told where they are not given
 LORA, FULL = "adapter_model.safetensors", "model"  # what a run leaves in its output folder
 NOT_TOLD = ("name", "first", "num_candidates", "batch_size", "trust_remote_code")
 
@@ -49,6 +50,9 @@ class Answerer:
     dtype: Dtype
     trust_remote_code: bool
     tiny: dict[str, int | str] | None = None
+    processor: dict[str, bool | int | float | str] | None = None
+    as_video: bool | None = None
+    num_frames: int | None = None
 
     def check(self, where: str) -> None:
         """Refuse what the types do not tell. Raises ValueError, its message beginning with `where`."""
@@ -75,16 +79,33 @@ def completed(answerer: Answerer) -> Answerer:
     """The same with what it leaves out: of a tuned model, as its run was trained.
 
     Raises:
-        UserError: `tuned` is no run of the text adapter, or one that left no weights.
+        UserError: `tuned` is no run of the adapter text or image_text, or one that left no weights.
     """
     if answerer.tuned is None:
         return replace(answerer, template=answerer.template or "auto")
-    settings = _adapter_of(answerer.tuned)
+    settings = _adapter_of(answerer.tuned).settings
     _weights_of(answerer.tuned)
     if answerer.model is not None and answerer.model != settings["model"]:
         settings = {**settings, "revision": None, "gguf_file": None, "tiny": None}
-    missing = {name: settings[name] for name in INHERITED if getattr(answerer, name) is None}
+    missing: dict[str, Any] = {name: settings.get(name) for name in INHERITED if getattr(answerer, name) is None}
     return replace(answerer, **missing)
+
+
+def settings_of(answerer: Answerer) -> dict[str, Any]:
+    """All that its answers depend on, with fingerprints of the files behind names."""
+    told = {name: value for name, value in resolved(answerer).items() if value is not None or name not in OF_SIGHT}
+    return {**told, **files_of(answerer)}
+
+
+def sees_by_run(tuned: str) -> bool:
+    """Whether the run that left these weights is one of a model that sees.
+
+    Raises:
+        UserError: no run of the adapter text or image_text is there.
+    """
+    from mmalign.adapters.image_text import ImageTextAdapter
+
+    return _adapter_of(tuned).target is ImageTextAdapter
 
 
 def files_of(answerer: Answerer) -> dict[str, str | None]:
@@ -126,16 +147,23 @@ def opened_encoder(answerer: Answerer) -> Any:
     )
 
 
-def opened_model(answerer: Answerer, device: Any) -> Any:
+def opened_model(answerer: Answerer, device: Any, *, sees: bool = False) -> Any:
     """The model with its tuned weights.
 
+    Args:
+        answerer: which one.
+        device: where it runs.
+        sees: whether it is opened as a model of images and texts.
     Raises:
         UserError: no such model, or weights that do not fit it.
     """
     import torch
 
-    from mmalign.language.opening import load_weights, open_model
+    from mmalign.language import opening as of_texts
+    from mmalign.multimodal import opening as of_images
 
+    open_model: Any = of_images.open_sighted if sees else of_texts.open_model
+    load_weights: Any = of_images.load_weights if sees else of_texts.load_weights
     more: dict[str, Any] = {} if answerer.gguf_file is None else {"gguf_file": answerer.gguf_file}
     with own_words(), tempfile.TemporaryDirectory(prefix="mmalign-") as scratch:
         model = open_model(
@@ -173,8 +201,9 @@ def provenance_of(answerer: Answerer, model: Any) -> dict[str, Any]:
     }
 
 
-def _adapter_of(tuned: str) -> dict[str, Any]:
-    """The text adapter's settings of the run that left these weights."""
+def _adapter_of(tuned: str) -> Choice:
+    """The adapter of the run that left these weights, of texts or of images and texts."""
+    from mmalign.adapters.image_text import ImageTextAdapter
     from mmalign.adapters.text import TextAdapter
     from mmalign.experiment import TrainConfig
 
@@ -186,9 +215,11 @@ def _adapter_of(tuned: str) -> dict[str, Any]:
             "model as such, name it as model."
         )
     adapter = read_config(TrainConfig, path).adapter
-    if adapter.target is not TextAdapter:
-        raise UserError(f"tuned: got {tuned}, a run of adapter {adapter.name}, want one of adapter text. Name another run.")
-    return adapter.settings
+    if adapter.target not in (TextAdapter, ImageTextAdapter):
+        raise UserError(
+            f"tuned: got {tuned}, a run of adapter {adapter.name}, want one of adapter text or image_text. Name another run."
+        )
+    return adapter
 
 
 def _weights_of(tuned: str) -> Path:

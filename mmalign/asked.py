@@ -1,7 +1,7 @@
-"""Prompts that a language model is asked: texts or conversations, from files, lists, or rows of any importer."""
+"""Prompts that a language model is asked: texts or conversations, with images or without, from files, lists, or rows."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,32 +11,43 @@ from mmalign.config import Choice
 from mmalign.errors import UserError
 from mmalign.prompts import read_prompts
 from mmalign.records import Comparison, Content, Fault, comparison, outlines
-from mmalign.records.conversations import entry_of
 from mmalign.records.reading import row_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt, the id of the row it came from (None: it is not from data), and its place for messages."""
+    """A prompt, the id of the row it came from (None: it is not from data), and its place for messages.
+
+    Args:
+        content: as it is asked; of rows without the bytes of its images.
+        id: of the row.
+        where: for messages.
+        load: reads it with its images. None: `content` has them.
+    """
 
     content: Content
     id: str | None
     where: str
+    load: Callable[[], Content] | None = None
+
+    def whole(self) -> Content:
+        """The prompt with its images."""
+        return self.content if self.load is None else self.load()
 
 
 def asked_prompts(prompts: str | Sequence[str] | None, data: Choice | None) -> list[Prompt]:
     """The prompts that a config names: of a file or list all of them, of rows the distinct ones.
 
     Args:
-        prompts: a .txt file (one a line), a .jsonl file (a text, messages, or an object with either as `prompt` a line), or
-            a list of texts; or
+        prompts: a .txt file (one a line), a .jsonl file (a text, messages, or an object with either as `prompt` a line; images
+            are parts of messages, with paths from the file's folder), or a list of texts; or
         data: an importer with its settings.
 
     Raises:
-        UserError: none there, an empty one, or one with images, with its file and line.
+        UserError: none there, or an empty one, with its file and line.
     """
     if data is not None:
-        found = list(_distinct(outlines(data.build().dataset)))
+        found = list(_distinct(data.build().dataset))
     elif isinstance(prompts, str) and prompts.endswith(".jsonl"):
         found = list(_of_lines(Path(prompts).expanduser()))
     else:
@@ -44,20 +55,29 @@ def asked_prompts(prompts: str | Sequence[str] | None, data: Choice | None) -> l
         found = [Prompt(content=Content(text=text), id=None, where=f"prompts: {n}") for n, text in enumerate(texts, 1)]
     if not found:
         raise UserError("prompts: got none, want at least one. Check the file.")
-    for prompt in found:
-        if prompt.content.media():
-            raise UserError(f"{prompt.where}: got a prompt with images, which a language model does not see. Remove the row.")
     return found
 
 
-def _distinct(rows: Iterable[Comparison]) -> Iterable[Prompt]:
+def _distinct(dataset: Any) -> Iterator[Prompt]:
+    """Distinct prompts; images are read to tell them apart, and not kept."""
     seen: set[str] = set()
-    for row in rows:
-        for content in row.prompts or (row.prompt,):
-            key = content.key()
+    for place, row in enumerate(outlines(dataset)):
+        for number, content in enumerate(row.prompts or (row.prompt,)):
+            load = partial(_loaded, dataset, place, number) if content.media() else None
+            key = prompt_key(content if load is None else load())
             if key not in seen:
                 seen.add(key)
-                yield Prompt(content=content, id=row.id, where=row.where or row.id)
+                yield Prompt(content=content, id=row.id, where=row.where or row.id, load=load)
+
+
+def prompt_key(content: Content) -> str:
+    """A hash of a prompt: of its images, and of its words also where they are a text beside them."""
+    return content.key() if not (content.images and content.text) else f"{content.key()} {content.text}"
+
+
+def _loaded(dataset: Any, place: int, number: int) -> Content:
+    row: Comparison = comparison(dataset[place], least=0)
+    return row.prompt if row.prompts is None else row.prompts[number]
 
 
 def _of_lines(file: Path) -> Iterable[Prompt]:
@@ -84,11 +104,3 @@ def _of_lines(file: Path) -> Iterable[Prompt]:
 
 def _beside(file: Path, name: str) -> str:
     return str(file.absolute().parent / name)
-
-
-def prompt_entry(content: Content) -> Any:
-    """A prompt as our JSON lines have it: a text, messages, or an object with messages and tools."""
-    if not content.messages:
-        return content.text
-    messages = [entry_of(message) for message in content.messages]
-    return {"messages": messages, "tools": list(content.tools)} if content.tools else messages

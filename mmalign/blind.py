@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mmalign.answerers import Answerer, completed, files_of
+from mmalign.answerers import Answerer, completed, settings_of
 from mmalign.blind_model import Asked, Speaker, opened_speaker
 from mmalign.blind_rows import BLIND, DEGRADED, Filters, best_text, of_text, question, with_blind
 from mmalign.claims import check_claim, claim, digest_of
@@ -253,7 +253,7 @@ def _settings(run: _Run) -> dict[str, Any]:
     return {
         "prompts": f"{len(said)} prompts, sha256 {digest_of(said)}",
         "seed": config.seed,
-        "generator": {**resolved(answerer), **files_of(answerer)},
+        "generator": settings_of(answerer),
         **shown,
     }
 

@@ -1,14 +1,23 @@
-"""A model that answers without images or under degraded ones: one that sees, or a plain language model."""
+"""A model that answers prompts with images, without them or under degraded ones: one that sees, or a plain language model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
-from mmalign.answerers import Answerer, opened_encoder, opened_model, own_words, provenance_of, template_text
+from mmalign.answerers import (
+    Answerer,
+    opened_encoder,
+    opened_model,
+    own_words,
+    provenance_of,
+    sees_by_run,
+    template_text,
+)
 from mmalign.errors import UserError
 from mmalign.records import Content
 
@@ -25,11 +34,82 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Spoken:
-    """One answer: its words, its number of tokens, and whether it came to an end by itself."""
+    """One answer: its words, its number of tokens, whether it came to an end by itself, and its token ids."""
 
     text: str
     tokens: int
     ended: bool
+    ids: list[int] = field(default_factory=list, repr=False)
+
+
+def asked(encoder: Any, prompt: Content, condition: Any = None) -> Asked:
+    """A prompt as the model takes it.
+
+    Args:
+        encoder: `SightedEncoder`, or `language.chat.Encoder`.
+        prompt: without images, or with those that are shown.
+        condition: of `multimodal.degradations`, under which images are shown.
+    Raises:
+        UserError: a prompt that the template or the processor refuses, or images and a model that does not see.
+    """
+    if not prompt.media():
+        return Asked(ids=encoder.prompt(prompt))
+    if not hasattr(encoder, "arguments"):
+        raise UserError("model: got one that sees nothing for a prompt with images, want a model that sees. Name another one.")
+    told = encoder.arguments(prompt, condition)
+    return Asked(ids=told.pop("input_ids")[0].tolist(), shown={n: t for n, t in told.items() if n != "attention_mask"})
+
+
+def spoken(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Asked],
+    seeds: Sequence[int] = (),
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[Spoken]:
+    """An answer to each prompt, alike whatever it is batched with, and never without a visible character.
+
+    Prompts that show something are answered together as far as their tensors go together.
+
+    Args:
+        model, tokenizer: of transformers.
+        prompts: up to where the model answers.
+        seeds: one a prompt, for a temperature above 0.
+        max_new_tokens, temperature, top_k, top_p: of `language.generation.generate_ids`.
+    """
+    from mmalign.language.generation import ends_of, generate_ids
+    from mmalign.multimodal.batches import alike, stacked
+
+    ends = ends_of(model, tokenizer)
+    found: dict[int, list[int]] = {}
+    for group in alike([one.shown for one in prompts]):
+        own = [prompts[n] for n in group]
+        shown = [one.shown for one in own if one.shown]
+        answers = generate_ids(
+            model,
+            [one.ids for one in own],
+            max_new_tokens=max_new_tokens,
+            pad=tokenizer.pad_token_id or 0,
+            eos=ends,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=[seeds[n] for n in group] if seeds else (),
+            never_empty=tokenizer,
+            shown=stacked(shown, [len(one.ids) for one in own]) if shown else None,
+        )
+        found |= dict(zip(group, answers, strict=True))
+    said = [found[n] for n in range(len(prompts))]
+    return [
+        Spoken(
+            text=tokenizer.decode(ids, skip_special_tokens=True), tokens=len(ids), ended=bool(ids) and ids[-1] in ends, ids=ids
+        )
+        for ids in said
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,58 +131,17 @@ class Speaker:
     provenance: dict[str, Any]
 
     def asked(self, prompt: Content, condition: Any = None) -> Asked:
-        """A prompt as the model takes it.
+        """A prompt as the model takes it; see `asked`."""
+        return asked(self.encoder, prompt, condition)
 
-        Args:
-            prompt: without images, or with those that are shown.
-            condition: of `multimodal.degradations`, under which images are shown.
-        Raises:
-            UserError: a prompt that the template or the processor refuses, or images and a model that does not see.
-        """
-        if not prompt.media():
-            return Asked(ids=self.encoder.prompt(prompt))
-        if not hasattr(self.encoder, "arguments"):
-            raise UserError(f"model: got {self.answerer.model}, which sees nothing, want a model that sees. Name another one.")
-        told = self.encoder.arguments(prompt, condition)
-        return Asked(ids=told.pop("input_ids")[0].tolist(), shown={n: t for n, t in told.items() if n != "attention_mask"})
+    def spoken(self, prompts: Sequence[Asked], seeds: Sequence[int]) -> list[Spoken]:
+        """An answer to each prompt; see `spoken`."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p")
+        return spoken(self.model, self.tokenizer, prompts, seeds, **{name: getattr(self.answerer, name) for name in names})
 
     def answers(self, prompts: Sequence[Asked], seeds: Sequence[int]) -> list[Spoken]:
-        """An answer to each prompt, alike whatever it is batched with, and never without a visible character.
-
-        Prompts that show something are answered one by one.
-
-        Args:
-            prompts: up to where the model answers.
-            seeds: one a prompt, for a temperature above 0.
-        """
-        from mmalign.language.generation import ends_of, generate_ids
-
-        ends = ends_of(self.model, self.tokenizer)
-        alone = any(one.shown for one in prompts)
-        groups = [[n] for n in range(len(prompts))] if alone else [list(range(len(prompts)))]
-        found: list[list[int]] = []
-        for group in groups:
-            found += generate_ids(
-                self.model,
-                [prompts[n].ids for n in group],
-                max_new_tokens=self.answerer.max_new_tokens,
-                pad=self.tokenizer.pad_token_id or 0,
-                eos=ends,
-                temperature=self.answerer.temperature,
-                top_k=self.answerer.top_k,
-                top_p=self.answerer.top_p,
-                seeds=[seeds[n] for n in group],
-                never_empty=self.tokenizer,
-                shown=prompts[group[0]].shown,
-            )
-        return [
-            Spoken(
-                text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                tokens=len(ids),
-                ended=bool(ids) and ids[-1] in ends,
-            )
-            for ids in found
-        ]
+        """The same, without blanks around the words."""
+        return [replace(one, text=one.text.strip()) for one in self.spoken(prompts, seeds)]
 
 
 def opened_speaker(answerer: Answerer, device: Any) -> Speaker:
@@ -111,69 +150,83 @@ def opened_speaker(answerer: Answerer, device: Any) -> Speaker:
     Raises:
         UserError: no such model, processor, tokenizer or template.
     """
-    if sees(answerer):
-        return _sighted(answerer, device)
-    encoder = opened_encoder(answerer)
-    model = opened_model(answerer, device)
+    seeing = sees(answerer)
+    return speaker_of(answerer, sighted_encoder(answerer) if seeing else opened_encoder(answerer), device, seeing=seeing)
+
+
+def speaker_of(answerer: Answerer, encoder: Any, device: Any, *, seeing: bool) -> Speaker:
+    """The model behind an encoder of its own, opened.
+
+    Raises:
+        UserError: no such model, or weights that do not fit it.
+    """
+    model = opened_model(answerer, device, sees=seeing)
     return Speaker(
         answerer=answerer,
         model=model,
         encoder=encoder,
-        tokenizer=encoder.tokenizer,
+        tokenizer=encoder.processor.tokenizer if seeing else encoder.tokenizer,
         provenance=provenance_of(answerer, model),
     )
 
 
 def sees(answerer: Answerer) -> bool:
-    """Whether the config of the model is that of a family that sees; the tiny model does.
+    """Whether it is the tuned model of a run that sees, or its config is that of a family that does; the tiny model sees.
 
     Raises:
         UserError: there is no config.
     """
-    from transformers import AutoConfig
-
     from mmalign.multimodal.families import FAMILIES
 
-    if answerer.model == TINY:
-        return True
-    try:
-        config = AutoConfig.from_pretrained(
-            str(answerer.model), revision=answerer.revision, trust_remote_code=answerer.trust_remote_code
+    if answerer.tuned is not None:
+        return sees_by_run(answerer.tuned)
+    return answerer.model == TINY or _config_of(answerer).model_type in FAMILIES
+
+
+def sighted_encoder(answerer: Answerer) -> Any:
+    """`multimodal.processing.SightedEncoder` with the model's processor; no weights are read.
+
+    Raises:
+        UserError: no such processor, or no such file of a template.
+    """
+    from mmalign.multimodal.opening import family_of, fit_processor, open_processor
+    from mmalign.multimodal.processing import SightedEncoder
+
+    with own_words():
+        processor = open_processor(
+            str(answerer.model),
+            revision=answerer.revision,
+            trust_remote_code=answerer.trust_remote_code,
+            tiny=answerer.tiny,
         )
+        known = SimpleNamespace(config=_config_of(answerer))
+        family = family_of(known)
+        fit_processor(processor, known)
+        if answerer.chat_template is not None:
+            processor.chat_template = template_text(answerer.chat_template)
+    return SightedEncoder(
+        processor=processor,
+        model_type=known.config.model_type,
+        family=family,
+        config=known.config,
+        template=answerer.template or "auto",
+        template_kwargs=answerer.chat_template_kwargs or {},
+        system_prompt=answerer.system_prompt,
+        max_prompt_length=answerer.max_prompt_length,
+        as_video=bool(answerer.as_video),
+        num_frames=answerer.num_frames,
+        settings=answerer.processor or {},
+    )
+
+
+def _config_of(answerer: Answerer) -> Any:
+    from transformers import AutoConfig
+
+    from mmalign.multimodal.tiny import tiny_folder
+
+    name = str(tiny_folder(answerer.tiny)) if answerer.model == TINY else str(answerer.model)
+    try:
+        return AutoConfig.from_pretrained(name, revision=answerer.revision, trust_remote_code=answerer.trust_remote_code)
     except (OSError, ValueError) as fault:
         first = str(fault).strip().splitlines()[0]
         raise UserError(f"model: cannot open {answerer.model} ({first}). Name a folder or a hub id.") from fault
-    return config.model_type in FAMILIES
-
-
-def _sighted(answerer: Answerer, device: Any) -> Speaker:
-    import torch
-
-    from mmalign.multimodal.opening import family_of, fit_processor, open_processor, open_sighted
-    from mmalign.multimodal.processing import SightedEncoder
-
-    name = str(answerer.model)
-    common: dict[str, Any] = {"revision": answerer.revision, "trust_remote_code": answerer.trust_remote_code}
-    with own_words():
-        processor = open_processor(name, tiny=answerer.tiny, **common)
-        model = open_sighted(name, dtype=getattr(torch, answerer.dtype), device=device, tiny=answerer.tiny, **common)
-        fit_processor(processor, model)
-        if answerer.chat_template is not None:
-            processor.chat_template = template_text(answerer.chat_template)
-    model.requires_grad_(False)
-    encoder = SightedEncoder(
-        processor=processor,
-        model_type=model.config.model_type,
-        family=family_of(model),
-        config=model.config,
-        template=answerer.template or "auto",
-        system_prompt=answerer.system_prompt,
-        max_prompt_length=answerer.max_prompt_length,
-    )
-    return Speaker(
-        answerer=answerer,
-        model=model.eval(),
-        encoder=encoder,
-        tokenizer=processor.tokenizer,
-        provenance=provenance_of(answerer, model),
-    )

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.asked import prompt_key
 from mmalign.errors import UserError
 from mmalign.records import Comparison, Content, asked
 from mmalign.records.stamps import replace_file
@@ -62,7 +63,7 @@ def _by_prompt_and_seed(rows: Sequence[Comparison]) -> dict[tuple[str, Any], tup
             if not said_alone(candidate):
                 raise UserError(f"{place}: got images among texts, want one of the two. Evaluate them apart.")
             prompt = row.prompt_of(number - 1)
-            key = (prompt.key(), origin["seed"])
+            key = (prompt_key(prompt), origin["seed"])
             if key in found:
                 raise UserError(f"{place}: got its prompt with seed {key[1]} again, want it once. Remove the copy.")
             found[key] = (prompt, candidate.words())
@@ -118,7 +119,7 @@ def evaluate_texts(
     final = changes.pop(-1)
     return Evaluation(
         num_pairs=len(prompts),
-        num_prompts=len({prompt.key() for prompt in prompts}),
+        num_prompts=len({prompt_key(prompt) for prompt in prompts}),
         interval=interval,
         scorers=tuple(final),
         checkpoints=tuple(Checkpoint(step=step, scorers=tuple(found)) for step, found in changes.items()),

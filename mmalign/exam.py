@@ -1,21 +1,27 @@
-"""`mmalign exam`: mark the answers of a model that sees without a judge: POPE, AMBER, CHAIR, VLGuard, multiple choice."""
+"""`mmalign exam`: mark a model that sees without a judge: POPE, AMBER, CHAIR, VLGuard, multiple choice, what images do."""
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from mmalign.config import Choice, Table, check_folder, command_line, resolved
+from mmalign.exams import EXAMS as OF_FILES
+from mmalign.exams.sight import Sight
 from mmalign.records.stamps import replace_file
+from mmalign.sight import sight
+
+EXAMS: dict[str, Callable[..., dict[str, float] | Sight]] = {**OF_FILES, "sight": sight}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExamConfig:
     """Settings of `mmalign exam`."""
 
-    exam: Annotated[Choice, Table("mmalign.exams:EXAMS")] = field(
-        metadata={"help": "which one, with the files of its answers and questions"}
+    exam: Annotated[Choice, Table(EXAMS)] = field(
+        metadata={"help": "which one, with the files of its answers and questions; sight: with a run and held-out rows"}
     )
     output: Path | None = field(default=None, metadata={"help": "a JSON file for the marks; null: they are only told"})
 
@@ -25,11 +31,13 @@ class Marks:
     """What an exam found, under the names of its measures; shares are 0 to 1."""
 
     exam: str
-    found: dict[str, float]
+    found: dict[str, float] | Sight
     file: Path | None
 
     def __str__(self) -> str:
         """One measure a line; counts as they are, shares in per cent."""
+        if isinstance(self.found, Sight):
+            return "\n".join([self.exam, *self.found.told(), *([] if self.file is None else [str(self.file)])])
         wide = max(map(len, self.found))
         lines = [f"{self.exam}"]
         for name, value in self.found.items():
@@ -39,17 +47,21 @@ class Marks:
 
 
 def main(config: ExamConfig) -> Marks:
-    """Mark the answers of a file.
+    """Mark the answers of a file, or measure a run's model beside its base.
 
     Raises:
-        UserError: files that cannot be read, or that do not go together.
+        UserError: files that cannot be read, or that do not go together; no such run.
     """
     if config.output is not None:
         check_folder(config.output.parent)
-    found: dict[str, float] = config.exam.build()
+    found: dict[str, float] | Sight = config.exam.build()
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        told = {"exam": config.exam.name, "marks": found, "config": resolved(config)}
+        told = {
+            "exam": config.exam.name,
+            "marks": found.results() if isinstance(found, Sight) else found,
+            "config": resolved(config),
+        }
         replace_file(config.output, (json.dumps(told, indent=2) + "\n").encode())
     return Marks(exam=config.exam.name, found=found, file=config.output)
 

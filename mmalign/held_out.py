@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.adapters.image_text import ImageTextAdapter
 from mmalign.adapters.step_reward import StepRewardAdapter
 from mmalign.adapters.text import TextAdapter
 from mmalign.adapters.text_reward import TextRewardAdapter
@@ -43,16 +44,17 @@ def pair_fit(run: Path, data: Data, *, draws: int = 8, batch_size: int = 4, devi
     Raises:
         UserError: no run there, no such device, data that are not pairs, or only ties.
     """
-    config = _run_config(run)
+    config = run_config(run)
     where = torch_device(device or "auto")
     examples, summary = read_examples(data)
     if len(examples[0].samples) != 2:
         raise UserError(f"pairs: got {len(examples[0].samples)} candidates an example, want 2. Set pairs.view: pair.")
     logger.info("pairs      %s", summary)
-    of_text = config.adapter.target is TextAdapter
+    of_text = config.adapter.target in (TextAdapter, ImageTextAdapter)
     draws = 1 if of_text else draws
-    unused: dict[str, Any] = {"cache": None, "validation": None}
-    unused |= {} if of_text else {"draws": draws, "prompt_dropout": 0.0, "winner_guard": None}
+    unused: dict[str, Any] = {"cache": None, "validation": None, "features": None}
+    unused |= {"draws": draws, "prompt_dropout": 0.0, "winner_guard": None}
+    unused = {name: value for name, value in unused.items() if name in config.adapter.settings}
     policy = (
         config.adapter.with_settings(**unused)
         .build()
@@ -107,7 +109,12 @@ def _batches(policy: Any, examples: Examples, draws: int, batch_size: int) -> It
         yield torch.stack(ratios).mean(0), torch.stack(drifts).mean(0)
 
 
-def _run_config(run: Path) -> TrainConfig:
+def run_config(run: Path) -> TrainConfig:
+    """The config of a run that tuned a model.
+
+    Raises:
+        UserError: no run there, or one of a reward model.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"run: got {run}, want the output folder of `mmalign train`, with config.yaml. Check the path.")

@@ -146,7 +146,7 @@ def _write_jsonl(rows: Iterator[Comparison], target: Path, partial: Path) -> Non
 
     with open(partial, "w", encoding="utf-8") as file:
         for row in rows:
-            file.write(_line(row, lambda content, part: _entry(content, place)))
+            file.write(_line(row, lambda content, part: content_entry(content, place)))
 
 
 def _write_imagefolder(rows: Iterator[Comparison], target: Path, partial: Path) -> None:
@@ -190,13 +190,18 @@ def _add_sample(tar: tarfile.TarFile, key: str, row: Comparison) -> None:
 
     def content(c: Content, part: str) -> Any:
         number = itertools.count()
-        return _entry(c, lambda m: add(f"{key}.{part}.{next(number)}{_suffix(m.read())}", m.read()))
+        return content_entry(c, lambda m: add(f"{key}.{part}.{next(number)}{_suffix(m.read())}", m.read()))
 
     add(f"{key}.json", _line(row, content).encode())
 
 
-def _entry(content: Content, place: Callable[[Media], str]) -> Any:
-    """Return a content as `row_of` reads it: the shortest of a text, a list of messages and an object."""
+def content_entry(content: Content, place: Callable[[Media], str]) -> Any:
+    """Return a content as `row_of` reads it: the shortest of a text, a list of messages and an object.
+
+    Args:
+        content: a prompt or a candidate.
+        place: stores an image and returns its path, from the folder of the file.
+    """
     paths = [place(m) for m in content.images]
     images: dict[str, Any] = {"image": paths[0]} if len(paths) == 1 else {"images": paths}
     whole = {
