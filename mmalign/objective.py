@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import UserError
-from mmalign.losses import LOSSES, MEASURES, STATISTICS, PreferenceLoss
+from mmalign.losses import LOSSES, MEASURES, OF_VARIANT, STATISTICS, PreferenceLoss
 
 REFERENCE = "reference_"  # before the name of a measure: the reference's
 Gather = Callable[[Tensor], Tensor]
@@ -64,12 +64,14 @@ class Term:
 
     @property
     def data(self) -> dict[str, bool]:
-        """The positional parameters: name -> whether it must be there."""
+        """The positional parameters that its variant takes: name -> whether it must be there."""
         parameters = inspect.signature(self.loss).parameters.values()
+        variants = OF_VARIANT.get(self.name, {}).items()
+        needless = {name for variant, names in variants if self.settings.get("variant") != variant for name in names}
         return {
             p.name: p.default is inspect.Parameter.empty
             for p in parameters
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in needless
         }
 
     @property
@@ -81,7 +83,8 @@ class Term:
         """How many columns the signature demands of a measure, or None for any number."""
         parameters = inspect.signature(self.loss, eval_str=True).parameters
         annotation = parameters[name].annotation if name in parameters else None
-        last = getattr(annotation, "dim_str", "").split()[-1:]
+        shapes = [one.dim_str for one in (annotation, *get_args(annotation)) if hasattr(one, "dim_str")]
+        last = (shapes or [""])[0].split()[-1:]
         return int(last[0]) if last and last[0].isdigit() else None
 
 

@@ -88,6 +88,19 @@ def test_runs_that_must_be_equal_are(what: str, joint: Path, tmp_path: Path, mon
     assert bool(list(tmp_path.glob("features/*/*/*.safetensors"))) == ("features" in what)
 
 
+def test_re_align_trains_as_released_and_one_candidate_at_a_time(tmp_path: Path) -> None:
+    released = {"loss": {"name": "re_align", "variant": "released"}, "adapter": {"degradation": {"name": "swap"}}}
+    whole = train_seen(tmp_path / "whole", **released, training=FLAT)
+    first = metrics_of(whole)[0]
+    assert first["loss"] == pytest.approx(2 * math.log(2), abs=1e-5) and "degraded_rival/chosen" in first
+    parts = train_seen(tmp_path / "parts", **released, training={**FLAT, "candidate_microbatch": 1})
+    assert largest_difference(seen_weights(whole), seen_weights(parts)) <= 1e-6
+    plain = train_seen(tmp_path / "paper", **{**released, "loss": {"name": "re_align"}}, training=FLAT)
+    assert largest_difference(seen_weights(whole), seen_weights(plain)) > 1e-5 and "rival/chosen" not in metrics_of(plain)[0]
+    with pytest.raises(UserError, match=r"adapter\.cache: got one with a loss of degraded_rival"):
+        train_seen(tmp_path / "cached", **{**released, "adapter": {**released["adapter"], "cache": str(tmp_path / "bank")}})
+
+
 def test_a_degraded_image_is_another_one_in_the_next_epoch(tmp_path: Path) -> None:
     still = {"training": {"epochs": 2, "batch_size": 8, "optimiser": {**SGD, "learning_rate": 0.0}}, "loss": {"name": "mdpo"}}
     drawn = metrics_of(

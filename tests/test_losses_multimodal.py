@@ -213,6 +213,47 @@ def test_two_responses_are_too_few_for_blind_bpo_and_its_alias() -> None:
         terms({"name": "bpo", "beta": -1.0}).try_settings()
 
 
+def test_re_align_as_released_scores_what_the_model_finds_likeliest_in_place_of_the_labels() -> None:
+    """From logits, as its trainer does: the first of the two likeliest tokens that is not the label."""
+    draw = torch.Generator().manual_seed(3)
+    labels = {name: torch.randint(7, (4, 5), generator=draw) for name in ("chosen", "rejected")}
+
+    def measured() -> dict[str, Tensor]:
+        """Of one model: logits of (chosen, rejected, chosen under the retrieved image) -> sums."""
+        logits = [leaf(3 * torch.randn(4, 5, 7, dtype=torch.float64, generator=draw)) for _ in range(3)]
+        asked = (labels["chosen"], labels["rejected"], labels["chosen"])
+        own, other = [], []
+        for values, ids in zip(logits, asked, strict=True):
+            first, second = values.topk(2, dim=2).indices.unbind(2)
+            rivals = torch.where(first == ids, second, first)
+            logps = values.log_softmax(2)
+            own.append(logps.gather(2, ids[..., None]).sum((1, 2)))
+            other.append(logps.gather(2, rivals[..., None]).sum((1, 2)))
+        pair = {"policy": torch.stack(own[:2], 1), "degraded": own[2][:, None]}
+        return {**pair, "rival": torch.stack(other[:2], 1), "degraded_rival": other[2][:, None]}
+
+    policy, reference = measured(), {name: value.detach() for name, value in measured().items()}
+    objective = terms({"name": "re_align", "variant": "released"})
+    assert objective.measures == {"degraded", "rival", "degraded_rival"}
+    found = objective(policy, reference, {})
+
+    def ratio(name: str, column: int) -> Tensor:
+        return policy[name][:, column] - reference[name][:, column]
+
+    chosen = ratio("policy", 0)
+    links = [torch.sigmoid(0.1 * (chosen - worse)).log() for worse in (ratio("rival", 1), ratio("degraded_rival", 0))]
+    assert_equal(found.losses, -links[0] - links[1])
+    assert_equal(found.rewards, 0.1 * torch.stack([chosen, ratio("rival", 1)], 1).detach())
+    (on_rejected,) = torch.autograd.grad(found.losses.sum(), policy["policy"], allow_unused=True)
+    assert (on_rejected[:, 0] < 0).all() and not on_rejected[:, 1].any(), "the rejected response's own tokens teach nothing"
+    paper = terms({"name": "re_align"})
+    assert paper.measures == {"degraded"}, "rivals are measured for the variant alone"
+    assert not torch.equal(paper(policy, reference, {}).losses, found.losses)
+    objective.try_settings()
+    with pytest.raises(ValueError, match=r"re_align\.variant: got released without rivals, want those of policy and reference"):
+        re_align(tensor([-1.0, -2.0]), tensor([-1.0, -2.0]), tensor([-1.0]), tensor([-1.0]), variant="released")
+
+
 def test_chip_puts_both_preferences_in_one_link_as_released_and_in_two_in_the_paper() -> None:
     policy, reference = leaf(tensor([-10.0, -12.0])), tensor([-11.0, -11.0])
     degraded, known = leaf(tensor([-15.0])), tensor([-13.0])

@@ -86,6 +86,41 @@ def test_the_likeliest_tokens_are_those_of_the_largest_logits(pack: bool) -> Non
     assert found.tolist() == want.tolist()
 
 
+def rival_of(model: torch.nn.Module, tokens: Tokens, number: int) -> Tensor:
+    """Log-probs of the first of the two likeliest tokens that is not the continuation's, place by place."""
+    logits, ids = logits_of(model, tokens, number), tokens.continuations[number]
+    first, second = logits.topk(2, dim=1).indices.unbind(1)
+    return logits.log_softmax(1).gather(1, torch.where(first == ids, second, first)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pack", [True, False])
+def test_rivals_are_the_likeliest_other_tokens_in_the_places_of_an_answers_own(pack: bool, weighted: bool) -> None:
+    model = tiny_causal("llama")
+    tokens = a_batch()
+    best = [logits_of(model, tokens, n).argmax(1) for n in range(4)]  # so that some of its tokens are the likeliest
+    own = [torch.where(torch.arange(len(ids)) % 2 == 0, top, ids) for ids, top in zip(tokens.continuations, best, strict=True)]
+    tokens = replace(tokens, continuations=(*own, own[0], own[2]), context_of=(0, 0, 1, 1, 1, 0))
+    if weighted:
+        tokens = replace(tokens, weights=tuple(torch.arange(len(ids)).float() + 0.5 for ids in tokens.continuations))
+    wanted = frozenset({"rival", "degraded_rival"})
+    inputs = TokenInputs(tokens=tokens, num_candidates=2, batch=2, extras=("degraded",), wanted=wanted, pack=pack)
+    network = TokenNetwork(copy.deepcopy(model), rows=3)
+    out = inputs.measures(network)
+    factors = tokens.weights or tuple(torch.ones(len(ids)) for ids in tokens.continuations)
+    want = torch.stack([(factors[n] * rival_of(model, tokens, n)).sum() for n in range(6)])
+    torch.testing.assert_close(out["rival"], want[:4].view(2, 2))
+    torch.testing.assert_close(out["degraded_rival"], want[4:, None])
+    stakes = {"policy": torch.tensor([[1.0, 0.2], [-1.0, 0.5]]), "rival": torch.tensor([[0.3, -2.0], [1.0, 1.5]])}
+    stakes["degraded_rival"] = torch.tensor([[2.0], [-0.7]])
+    whole = gradients(network.model, sum((out[name] * g).sum() for name, g in stakes.items()))
+    logps = torch.stack([(factors[n] * target_of(model, tokens, n, "logps")).sum() for n in range(4)]).view(2, 2)
+    theirs = (logps * stakes["policy"]).sum() + (want[:4].view(2, 2) * stakes["rival"]).sum()
+    theirs = theirs + (want[4:, None] * stakes["degraded_rival"]).sum()
+    assert max(relative_errors(whole, gradients(model, theirs)).values()) < 1e-5
+    assert max(relative_errors(parts_of(inputs, network, stakes), whole).values()) < 1e-5
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_divergence_is_the_summed_kl_of_the_reference_from_the_policy(pack: bool) -> None:
     model, reference = tiny_causal("llama"), tiny_causal("llama")

@@ -15,6 +15,7 @@ from mmalign.adapters.text_policy import TextPolicy
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
+from mmalign.likelihoods.tokens import RIVALS
 from mmalign.records import Media
 
 OF_DEGRADED = frozenset({"degraded", "each_degraded", "greedy", "anchored"})  # measures that a degraded image is shown for
@@ -117,7 +118,7 @@ class ImageTextAdapter:
     tiny: dict[str, int | str] | None = None
 
     measures: ClassVar[frozenset[str]] = frozenset(
-        {"shared", "agreement", "rationale", "exploration", "gold", "each_absent", "crossed", "divergence", *OF_DEGRADED}
+        {"shared", "agreement", "rationale", "exploration", "gold", "each_absent", "crossed", "divergence", *RIVALS, *OF_DEGRADED}
     )
     side: ClassVar[tuple[str, ...]] = ("lengths", "gold_lengths", "mean_length", "draw")
     errors: ClassVar[bool] = False
@@ -215,7 +216,7 @@ class ImageTextAdapter:
         if self.cache is None:
             return
         names = {name.removeprefix("reference_") for name in asked}
-        never = sorted(names & {"divergence", "greedy", "anchored"})
+        never = sorted(names & {"divergence", "greedy", "anchored", *RIVALS})
         if never:
             raise UserError(
                 f"adapter.cache: got one with a loss of {never[0]}, which is more than log-probabilities of the reference. Set "

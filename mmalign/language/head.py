@@ -93,13 +93,16 @@ def target_logits(hidden: Float[Tensor, "n dim"], head: Head, target: Int[Tensor
 
 
 @torch.no_grad()
-def likeliest(hidden: Float[Tensor, "n dim"], head: Head, *, rows: int | None = None) -> Int[Tensor, " n"]:
+def likeliest(
+    hidden: Float[Tensor, "n dim"], head: Head, *, rows: int | None = None, but: Int[Tensor, " n"] | None = None
+) -> Int[Tensor, " n"]:
     """The token of the largest logit of each state, tile by tile.
 
     Args:
         hidden: states that predict.
         head: the output layer.
         rows: see `slot_sums`.
+        but: of each state a token that it may not be: the second likeliest takes its place.
     """
     target = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     job = Job.of(hidden, head, target, target, (len(hidden),), rows=rows)
@@ -107,7 +110,10 @@ def likeliest(hidden: Float[Tensor, "n dim"], head: Head, *, rows: int | None = 
     with torch.autocast(hidden.device.type, enabled=False):
         words = head.weight.to(job.dtype)
         for tile in job.tiles():
-            target[tile] = tile_logits(tensors, job, words, tile)[0].argmax(1)
+            logits = tile_logits(tensors, job, words, tile)[0]
+            if but is not None:
+                logits = logits.scatter(1, but[tile][:, None], -torch.inf)
+            target[tile] = logits.argmax(1)
     return target
 
 

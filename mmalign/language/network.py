@@ -17,7 +17,7 @@ from mmalign.language import packed
 from mmalign.language.distillation import Lesson, distilled_sums
 from mmalign.language.head import Head, likeliest, slot_sums, target_logits
 from mmalign.likelihoods import Layout, Tokens
-from mmalign.likelihoods.tokens import GRADED
+from mmalign.likelihoods.tokens import GRADED, PER_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ class TokenNetwork(nn.Module):
 
         Args:
             layout: what is run, on the model's device.
-            wanted: see `slot_sums`, and `distilled_sums` where there is a lesson; `target_logits` are one a scored token.
+            wanted: see `slot_sums`, and `distilled_sums` where there is a lesson; `target_logits` are one a scored token;
+                `rival` are the sums where each token's place is taken by the one that is likeliest there but for it.
             lesson: what a teacher makes of the same layout.
         Raises:
             ValueError: a packed layout, and the network does not pack.
@@ -144,11 +145,16 @@ class TokenNetwork(nn.Module):
     ) -> dict[str, Tensor]:
         scored = (layout.target, layout.slot, layout.counts)
         how: dict[str, Any] = {"rows": self.rows, "accumulators": self.accumulators}
-        sums = slot_sums(states, head, *scored, weight=layout.weight, wanted=wanted - GRADED - {"target_logits"}, **how)
+        sums = slot_sums(states, head, *scored, weight=layout.weight, wanted=wanted & PER_TOKEN, **how)
         if lesson is not None:
             sums |= distilled_sums(states, head, lesson, *scored, wanted=wanted & GRADED, **how)
         if "target_logits" in wanted:
             sums["target_logits"] = target_logits(states, head, layout.target)
+        if "rival" in wanted:
+            rivals = likeliest(states, head, rows=self.rows, but=layout.target)
+            above = target_logits(states, head, rivals) - target_logits(states, head, layout.target)
+            above = above if layout.weight is None else above * layout.weight.to(above)
+            sums["rival"] = sums["logps"].index_add(0, layout.slot, above.to(sums["logps"]))
         return sums
 
     def states(self, layout: Layout) -> Float[Tensor, "scored dim"]:

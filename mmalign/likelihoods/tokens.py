@@ -23,6 +23,7 @@ Teacher = Callable[["Layout"], Any]  # teacher(layout) -> what a network takes a
 PER_TOKEN = frozenset({"agreement", "entropy"})  # measures that are means over the scored tokens, detached
 GRADED = frozenset({"teacher_divergence", "advantage"})  # those that a teacher gives, with a gradient
 EACH = "each_"  # before the name of further completions of which every candidate has its own
+RIVALS = frozenset({"rival", "degraded_rival"})  # of candidates, and of the further completion degraded
 ANCHORED_ON = "each_degraded"  # whose tokens' logits those of the candidates are compared with
 ROW, CONTEXT = "row", "context"
 
@@ -44,7 +45,9 @@ class TokenInputs:
             is there several times has as many columns; of those that begin with `each_` column i goes with candidate i.
         wanted: further measures: `shared` (the heads' sums), `joint` (with the context), `agreement`, `entropy`; as means
             over a candidate's scored tokens whatever their weights, `teacher_divergence` and `advantage`; `divergence`, the
-            sum over them of KL(reference || policy); and `anchored`, see `anchored_sums`.
+            sum over them of KL(reference || policy); `anchored`, see `anchored_sums`; and `rival` and `degraded_rival`, the
+            logps where the likeliest other token, as this network finds it, stands for each one of a candidate's, or of the
+            further completion `degraded`.
         teacher: what the first two of a teacher are taken from; never trained.
         device: where the network is.
         pack: one row without padding, every context run once; else padded rows.
@@ -130,6 +133,10 @@ class TokenInputs:
             out["divergence"] = self._candidates(both["teacher_divergence"].sum(1))
         if "anchored" in self.wanted:
             out["anchored"] = out["policy"] + self._anchors(sums["target_logits"])
+        if self.wanted & RIVALS:
+            rivals = self._by_row(both["rival"].sum(1))
+            names = {"rival": "policy", "degraded_rival": "degraded"}
+            out |= {name: rivals[names[name]] for name in sorted(self.wanted & RIVALS) if names[name] in rivals}
         return out
 
     def refer(self, network: TokenNetwork, *, drift: bool = False) -> tuple[Measures, TokenInputs]:
@@ -195,6 +202,8 @@ class TokenInputs:
         asked = self.wanted & (PER_TOKEN | GRADED)
         if "divergence" in self.wanted:
             asked |= {"teacher_divergence"}
+        if self.wanted & RIVALS:
+            asked |= {"rival"}
         return asked | {"target_logits"} if "anchored" in self.wanted else asked
 
     def _layout(self, tokens: Tokens) -> Layout:

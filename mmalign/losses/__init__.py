@@ -26,7 +26,7 @@ from mmalign.losses.reward_models import bradley_terry, gpm
 from mmalign.losses.statistics import STATISTICS, Statistic
 from mmalign.losses.terms import adpa, chosen_anchor, chosen_guard, dckd, nll, rationale, selm, tpo
 
-__all__ = ["LOSSES", "MEASURES", "STATISTICS", "PreferenceLoss", "Statistic"]
+__all__ = ["LOSSES", "MEASURES", "OF_VARIANT", "STATISTICS", "PreferenceLoss", "Statistic"]
 
 LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "dpo": dpo,
@@ -118,5 +118,12 @@ MEASURES = frozenset(
         "greedy",
         "divergence",
         "anchored",
+        "rival",
+        "degraded_rival",
     }
 )
+
+# Measures that a loss asks for under one of its variants alone, by the loss and the variant.
+OF_VARIANT = {
+    "re_align": {"released": frozenset({"rival", "reference_rival", "degraded_rival", "reference_degraded_rival"})},
+}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -89,24 +90,41 @@ def re_align(
     degraded: Float[Tensor, "batch 1"],
     reference_degraded: Float[Tensor, "batch 1"],
     weight: PerRow | None = None,
+    rival: Float[Tensor, "batch 2"] | None = None,
+    reference_rival: Float[Tensor, "batch 2"] | None = None,
+    degraded_rival: Float[Tensor, "batch 1"] | None = None,
+    reference_degraded_rival: Float[Tensor, "batch 1"] | None = None,
     *,
     beta: float = 0.1,
+    variant: Literal["paper", "released"] = "paper",
 ) -> PreferenceLoss:
     """Re-Align (its rDPO, which is not robust DPO): preference of responses and of images, the worse image a retrieved one.
 
     -log sigma(r_chosen - r_rejected) - log sigma(r_chosen - r_degraded),  r = beta * (policy - reference)
+    released: r_rejected and r_degraded are made of rivals, r = beta * (rival - reference_rival)
 
     Source: Xing et al. 2025 (Re-Align), the paper's equations. The published trainer does not score the tokens of the rejected
         response, nor those of the chosen one under the retrieved image, but what the model itself finds likeliest in their
-        places (second likeliest where that is the token): an error, which is not repeated here.
+        places (second likeliest where that is the token), policy and reference each by itself: `variant: released`, to
+        compare with; the rejected response is then only a text along which the model is pushed off its own choices.
     Args:
         policy, reference, weight: as in `mdpo`.
         degraded, reference_degraded: logps of the chosen response under a similar image (view `retrieved`).
+        rival, reference_rival: `released` alone: logps of the likeliest other tokens in the places of both responses; the first
+            column is not used.
+        degraded_rival, reference_degraded_rival: the same of the chosen response under the similar image.
         beta: reward per nat. Published: 0.1.
+        variant: see above.
     Raises:
-        ValueError: beta is not positive.
+        ValueError: beta is not positive, or released without rivals.
     """
     check_beta("re_align", beta)
+    if variant == "released":
+        if rival is None or reference_rival is None or degraded_rival is None or reference_degraded_rival is None:
+            raise ValueError("re_align.variant: got released without rivals, want those of policy and reference.")
+        policy = torch.cat([policy[:, :1], rival[:, 1:]], 1)
+        reference = torch.cat([reference[:, :1], reference_rival[:, 1:]], 1)
+        degraded, reference_degraded = degraded_rival, reference_degraded_rival
     response, image = _response_and_image(policy, reference, degraded, reference_degraded, beta)
     return PreferenceLoss(weighted(response.losses + image.losses, weight), response.rewards)
 
