@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import (
     DIM,
@@ -156,6 +157,16 @@ def test_a_clip_folder_with_keys_that_do_not_fit_is_refused_with_their_list(name
     )
     more = {"pick_score": {"processor": str(folder)}, "aesthetic": {"head": str(aesthetic_heads() / "v2.pth")}}.get(name, {})
     assert_listed(lambda: SCORERS[name](model=str(folder), **more), f"{name}.model", missing, misshapen, [77, 16])
+
+
+def test_positions_that_published_clips_were_saved_with_are_no_fault(tmp_path):
+    folder = shutil.copytree(transformers_clip(), tmp_path / "clip")
+    state = load_file(folder / "model.safetensors")
+    counted = {f"{tower}_model.embeddings.position_ids": torch.arange(n)[None] for tower, n in (("text", 77), ("vision", 5))}
+    save_file({**state, **counted}, folder / "model.safetensors", {"format": "pt"})
+    images = [Image.new("RGB", (24, 20), "red")]
+    scores = [SCORERS["clip_score"](model=str(one), scale="cosine")(["a cat"], images) for one in (folder, transformers_clip())]
+    assert torch.equal(*scores)
 
 
 @pytest.mark.parametrize("form", ["pt", "safetensors"])

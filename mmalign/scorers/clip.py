@@ -210,7 +210,7 @@ def load_transformers_clip(
     check_keys(
         place,
         missing=found["missing_keys"],
-        unexpected=found["unexpected_keys"],
+        unexpected=[key for key in found["unexpected_keys"] if not key.endswith(".embeddings.position_ids")],  # 0, 1, 2 ...
         misshapen={key: (tuple(got), tuple(want)) for key, got, want in found["mismatched_keys"]},
     )
     return network.to(where).eval().requires_grad_(False), loaded
