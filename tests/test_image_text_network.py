@@ -12,12 +12,14 @@ from tiny_causal import gradients, relative_errors
 from torch import Tensor
 
 from mmalign.adapters.text_tokens import tokens_of
+from mmalign.errors import UserError
 from mmalign.language.network import TokenNetwork
 from mmalign.likelihoods import Tokens
 from mmalign.multimodal import network as networks
 from mmalign.multimodal.families import FAMILIES
 from mmalign.multimodal.features import FeatureStore
 from mmalign.multimodal.network import Sight
+from mmalign.multimodal.opening import part_of
 from mmalign.records import Content, Media, Message
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +40,9 @@ def shown(family: str) -> Any:
     return encoder(family).shown(content)
 
 
-def network_of(family: str, *, pack: bool = True, trained: str = "", store: FeatureStore | None = None) -> TokenNetwork:
+def network_of(
+    family: str, *, pack: bool = True, trained: str | tuple[str, ...] = (), store: FeatureStore | None = None
+) -> TokenNetwork:
     """A network of a copy of the family's model, of which the parameters that begin so take a gradient."""
     model = copy.deepcopy(parts(family)[0])
     for name, parameter in model.named_parameters():
@@ -118,6 +122,61 @@ def test_packed_and_padded_rows_give_what_the_model_gives_for_each_answer_with_i
         distinct
     )  # the probe's image, and each other once, whatever the passes
     assert len(distinct) == (3 if family == "llava_onevision" else 2)  # which cuts images of several into fewer patches
+
+
+@FAMILY
+def test_arms_with_images_of_their_own_are_scored_as_each_is_alone(family: str) -> None:
+    arms = (("red", (WIDE,)), ("blue", (TALL,)), ("no", ()), ("a red one", (WIDE,)))
+    encoded = encoder(family)([sample("what?", answer, *images) for answer, images in arms])
+    assert len(encoded.contexts) == 3
+    network = network_of(family)
+    with torch.no_grad():
+        want = []
+        for number in range(len(arms)):
+            ids, seen = sequence(encoded, number)
+            logits = network.model(**arguments(family, ids, seen)).logits[0]
+            want.append(token_logps(logits, torch.tensor(ids), len(encoded.continuations[number])).sum())
+        found = tokens_of([encoded], len(arms), wanted=frozenset())
+        for layout in (found.padded(pad=1, multiple=8), *((found.packed(),) if network.packs else ())):
+            got = network(layout)["logps"]
+            torch.testing.assert_close(got, torch.stack(want).double(), rtol=0, atol=1e-5)
+    assert len({round(float(value), 4) for value in want}) == len(arms)
+
+
+@FAMILY
+def test_a_layout_that_shows_nothing_is_run_as_a_text(family: str) -> None:
+    network = network_of(family)
+    plain, mixed = shared(family, ROWS[2:]), shared(family)
+    with torch.no_grad():
+        want = network(mixed.padded())["logps"][5:]
+        for layout in (plain.padded(), *((plain.packed(),) if network.packs else ())):
+            torch.testing.assert_close(network(layout)["logps"], want, rtol=0, atol=1e-5)
+
+
+@FAMILY
+def test_towers_and_projectors_that_are_trained_get_the_gradient_of_the_naive_path(family: str) -> None:
+    trained = {name for name, _ in parts(family)[0].named_parameters() if part_of(name, FAMILIES[family]) != "language"}
+    network = network_of(family, trained=tuple(trained))
+    sight: Any = network.sight
+    wanted = gradients(network.model, (naive(network.model, family) * STAKES).sum())
+    before = sight.num_encoded
+    layout = shared(family).packed() if network.packs else shared(family).padded(pad=1)
+    got = gradients(network.model, (network(layout)["logps"] * STAKES).sum())
+    assert not sight.frozen and sight.num_encoded - before == (3 if family == "llava_onevision" else 2)
+    assert {name for name, gradient in got.items() if gradient.any()} <= wanted.keys()
+    known = {name: got[name] for name in wanted}
+    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    errors = {name: float((known[name] - gradient).abs().max()) / scale for name, gradient in wanted.items()}
+    assert max(errors.values()) < 1e-6, max(errors.items(), key=lambda item: item[1])
+    assert scale > 1e-2
+
+
+def test_features_of_another_number_than_their_placeholders_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_of("llava")
+    sight: Any = network.sight
+    monkeypatch.setattr(sight, "features", lambda model, images: [networks.Features(tokens=torch.zeros(15, 32))] * len(images))
+    with pytest.raises(UserError, match=r"got 45 features of images for 48 tokens.*num_additional_image_tokens"):
+        network(shared("llava").packed())
 
 
 def test_an_architecture_that_cannot_be_packed_says_why() -> None:

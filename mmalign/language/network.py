@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -42,8 +42,8 @@ class Sight(Protocol):
     def probe(self, vocab: int) -> Tokens:
         """Tokens to try a model with."""
 
-    def alike(self, layout: Layout) -> list[tuple[Int[Tensor, " some"], Layout]]:
-        """Padded rows in groups that the model can run together."""
+    def alike(self, layout: Layout) -> Iterator[tuple[Int[Tensor, " some"], Layout]]:
+        """Padded rows in groups that the model can run together, one after the other."""
 
     def blocks(self, layout: Layout) -> dict[int, tuple[tuple[int, int], ...]]:
         """See `packed.Row`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,7 @@ class Sight:
         self.shown = (tuple(shown[0]), shown[1])
         self._memo: OrderedDict[tuple[Any, ...], Features] = OrderedDict()
         self._num_bytes = 0
+        self._of_pass: dict[str, Features] | None = None  # while a layout is run in several groups
         with torch.enable_grad():
             [found] = self._encoded(model, self.shown[1].images[:1])
         self.frozen = not any(part.requires_grad for part in (found.tokens, *found.deep))
@@ -77,29 +78,31 @@ class Sight:
         contexts, media = (torch.tensor(ids), plain), (seen, alone)
         return Tokens(contexts=contexts, continuations=tuple(answers), context_of=(0, 0, 1, 0, 1), media=media)
 
-    def alike(self, layout: Layout) -> list[tuple[Int[Tensor, " some"], Layout]]:
+    def alike(self, layout: Layout) -> Iterator[tuple[Int[Tensor, " some"], Layout]]:
         """Padded rows in groups that the model can run together: Mllama's rows by the shape of what they attend to across.
 
-        Returns: of each group the rows, and the layout that runs them, whose `at` is that of the whole.
+        Yields: of each group the rows, and the layout that runs them, whose `at` is that of the whole. What is encoded for one
+            of them serves those that follow.
         """
         groups: dict[Any, list[int]] = {}
         for row, seen in enumerate(layout.media or (None,) * len(layout.ids)):
             crossed = None if seen is None or seen.crossed is None else tuple(seen.crossed.shape[1:])
             groups.setdefault(crossed, []).append(row)
-        out = []
-        for rows in groups.values():
-            index = torch.tensor(rows)
-            there = index.to(layout.ids.device)
-            part = replace(
-                layout,
-                ids=layout.ids[there],
-                positions=layout.positions[there],
-                mask=None if layout.mask is None else layout.mask[there],
-                media=None if layout.media is None else tuple(layout.media[row] for row in rows),
-                begins=tuple(layout.begins[row] for row in rows),
-            )
-            out.append((there, part))
-        return out
+        self._of_pass = {}
+        try:
+            for rows in groups.values():
+                there = torch.tensor(rows).to(layout.ids.device)
+                part = replace(
+                    layout,
+                    ids=layout.ids[there],
+                    positions=layout.positions[there],
+                    mask=None if layout.mask is None else layout.mask[there],
+                    media=None if layout.media is None else tuple(layout.media[row] for row in rows),
+                    begins=tuple(layout.begins[row] for row in rows),
+                )
+                yield there, part
+        finally:
+            self._of_pass = None
 
     def blocks(self, layout: Layout) -> dict[int, tuple[tuple[int, int], ...]]:
         """Of the contexts of a packed row, by number, the tokens that see each other in both directions."""
@@ -133,9 +136,9 @@ class Sight:
         """Of each image, what tower and projector make of it; equal ones are encoded once."""
         how = (torch.is_autocast_enabled(_device(model).type), torch.get_autocast_dtype(_device(model).type))
         distinct = {image.key: image for image in images}
-        known: dict[str, Features] = {}
+        known = {key: one for key, one in (self._of_pass or {}).items() if key in distinct}
         if self.frozen:
-            for key, image in distinct.items():
+            for key, image in ((key, image) for key, image in distinct.items() if key not in known):
                 found = self._memo.get((key, how))
                 if found is None and self.store is not None:
                     found = self.store.get(key, image.num_tokens, _device(model))
@@ -149,6 +152,8 @@ class Sight:
                 for key, one in new.items():
                     self.store.put(key, one)
             known |= new
+        if self._of_pass is not None:
+            self._of_pass |= known
         if self.frozen:
             self._remember({(key, how): one for key, one in known.items()})
         return [known[image.key] for image in images]
