@@ -12,6 +12,7 @@ from loss_inputs import data, tensor
 from torch import Tensor
 
 from mmalign.errors import UserError
+from mmalign.language.head import Head, slot_sums
 from mmalign.losses import LOSSES, STATISTICS, bco, chosen_anchor, dpo, nll
 from mmalign.losses.blind import blind_bpo
 from mmalign.losses.image_contrasts import svco, symmpo
@@ -80,6 +81,36 @@ def test_blind_bpo_is_dpo_on_each_pair() -> None:
     assert_equal(blind.mean(), stored["loss_blind_term"])
     assert_equal(blind_bpo(policy, reference, blind_weight=0.25).losses, own + 0.25 * blind)
     assert_equal(blind_bpo(policy, reference, blind_weight=0.0).losses, own)
+
+
+def test_dpo_repeats_the_trainer_that_blind_po_uses() -> None:
+    stored, names = golden("dpo"), ("chosen", "rejected")
+    tokens = [leaf(stored[f"policy_{name}_token_logps"]) for name in names]
+    reference = torch.stack([stored[f"ref_{name}_token_logps"].sum(1) for name in names], 1)
+    result = dpo(torch.stack([one.sum(1) for one in tokens], 1), reference, beta=float(stored["beta"]))
+    result.losses.mean().backward()
+    assert_equal(result.losses, stored["losses"])
+    assert_equal(result.losses.mean(), stored["loss"])
+    for name, one in zip(names, tokens, strict=True):
+        assert_equal(one.grad, stored[f"grad_policy_{name}_token_logps"])
+
+
+def test_responses_are_scored_token_by_token_as_the_authors_of_blind_po_gather_them() -> None:
+    """Logits are hidden states of an output layer that is the identity; rows are padded on the left, responses end them."""
+    stored = golden("response_logprobs")
+    logits, ids, lengths = leaf(stored["logits"]), stored["input_ids"], stored["response_len"].tolist()
+    places = [(row, at) for row, length in enumerate(lengths) for at in range(ids.shape[1] - length, ids.shape[1])]
+    rows, at = torch.tensor(places).unbind(1)
+    told = (ids[rows, at], rows, tuple(lengths))
+    sums = slot_sums(logits[rows, at - 1], Head(weight=torch.eye(logits.shape[2], dtype=torch.float64)), *told)["logps"]
+    assert_equal(sums, stored["sum_logps"])
+    sums.sum().backward()
+    assert_equal(logits.grad, stored["grad_logits_of_sum"])
+    with torch.no_grad():
+        each = (told[0], torch.arange(len(rows)), (1,) * len(rows))
+        found = slot_sums(logits[rows, at - 1], Head(weight=torch.eye(logits.shape[2], dtype=torch.float64)), *each)["logps"]
+    for own, expected, length in zip(found.split(lengths), stored["token_logps"], lengths, strict=True):
+        assert_equal(own, expected[:length])
 
 
 def test_mdpo_repeats_its_published_code() -> None:
