@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from mmalign.errors import UserError
 from mmalign.multimodal.families import FAMILIES
 from mmalign.multimodal.tiny_families import BUILDERS, template
-from mmalign.records import Content, Message, Sample
+from mmalign.records import Content, Media, Message, Sample
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 WIDE, TALL, SQUARE = picture(0, 60, 40), picture(1, 40, 70), picture(2, 32, 32)
@@ -51,6 +51,66 @@ def test_two_images_of_different_sizes_keep_their_order_and_their_tensors(family
     if seen.images[0].num_tokens == seen.images[1].num_tokens:
         other = model(**arguments(family, ids, turned)).logits
         assert (other - model(**whole).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
+def test_images_of_several_turns_stand_where_the_template_puts_them(family: str) -> None:
+    model, processor = parts(family)
+    said = (
+        Message(role="user", text="what?", images=(TALL,)),
+        Message(role="assistant", text="a thing"),
+        Message(role="user", text="and this here?", images=(WIDE,), places=(4,)),
+    )
+    ids, seen = sequence(encoder(family)([Sample(prompt=Content(messages=said), completion=Content(text="red"))]), 0)
+    image = {"type": "image"}
+    conversation = [
+        {"role": "user", "content": [image, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a thing"}]},
+        {"role": "user", "content": [{"type": "text", "text": "and "}, image, {"type": "text", "text": "this here?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    whole = written(processor, conversation, (TALL, WIDE))
+    assert ids == whole["input_ids"][0].tolist()
+    torch.testing.assert_close(model(**arguments(family, ids, seen)).logits, model(**whole).logits, **CLOSE)
+
+
+def written(processor: Any, conversation: list[dict[str, Any]], images: tuple[Media, ...], **settings: Any) -> dict[str, Any]:
+    """What a processor makes of a conversation that shows images."""
+    text = processor.apply_chat_template(conversation, tokenize=False)
+    begins = not text.startswith(processor.tokenizer.bos_token)
+    opened = [[media.open() for media in images]]
+    out = processor(text=[text], images=opened, add_special_tokens=begins, return_tensors="pt", **settings)
+    out.pop("attention_mask")
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in out.items()}
+
+
+PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 4}
+TILED: dict[str, tuple[str, dict[str, Any], list[int]]] = {  # the images of a prompt, and how many tokens each has
+    "crops of Gemma 3 are images of their own": (
+        "gemma3",
+        {**PAN_AND_SCAN, "pan_and_scan_min_ratio_to_activate": 1.2},
+        [4, 4, 4, 4, 4],
+    ),
+    "Idefics3 without tiles": ("idefics3", {"do_image_splitting": False}, [4, 4]),
+    "InternVL with fewer tiles": ("internvl", {"max_patches": 2}, [12, 4]),
+    "Qwen with fewer patches": ("qwen2_vl", {"size": {"shortest_edge": 784, "longest_edge": 2 * 784}}, [2, 1]),
+}
+
+
+@pytest.mark.parametrize("what", TILED)
+def test_images_are_divided_as_settings_of_the_processor_have_it(what: str) -> None:
+    family, settings, counts = TILED[what]
+    model, processor = parts(family)
+    images = (picture(4, 120, 40), SQUARE)
+    ids, seen = sequence(encoder(family, settings=settings)([sample("which?", "one", *images)]), 0)
+    conversation = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "which?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "one"}]},
+    ]
+    whole = written(processor, conversation, images, **settings)
+    assert seen is not None and [image.num_tokens for image in seen.images] == counts
+    assert ids == whole["input_ids"][0].tolist()
+    torch.testing.assert_close(model(**arguments(family, ids, seen)).logits, model(**whole).logits, **CLOSE)
 
 
 @FAMILY
