@@ -8,20 +8,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import comparison_of, config_of, encoded, final_weights, forget_accelerate, metrics_of, train, tree, write_rows
+from runs import (
+    comparison_of,
+    config_of,
+    encoded,
+    final_weights,
+    forget_accelerate,
+    metrics_of,
+    train,
+    tree,
+    write_config,
+    write_rows,
+)
 from test_resume import contents, numbers
 from test_step_reward import LATENT, adapter_of
 from tiny import tiny_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmalign import rank
+from mmalign import cli, rank
 from mmalign.config import read_config
 from mmalign.errors import UserError
 from mmalign.experiment import build_objective, open_policy, read_examples
 from mmalign.models.diffusion import Denoiser, open_pipeline
 from mmalign.noise import Schedule, flow_schedule, scaled_linear_alphas_cumprod, vp_schedule
 from mmalign.rank import RankConfig
+from mmalign.records.table import empty_dataset
 from mmalign.sources import Order
 from mmalign.sources.replay import own_states, visited_timesteps
 
@@ -329,6 +341,22 @@ def test_an_empty_expert_set_is_refused(tmp_path: Path) -> None:
     data = {"importer": {"name": "single_images", "path": str(tmp_path / "experts.jsonl")}, "view": "best"}
     with pytest.raises(UserError, match=r"experts\.jsonl: got no rows, want at least one image"):
         train(tmp_path / "out", **{**DRO, "data": data}, source=replay())
+
+
+@pytest.mark.parametrize("name", ["experts.parquet", "experts.jsonl"])
+def test_an_empty_table_of_experts_is_one_clear_error_of_the_command(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / name
+    if rows.suffix == ".parquet":
+        empty_dataset().to_parquet(str(rows))
+    else:
+        rows.touch()
+    config = write_config(tmp_path / "config.yaml", tree(tmp_path / "out", rows=rows, **DRO, source=replay()))
+    assert cli.main(["train", str(config)]) == 2
+    told = capsys.readouterr().err
+    assert "data: got no usable row, want at least one: 0 rows" in told and "The data are empty" in told
+    assert "Traceback" not in told and not (tmp_path / "out").exists()
 
 
 def test_a_reward_model_cannot_be_the_policy(tmp_path: Path) -> None:

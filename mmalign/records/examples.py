@@ -58,7 +58,8 @@ class Examples(Sequence[Example]):
                     self.kinds.setdefault((len(example.samples), images), row.where or f"row {index + 1}")
         self.fingerprint = digest.hexdigest()
         if not self._places:
-            raise UserError(f"data: got no usable row, want at least one: {self.summary()}. Check the view's settings.")
+            remedy = "Check the view's settings." if len(dataset) else "The data are empty: check their path, or what made them."
+            raise UserError(f"data: got no usable row, want at least one: {self.summary()}. {remedy}")
 
     def __len__(self) -> int:
         """Return the number of examples."""

@@ -151,6 +151,8 @@ def _read_parquet(files: list[Path], faults: list[Fault] | None, least: int) -> 
         raise UserError(f"{files[0].parent}: got a damaged Parquet file ({fault}). Copy it again.") from fault
     names = pq.read_schema(files[0]).names
     _check_columns(names, files[0])
+    if not any(counts):
+        return empty_dataset()  # datasets would not read it
     table = load_dataset("parquet", data_files=[glob.escape(str(f)) for f in files], split="train")
     where = [f"{file}:{n}" for file, count in zip(files, counts, strict=True) for n in range(1, count + 1)]
     return _complete(table, where)

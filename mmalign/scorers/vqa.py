@@ -69,7 +69,8 @@ def vqa_score(
     - an `AutoModelForImageTextToText` over an encoder and a decoder (InstructBLIP or BLIP-2 with Flan-T5, as in the paper):
       the template alone is the encoder's text, the answer is read from the decoder's start token.
 
-    Images: RGB, then the checkpoint's own processor. Prompts are not cut but by BLIP's text encoder (512 tokens).
+    Images: RGB, then the checkpoint's own processor, through which no gradient reaches the pixels. Prompts are not cut but by
+    BLIP's text encoder (512 tokens).
 
     Args:
         model: folder or hub id, e.g. `Salesforce/blip-vqa-base`, `Qwen/Qwen2-VL-7B-Instruct`.
