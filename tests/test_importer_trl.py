@@ -1,16 +1,14 @@
 import io
 import json
 import logging
-import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mmalign.adapters.text import TextAdapter
 from mmalign.errors import UserError
 from mmalign.importers import extract_prompt, to_trl, trl, unpair
+from mmalign.importers.trl import GIVEN
 from mmalign.importers.trl_format import chatml, trl_row
 from mmalign.records import Comparison, Content, Dropped, Examples, Media, Message, comparison, joint, pair, step, unpaired
 
@@ -360,16 +358,21 @@ def test_tool_calls_and_tools_of_a_table_lose_the_keys_that_others_gave_them(tmp
     assert first.prompt.tools == (TOOL,) and second.prompt.tools == ({**TOOL, "strict": True},)
 
 
-def test_options_of_the_chat_template_in_a_column_are_warned_of(tmp_path, caplog):
+@pytest.mark.parametrize("given", [{"think": True, "date": "Monday"}, '{"think": true, "date": "Monday"}'])
+def test_what_the_chat_template_is_given_in_a_row_goes_with_its_prompt(tmp_path, given):
+    pair_row = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    (row, plain), _ = imported(tmp_path, {**pair_row, "chat_template_kwargs": given}, pair_row)
+    assert row.prompt.template_kwargs == {"think": True, "date": "Monday"} and row.prompt.tools == ()
+    assert plain.prompt.template_kwargs == {} and plain.prompt.key() != row.prompt.key()
+
+
+def test_of_a_table_each_row_keeps_what_it_gives_the_chat_template_itself(tmp_path):
     from datasets import Dataset
 
-    Dataset.from_list(
-        [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "chat_template_kwargs": {"think": True}}]
-    ).to_parquet(tmp_path / "x.parquet")
-    trl(path=str(tmp_path / "x.parquet"))
-    assert "chat_template_kwargs is not read, row by row" in caplog.text
-    (setting,) = re.findall(r"adapter\.(\w+)", caplog.text)
-    assert setting in {one.name for one in fields(TextAdapter)}
+    given = [{"think": True}, {"date": "Monday"}]
+    rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "chat_template_kwargs": one} for one in given]
+    Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    assert [comparison(row).prompt.template_kwargs for row in trl(path=str(tmp_path / "x.parquet")).dataset] == given
 
 
 def test_examples_of_an_import_are_read_row_by_row(tmp_path):
@@ -387,6 +390,7 @@ def test_what_is_written_for_trl_is_read_as_it_was(tmp_path, name):
     rows = [
         {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD], "margin": 1.0, "weight": 2.0, "tools": [TOOL]},
         {"prompt": [USER], "chosen": [BAD], "rejected": [GOOD], "margin": 0.5, "weight": 1.0, "rationale": "why"},
+        {"prompt": [USER], "chosen": [BAD], "rejected": [GOOD], "margin": 0.5, "weight": 1.0, GIVEN: {"think": False}},
     ]
     before, _ = imported(tmp_path, *rows)
     written = to_trl([pair(row)[0] for row in before], tmp_path / name)
@@ -394,6 +398,7 @@ def test_what_is_written_for_trl_is_read_as_it_was(tmp_path, name):
     for one, other in zip(before, after, strict=True):
         assert [told(c) for c in one.contents()] == [told(c) for c in other.contents()]
         assert (one.margin, one.weight, one.prompt.tools) == (other.margin, other.weight, other.prompt.tools)
+        assert one.prompt.template_kwargs == other.prompt.template_kwargs
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mmalign.adapters.options import Lora
 from mmalign.adapters.text_lengths import groups_of_like_length, length_note
+from mmalign.adapters.text_opening import DTYPES, text_or_file
+from mmalign.adapters.text_policy import FULL
 from mmalign.adapters.text_reading import Reader
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
@@ -25,9 +27,6 @@ from mmalign.likelihoods import ScoreInputs, padded_texts
 from mmalign.records import Example
 from mmalign.scorers.preference import EmbeddingHead, Shape
 from mmalign.sources import Prepared
-
-FULL = "model"  # the folder, in a run's output, that a full fine-tune is saved to
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,8 @@ class TextRewardAdapter:
         revision: of the hub's repository.
         tokenizer: folder or hub id; None: the model's.
         head: scalar, for the loss bradley_terry, or gpm, for the loss gpm.
+        chat_template: Jinja text, or a file of it, instead of the tokenizer's; it is saved with the model.
+        chat_template_kwargs: given to the chat template of every conversation, by its own names; a scorer is told them again.
         template, system_prompt, eos, max_prompt_length, max_response_length: see `language.chat.Encoder`.
         lora: low-rank weights, beside which the head is trained whole; None: full fine-tuning in float32.
         dtype: of the frozen weights; auto: that of the mixed precision. Head and full fine-tuning keep float32.
@@ -83,6 +84,8 @@ class TextRewardAdapter:
     revision: str | None = None
     tokenizer: str | None = None
     head: Annotated[Choice, Table(HEADS)] = SCALAR
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     template: Literal["auto", "always"] = "auto"
     system_prompt: str | None = None
     eos: Literal["auto", "always", "never"] = "auto"
@@ -131,7 +134,9 @@ class TextRewardAdapter:
         wanted, other = ("bradley_terry", "gpm") if self.head.target is Scalar else ("gpm", "bradley_terry")
         for loss in losses:
             if any(name.split("_")[0] == "reference" for name in inspect.signature(loss.target).parameters):
-                raise UserError(f"loss: got {loss.name}, which asks for a reference, which a reward model has not, want {wanted}.")
+                raise UserError(
+                    f"loss: got {loss.name}, which asks for a reference, which a reward model has not, want {wanted}."
+                )
             if loss.name == other:
                 raise UserError(f"loss: got {other} with adapter.head {self.head.name}, want {wanted}, or the other head.")
 
@@ -212,6 +217,8 @@ class TextRewardPolicy:
             revision=settings.revision if settings.tokenizer is None else None,
             trust_remote_code=settings.trust_remote_code,
         )
+        if settings.chat_template is not None:
+            self.tokenizer.chat_template = text_or_file(settings.chat_template)
         self.pad = padding_token(self.tokenizer)
         self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.pad)
         self.scalar = settings.head.target is Scalar
@@ -236,6 +243,7 @@ class TextRewardPolicy:
         encoder = Encoder(
             tokenizer=self.tokenizer,
             template=settings.template,
+            template_kwargs=settings.chat_template_kwargs or {},
             system_prompt=settings.system_prompt,
             eos=settings.eos,
             max_prompt_length=settings.max_prompt_length,

@@ -75,7 +75,7 @@ def with_system(row: Comparison, system: str) -> Comparison:
             f"{row.where or row.id}: got a system prompt already, want none, for the goal stands there. Take it out, or put it "
             "into the first message of the user."
         )
-    prompt = Content(messages=(Message(role="system", text=system), *messages), tools=row.prompt.tools)
+    prompt = replace(row.prompt, text=None, images=(), messages=(Message(role="system", text=system), *messages))
     return replace(row, prompt=prompt, candidates=tuple(map(_answer, row.candidates)))
 
 

@@ -60,5 +60,8 @@ def _by_key(verdicts: Iterable[Judgement]) -> dict[str, dict[str, Any]]:
 def key_of(row: Comparison) -> str:
     """A key of all that is said in a row, images left out."""
     contents = (row.prompt, *(row.prompts or ()), *row.candidates)
-    said = [[c.text, [(m.role, m.text, m.name, m.tool_calls, m.extra) for m in c.messages], c.tools] for c in contents]
+    said: list[Any] = [
+        [c.text, [(m.role, m.text, m.name, m.tool_calls, m.extra) for m in c.messages], c.tools] for c in contents
+    ]
+    said += [c.template_kwargs for c in contents if c.template_kwargs]
     return hashlib.sha256(json.dumps([len(row.candidates), row.prefix, said], sort_keys=True).encode()).hexdigest()[:16]

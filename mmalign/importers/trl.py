@@ -19,15 +19,15 @@ from mmalign.records import Comparison, Content, Media, Message, message_of
 from mmalign.records.conversations import without_nulls
 
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+GIVEN = "chat_template_kwargs"
 EXTRAS = ("rationale", "exploration", "gold")
 READ = (
     *("id", "prompt", "chosen", "rejected", "completion", "completions", "label", "labels", "messages", "conversations"),
-    *("system", "tools", "image", "images", "prefix", "prob", "margin", "weight", "scores", "ranks", LINE),
+    *("system", "tools", GIVEN, "image", "images", "prefix", "prob", "margin", "weight", "scores", "ranks"),
+    LINE,
     *EXTRAS,
     *(name for names in SCORES for name in names),
 )
-
-LOOKED_AT = 1000  # rows, for what a column that is not read has in it
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ def trl(
     An answer may also be an image, `{bytes, path}`, as pairs of generated images have them.
 
     Messages are {role, content}, or {from, value} with the names human and gpt. Images: `image`, `images`, or inside the
-    parts of messages. Further columns: tools, system, prob, margin, weight, chosen_score and rejected_score (the judge
-    `score`), rationale, exploration, gold, id. Others are not read, which is told.
+    parts of messages. Further columns: tools, chat_template_kwargs (given to the template of this row, before what the
+    adapter gives all rows), system, prob, margin, weight, chosen_score and rejected_score (the judge `score`), rationale,
+    exploration, gold, id. Others are not read, which is told.
 
     Args:
         path: hub id, JSONL, JSON, Parquet or CSV file, or a folder of them or of `save_to_disk`.
@@ -77,17 +78,7 @@ def trl(
 
 
 def _tell_unread(table: Any) -> None:
-    column = "chat_template_kwargs"
-    if column in table.column_names:
-        values = table[:LOOKED_AT][column]
-        alike = all(value == values[0] for value in values)
-        found = (
-            f"to {values[0]}, as the first {len(values)} rows have"
-            if alike
-            else "to what is wanted of all rows: the rows differ in it"
-        )
-        logger.warning("the column %s is not read, row by row. Set adapter.%s %s.", column, column, found)
-    unread = [name for name in table.column_names if name not in (*READ, column)]
+    unread = [name for name in table.column_names if name not in READ]
     if unread:
         logger.info("columns that are not read: %s", ", ".join(unread))
 
@@ -227,9 +218,9 @@ class _Reader:
         )
 
     def _prompt(self, value: Any, system: Any, talks: bool) -> Content:
-        tools = tuple(_tools(self.row.get("tools")))
+        given: dict[str, Any] = {"tools": tuple(_tools(self.row.get("tools"))), "template_kwargs": _given(self.row.get(GIVEN))}
         if not talks:
-            return Content(text=_words(value, "prompt"), images=self.images, tools=tools)
+            return Content(text=_words(value, "prompt"), images=self.images, **given)
         waiting = iter(self.images)
         entries = [{"role": "user", "content": value}] if isinstance(value, str) else _listed(value)
         messages = [self._message(entry, waiting) for entry in entries]
@@ -238,7 +229,7 @@ class _Reader:
             if messages and messages[0].role == "system" and messages[0] != told:
                 raise UserError("got a system prompt in its own column and another one in the conversation, want one of them.")
             messages = messages if messages[:1] == [told] else [told, *messages]
-        return Content(messages=tuple(self._placed(messages, tuple(waiting))), tools=tools)
+        return Content(messages=tuple(self._placed(messages, tuple(waiting))), **given)
 
     def _placed(self, messages: list[Message], left: tuple[Media, ...]) -> list[Message]:
         """Put images that no part names before the first words of the user, as TRL does."""
@@ -313,6 +304,17 @@ def _tools(value: Any) -> list[dict[str, Any]]:
     if not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"got the tools {shown(value)}, want a list of JSON schemas. Correct the row.")
     return tools
+
+
+def _given(value: Any) -> dict[str, Any]:
+    """Return what the chat template is given in a row: an object, or JSON of it."""
+    try:
+        given = json.loads(value) if isinstance(value, str) and value.strip() else value or {}
+    except ValueError as fault:
+        raise UserError(f"got the {GIVEN} {shown(value)}, want an object. Correct the row.") from fault
+    if not isinstance(given, Mapping):
+        raise UserError(f"got the {GIVEN} {shown(value)}, want an object. Correct the row.")
+    return dict(without_nulls(dict(given)))
 
 
 def _label(value: Any) -> float:

@@ -94,7 +94,9 @@ def laid_out(sample: Sample, answers: Mapping[str, Content]) -> dict[str, Any]:
         row = {"prompt": _text(sample, sample.prompt) + (sample.prefix or "")}
         row |= {name: _text(sample, content) for name, content in answers.items()}
     images = [media for content in contents for media in content.media()]
-    tools = {"tools": list(sample.prompt.tools)} if sample.prompt.tools else {}
+    tools: dict[str, Any] = {"tools": list(sample.prompt.tools)} if sample.prompt.tools else {}
+    if sample.prompt.template_kwargs:
+        tools["chat_template_kwargs"] = sample.prompt.template_kwargs
     return {**row, **tools, **({"images": images} if images else {})}
 
 

@@ -105,7 +105,7 @@ class Encoder:
     Args:
         tokenizer: of transformers.
         template: auto: only messages go through the template. always: a prompt that is a text is taken for the user's message.
-        template_kwargs: given to the template, by names of its own.
+        template_kwargs: given to the template, by names of its own; what a prompt gives itself comes before it.
         system_prompt: put before conversations that have no system message.
         eos: auto: an answer that is a text and ends its turn gets the end-of-text token, messages end as their template ends
             them. always: messages too, where it is not there yet. never: none is added.
@@ -203,7 +203,7 @@ class Encoder:
             if _goes_on(said):
                 begun, said = (said[-1].text or "") + begun, said[:-1]
             answers = (replace(answers[0], text=begun + (answers[0].text or "")), *answers[1:])
-        render = partial(self._rendered, tools=sample.prompt.tools)
+        render = partial(self._rendered, prompt=sample.prompt)
         whole = render((*said, *answers), ends=True)
         kept = self._kept(before, whole, said, answers)
         turns = said_by_others(whole, said, answers, render) if len(answers) > 1 else ()
@@ -324,7 +324,7 @@ class Encoder:
                 limit,
                 text=text,
                 messages=self._messages(content),
-                render=partial(self._rendered, tools=content.tools),
+                render=partial(self._rendered, prompt=content),
                 tokens=partial(_token_ids, self.tokenizer),
                 beginning=self._begins(ids),
             )
@@ -351,7 +351,7 @@ class Encoder:
         if not content.messages and not (content.text or "").strip():
             raise UserError("prompt: got an empty one, want a message. Write one or remove the row.")
         messages = self._messages(content)
-        return self._rendered(messages, tools=content.tools, ends=False), True
+        return self._rendered(messages, prompt=content, ends=False), True
 
     def _messages(self, content: Content) -> tuple[Message, ...]:
         messages = content.messages or (Message(role="user", text=content.text or ""),)
@@ -359,8 +359,11 @@ class Encoder:
             messages = (Message(role="system", text=self.system_prompt), *messages)
         return messages
 
-    def _rendered(self, messages: Sequence[Message], *, tools: Sequence[Any], ends: bool) -> str:
+    def _rendered(self, messages: Sequence[Message], *, prompt: Content, ends: bool) -> str:
         """A conversation as text; without `ends` up to where the assistant goes on."""
+        decided = next((name for name in prompt.template_kwargs if name in GIVEN), None)
+        if decided is not None:
+            raise UserError(f"chat_template_kwargs: got {decided} in a row, which the conversation decides. Remove it there.")
         if self.tokenizer.chat_template is None:
             raise UserError(
                 "adapter.chat_template: the tokenizer has none, and the data are conversations. Give one, or plain texts."
@@ -369,11 +372,11 @@ class Encoder:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [_as_dict(message) for message in messages],
-                tools=list(tools) or None,
+                tools=list(prompt.tools) or None,
                 tokenize=False,
                 add_generation_prompt=not ends and not goes_on,
                 continue_final_message=goes_on,
-                **self.template_kwargs,
+                **{**self.template_kwargs, **prompt.template_kwargs},
             )
         except Exception as fault:  # jinja's errors have no common base with those that templates raise
             raise UserError(

@@ -9,6 +9,7 @@ from mmalign.errors import UserError
 from mmalign.records.media import Media
 from mmalign.records.rows import Content, Message
 
+TEMPLATE = "chat_template_kwargs"  # key of an object among the tools of a column that is not a tool
 NO_IMAGE = {"bytes": None, "path": None}
 TEXTS = ("role", "text", "name", "tool_calls", "extra")
 
@@ -17,7 +18,7 @@ def content_features(*, conversations: bool = True) -> dict[str, Any]:
     """Return the columns of one content. Images are stored as `datasets.Image`: bytes or path, not decoded.
 
     Args:
-        conversations: with messages and tools; tables written before there were any lack them.
+        conversations: with messages, and tools with what the template is given; tables written before there were any lack them.
     """
     from datasets import Image, List, Value
 
@@ -38,8 +39,14 @@ def content_row(value: Content) -> dict[str, Any]:
         "text": value.text,
         "images": _image_rows(value.images),
         "messages": [_message_row(message) for message in value.messages],
-        "tools": json.dumps(value.tools) if value.tools else None,
+        "tools": _tools_column(value),
     }
+
+
+def _tools_column(value: Content) -> str | None:
+    """JSON of the tools, and of what the chat template is given: tables of all versions have this one column for both."""
+    given = [{TEMPLATE: value.template_kwargs}] if value.template_kwargs else []
+    return json.dumps([*value.tools, *given]) if value.tools or given else None
 
 
 def _message_row(message: Message) -> dict[str, Any]:
@@ -67,11 +74,13 @@ def content_of(value: Mapping[str, Any], where: str) -> Content:
     Raises:
         UserError: a text that is none, or JSON that is none.
     """
+    objects = _objects(value.get("tools"), f"{where}: tools")
     return Content(
         text=_text(value.get("text"), where),
         images=_images(value.get("images"), where),
         messages=tuple(_message(m, f"{where}, message {n}") for n, m in enumerate(value.get("messages") or (), 1)),
-        tools=tuple(_objects(value.get("tools"), f"{where}: tools")),
+        tools=tuple(one for one in objects if set(one) != {TEMPLATE}),
+        template_kwargs=next((one[TEMPLATE] for one in objects if set(one) == {TEMPLATE}), {}),
     )
 
 

@@ -58,7 +58,9 @@ class Examples(Sequence[Example]):
                     self.kinds.setdefault((len(example.samples), images), row.where or f"row {index + 1}")
         self.fingerprint = digest.hexdigest()
         if not self._places:
-            remedy = "Check the view's settings." if len(dataset) else "The data are empty: check their path, or what made them."
+            remedy = (
+                "Check the view's settings." if len(dataset) else "The data are empty: check their path, or what made them."
+            )
             raise UserError(f"data: got no usable row, want at least one: {self.summary()}. {remedy}")
 
     def __len__(self) -> int:
@@ -95,7 +97,8 @@ class Examples(Sequence[Example]):
 def _said(row: Comparison) -> bytes:
     """Return the words that the fingerprint needs beyond the prompt's text; nothing for images alone."""
     contents = [(n, c) for n, c in enumerate(row.contents()) if c.messages or c.tools or (n and c.text is not None)]
-    said = [(n, c.text, c.tools, [_message(m) for m in c.messages]) for n, c in contents]
+    said: list[object] = [(n, c.text, c.tools, [_message(m) for m in c.messages]) for n, c in contents]
+    said += [(n, c.template_kwargs) for n, c in contents if c.template_kwargs]
     further = [row.prefix, *row.extras] if row.prefix is not None or row.extras else []
     return repr((said, further)).encode() if said or further else b""
 

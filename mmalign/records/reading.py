@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".apng", ".mp4", ".mov", ".webm", ".mkv", ".avi")
 SIDE_KEYS = ("id", "scores", "ranks", "prob", "weight", "margin", "provenance")
 ENTRY_KEYS = (*SIDE_KEYS, "prompt", "candidates", "prompts", "prefix", "extras")
+CONTENT_KEYS = ("text", "image", "images", "messages", "tools", "template_kwargs")
 # The spellings that imagefolder metadata has in the wild; the better image of a pair stands first.
 CAPTIONS = ("prompt", "text", "caption")
 WINNERS = ("file_name", "image", "chosen_file_name")
@@ -293,8 +294,9 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
     `{"prompt": "a cat", "candidates": [{"image": "a.png"}, {"image": "b.png"}], "ranks": [1, 2]}`; further keys: id, scores
     ({judge: [...]}), prob, weight, margin, provenance, prompts (one a candidate), prefix (a text), extras ({name: content}).
 
-    A prompt or candidate is a text, a list of messages, or an object with text, image, images, messages, tools. A message is
-    {role, content}, its content a text or a list of parts, {"type": "text", "text": ...} or {"type": "image", "image": path}.
+    A prompt or candidate is a text, a list of messages, or an object with text, image, images, messages, tools,
+    template_kwargs. A message is {role, content}, its content a text or a list of parts, {"type": "text", "text": ...} or
+    {"type": "image", "image": path}.
     A video is an `image` that is one file (GIF, WebP, APNG, MP4, WebM), or `images`: its frames in order.
     """
     unknown = [key for key in entry if key not in ENTRY_KEYS]
@@ -321,8 +323,11 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
 
 def _content(value: Any, resolve: Callable[[str], str]) -> dict[str, Any]:
     value = {"text": value} if isinstance(value, str) else {"messages": value} if isinstance(value, list) else value
-    if not isinstance(value, dict) or set(value) - {"text", "image", "images", "messages", "tools"}:
-        raise TypeError(f"{json.dumps(value)[:60]}, want a text or an object with text, image, images, messages, tools")
+    if not isinstance(value, dict) or set(value) - {*CONTENT_KEYS}:
+        raise TypeError(f"{json.dumps(value)[:60]}, want a text or an object with {', '.join(CONTENT_KEYS)}")
+    template_kwargs = value.get("template_kwargs", {})
+    if not isinstance(template_kwargs, dict):
+        raise TypeError(f"template_kwargs {json.dumps(template_kwargs)[:60]}, want an object")
     paths = [value["image"]] if "image" in value else _list(value, "images")
     if not all(isinstance(path, str) for path in paths):
         raise TypeError(f"{json.dumps(value)[:60]}, want paths of images as texts")
@@ -331,6 +336,7 @@ def _content(value: Any, resolve: Callable[[str], str]) -> dict[str, Any]:
         images=tuple(Media(path=resolve(path)) for path in paths),
         messages=tuple(message_of(m, lambda path: Media(path=resolve(path))) for m in _list(value, "messages")),
         tools=tuple(_objects(value, "tools")),
+        template_kwargs=template_kwargs,
     )
     return content_row(content)
 

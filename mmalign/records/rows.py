@@ -49,12 +49,14 @@ class Content:
     Args:
         messages: of a prompt: all before the answer. Of a candidate: the answer, most often one message of the assistant.
         tools: JSON schemas of the functions that may be called; they belong to the prompt.
+        template_kwargs: of a prompt: what its chat template is given by names of its own, as `enable_thinking`, as JSON.
     """
 
     text: str | None = None
     images: tuple[Media, ...] = ()
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def is_empty(self) -> bool:
         """Return whether there is nothing in it: no image, no words, no tool call."""
@@ -75,9 +77,10 @@ class Content:
         A caption beside images does not count; conversations count as a whole.
         """
         keys = [media.key() for media in self.images]
-        if self.messages or self.tools or (self.text is not None and not keys):
+        if self.messages or self.tools or self.template_kwargs or (self.text is not None and not keys):
             said = [(m.role, m.text, m.places, m.name, m.tool_calls, m.extra) for m in self.messages]
-            whole = [self.text, said, self.tools, [media.key() for media in self.media()]]
+            whole: list[Any] = [self.text, said, self.tools, [media.key() for media in self.media()]]
+            whole += [self.template_kwargs] if self.template_kwargs else []
             return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 

@@ -209,6 +209,7 @@ def content_entry(content: Content, place: Callable[[Media], str]) -> Any:
         **(images if paths else {}),
         **({"messages": [entry_of(m, place) for m in content.messages]} if content.messages else {}),
         **({"tools": list(content.tools)} if content.tools else {}),
+        **({"template_kwargs": content.template_kwargs} if content.template_kwargs else {}),
     }
     return next(iter(whole.values())) if set(whole) in ({"text"}, {"messages"}) else whole
 

@@ -20,7 +20,9 @@ FULL = "model"  # the folder, in a run's output, of a full fine-tune
 class ConversationReader:
     """Tokenises a prompt and an answer as the one text that a reward model reads."""
 
-    def __init__(self, tokenizer: Any, template: Template, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, template: Template, max_length: int, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         """Keep the settings.
 
         Args:
@@ -28,8 +30,10 @@ class ConversationReader:
             template: always: a prompt that is a text is the user's message, where the tokenizer has a template. auto: only
                 messages go through it, as in training with `template: auto`. never: prompt and answer one after the other.
             max_length: tokens; a longer text loses its beginning.
+            template_kwargs: given to the template, by names of its own.
         """
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self.template_kwargs = template_kwargs or {}
 
     def __call__(self, prompt: Prompt, text: str) -> tuple[list[int], int]:
         """Token ids, and how many of them are the prompt's.
@@ -62,7 +66,9 @@ class ConversationReader:
 
     def _rendered(self, messages: list[dict[str, Any]], *, goes_on: bool) -> str:
         try:
-            out: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=goes_on)
+            out: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=goes_on, **self.template_kwargs
+            )
         except Exception as fault:  # jinja's errors have no common base with those that templates raise
             raise UserError(
                 f"scorer: the model's chat template refuses the conversation {str(messages)[:80]} ({fault}). Correct the roles."
@@ -70,7 +76,14 @@ class ConversationReader:
         return out
 
 
-def open_reader(model: str, *, revision: str | None, template: Template, max_length: int) -> ConversationReader:
+def open_reader(
+    model: str,
+    *,
+    revision: str | None,
+    template: Template,
+    max_length: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> ConversationReader:
     """The reader for a model's own tokenizer.
 
     Raises:
@@ -84,7 +97,7 @@ def open_reader(model: str, *, revision: str | None, template: Template, max_len
         raise UserError(
             f"scorer.model: got {model}, and no tokenizer is there ({told(fault)}). Name a folder or hub id."
         ) from fault
-    return ConversationReader(tokenizer, template, max_length)
+    return ConversationReader(tokenizer, template, max_length, template_kwargs)
 
 
 def padded(texts: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]]:

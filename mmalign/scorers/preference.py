@@ -150,6 +150,7 @@ def gpm_reward(
     model: str,
     opponents: tuple[str, ...],
     template: Template = "always",
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None,
     max_length: int = 4096,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     batch_size: int = 8,
@@ -165,7 +166,7 @@ def gpm_reward(
     Args:
         model: the output of a run of `adapter: text_reward` with `head: gpm`.
         opponents: answers that every text is compared with.
-        template, max_length, dtype, batch_size, device: as `text_reward`.
+        template, chat_template_kwargs, max_length, dtype, batch_size, device: as `text_reward`.
     Raises:
         UserError: no such model, or no opponents.
     """
@@ -175,7 +176,8 @@ def gpm_reward(
         raise UserError("gpm_reward.opponents: got none, want one or more answers to compare with.")
     folder = weights_of(model)
     head = open_head(Path(folder))
-    reader = open_reader(model, revision=None, template=template, max_length=max_length)
+    how: dict[str, Any] = {"template": template, "max_length": max_length, "template_kwargs": chat_template_kwargs}
+    reader = open_reader(model, revision=None, **how)
     try:
         network = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as fault:

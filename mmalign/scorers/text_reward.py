@@ -55,6 +55,7 @@ def text_reward(
     model: str,
     revision: str | None = None,
     template: Template = "always",
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None,
     max_length: int = 4096,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     batch_size: int = 8,
@@ -68,6 +69,7 @@ def text_reward(
         model: folder or hub id for `AutoModelForSequenceClassification`, or the output of a run of `adapter: text_reward`.
         revision: hub branch, tag or commit.
         template: see `ConversationReader`; auto for a model that was trained here on prompts that are plain texts.
+        chat_template_kwargs: given to the chat template, by names of its own: those that it was trained with.
         max_length: tokens of prompt and answer.
         dtype: of the weights.
         batch_size: texts per forward.
@@ -77,7 +79,8 @@ def text_reward(
     """
     from transformers import AutoModelForSequenceClassification
 
-    reader = open_reader(model, revision=revision, template=template, max_length=max_length)
+    how: dict[str, Any] = {"template": template, "max_length": max_length, "template_kwargs": chat_template_kwargs}
+    reader = open_reader(model, revision=revision, **how)
     folder = weights_of(model)
     more = {"num_labels": 1, "pad_token_id": reader.tokenizer.pad_token_id} if is_lora(folder) else {}
     try:
