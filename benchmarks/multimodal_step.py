@@ -56,6 +56,7 @@ DISCLOSED = (
     "random weights, images and texts, float32, one thread, no gradient checkpointing on either side; the vision tower is "
     "frozen on both, the projector is trained in full fine-tuning and frozen with LoRA",
     "loading, image processing, collating and tokenising are outside the clock",
+    "each step forgets what it remembers of images, since epochs show an image once; cached features are then read from disk",
     "features can be cached where neither tower nor projector is trained: with LoRA. TRL refuses to precompute reference "
     "log-probabilities for images, so there is no such peer",
     "live bytes are those of tensors made during a micro-step, gradients included; weights, the reference and the optimiser's "
@@ -114,6 +115,16 @@ def open_trainer(folder: Path, examples: Sequence[Example], work: Path, *, lora:
     return trainer
 
 
+class SeenAnew(OurTextStep):
+    """mmalign's own step on an image that it has not met before: nothing that was remembered of it counts."""
+
+    def _prepared(self) -> Any:
+        for network in (self.policy.network, self.policy._copy):
+            if network is not None:
+                network.sight.forget()
+        return super()._prepared()
+
+
 class Side:
     """All variants of a case, on the same weights and data."""
 
@@ -143,18 +154,18 @@ class Side:
             return TrlStep(trainer, theirs, beta=BETA * peer_beta_factor, compact=compact, cached=False, accumulation=1)
 
         cache = filled_cache(folder, examples, work / "cache", DATA[data])
-        self.variants: dict[str, TrlStep | OurTextStep] = {
+        self.variants: dict[str, TrlStep | SeenAnew] = {
             PEER: trl(),
             AGAIN: trl(),
-            OURS: OurTextStep(run_of(policy, work / "run", **how, term=term), ours, cache=None),
+            OURS: SeenAnew(run_of(policy, work / "run", **how, term=term), ours, cache=None),
             SHIPPED: trl(compact=False),
         }
         if lora:
             kept = open_ours(folder, lora=True, features=work / "features")
             move_away(kept)
             run = run_of(kept, work / "kept", **how, term=term)
-            self.variants[FEATURES] = OurTextStep(run, ours, cache=None)
-            self.variants[CACHED] = OurTextStep(run, ours, cache=cache)
+            self.variants[FEATURES] = SeenAnew(run, ours, cache=None)
+            self.variants[CACHED] = SeenAnew(run, ours, cache=cache)
 
     def rows(self, rounds: int) -> list[dict[str, Any]]:
         """The gate, then the clock.
