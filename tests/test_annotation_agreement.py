@@ -4,10 +4,12 @@ import pytest
 from annotation_ballots import ballot, ranking, votes_on
 
 from mmalign.annotation.agreement import against_majority, alpha, cohen, fleiss, raw_agreement
-from mmalign.annotation.ballots import choices, grades
+from mmalign.annotation.ballots import choices, grades, items_of
 
 # Krippendorff (2011): three raters, fifteen units, dots are missing verdicts.
 PUBLISHED = {"A": ".....34121133.3", "B": "1.21334 3......".replace(" ", ""), "C": "..21344.21133.4"}
+# Krippendorff (2011), four observers and twelve units, dots are missing verdicts.
+OBSERVERS = ("123321412...", "1233224125.3", ".3332342251.", "12332441251.")
 # Fleiss (1971) as worked through in textbooks: ten subjects, fourteen raters, five categories.
 TEXTBOOK = (
     *((0, 0, 0, 0, 14), (0, 2, 6, 4, 2), (0, 0, 3, 5, 6), (0, 3, 9, 2, 0), (2, 2, 8, 1, 1)),
@@ -39,6 +41,14 @@ def test_nothing_is_said_of_agreement_where_nobody_overlaps() -> None:
 def test_alpha_is_the_published_one(level: str, value: float) -> None:
     found = alpha(published(), level)  # type: ignore[arg-type]
     assert found is not None and round(found.value, 3) == value
+
+
+@pytest.mark.parametrize(("level", "value"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
+def test_alpha_of_four_observers_with_missing_verdicts_is_the_published_one(level: str, value: float) -> None:
+    units = {str(n): {f"o{o}": float(row[n]) for o, row in enumerate(OBSERVERS) if row[n] != "."} for n in range(12)}
+    found = alpha(units, level)  # type: ignore[arg-type]
+    assert found is not None and round(found.value, 3) == value
+    assert found.num_items == 11, "one unit was judged by one observer alone"
 
 
 def test_alpha_worked_out_by_hand_on_two_choices() -> None:
@@ -103,3 +113,37 @@ def test_a_ranking_agrees_pair_by_pair() -> None:
     found = raw_agreement(units)
     assert found is not None and found.value == pytest.approx(2 / 3)
     assert grades(cast)[0] == "rank"
+
+
+def test_fleiss_by_hand_where_the_numbers_of_raters_differ() -> None:
+    # P_i: aab 1/3, bb 1, ab 0, mean 4/9; 3 a and 4 b of 7: P_e 25/49; (4/9 - 25/49) / (24/49) = -29/216.
+    units = choices([*votes_on(1, "aab"), *votes_on(2, "bb"), *votes_on(3, "ab"), *votes_on(4, "a")])
+    assert fleiss(units) == pytest.approx(-29 / 216)
+
+
+def test_weighted_kappa_goes_by_the_difference_of_strengths_and_not_by_their_order() -> None:
+    # Squared differences seen: 1 of four; expected from the margins (2, 2) and (1, 1, 2): 67 of four.
+    both = [(-3.0, -3.0), (-3.0, -2.0), (3.0, 3.0), (3.0, 3.0)]
+    units = {str(n): {"p": one, "q": other} for n, (one, other) in enumerate(both)}
+    assert cohen(units, weights="quadratic")["p", "q"].value == pytest.approx(1 - 1 / 67)
+
+
+def test_the_pairs_of_one_ranking_are_drawn_together() -> None:
+    """Half of forty rankings agree wholly, half are turned round: 120 pairs are evidence of forty items."""
+    cast = []
+    for item in range(40):
+        cast += [ranking(item, "p", (1, 2, 3)), ranking(item, "q", (1, 2, 3) if item % 2 else (3, 2, 1))]
+    units = choices(cast)
+    whole, loose = raw_agreement(units, items=items_of(units)), raw_agreement(units)
+    assert whole is not None and loose is not None and whole.value == loose.value == 0.5
+    assert (whole.num_items, loose.num_items) == (40, 120)
+    assert whole.high - whole.low > 1.4 * (loose.high - loose.low)
+    graded = grades(cast)[1]
+    ordinal = alpha(graded, "ordinal", items=items_of(graded))
+    assert ordinal is not None and ordinal.num_items == 40
+
+
+def test_ranks_with_gaps_say_the_same_as_ranks_without() -> None:
+    gaps, plain = [ranking(1, "p", (1, 3, 3))], [ranking(1, "p", (1, 2, 2))]
+    assert grades(gaps) == grades(plain) == ("rank", {"1#0": {"p": 1.0}, "1#1": {"p": 2.5}, "1#2": {"p": 2.5}})
+    assert choices(gaps) == choices(plain)

@@ -5,7 +5,7 @@ from annotation_ballots import ballot, ranking
 
 from mmalign.annotation.ballots import Ballot
 from mmalign.annotation.bias import gold_accuracy, left_rate, longer_rate, place_rates, repeats
-from mmalign.annotation.shares import share_of
+from mmalign.annotation.shares import share_of, wilson
 
 
 def test_a_share_has_wilsons_interval() -> None:
@@ -73,3 +73,24 @@ def test_repeats_tell_who_follows_the_side_of_the_screen() -> None:
 
 def test_a_repeat_without_its_first_time_is_no_repeat() -> None:
     assert repeats([ballot(1, "p", "a", repeat=True)]) == {}
+
+
+def test_repeats_and_items_of_known_answer_tell_of_people_and_not_of_a_bias() -> None:
+    pair = {"lengths": (9, 3)}
+    cast = [ballot(1, "p", "a", **pair), ballot(1, "p", "b", order=(1, 0), repeat=True, **pair)]
+    cast += [ballot(2, "p", "a", right=True, **pair), ranking(3, "p", (1, 2, 3)), ranking(4, "p", (1, 2, 3), right=True)]
+    for found in (left_rate(cast), longer_rate(cast)):
+        assert found is not None and (found.count, found.total) == (1, 1)
+    assert place_rates(cast)[3][0].total == 1
+
+
+def test_the_votes_on_one_pair_are_no_independent_evidence_of_a_bias_of_length() -> None:
+    # Four pairs of five votes each: twice all five for the longer one, twice none. v = 4 * 2.5^2 / 400, deff 5: worth 4 votes.
+    cast = [ballot(n, f"p{v}", "a" if n < 2 else "b", lengths=(9, 3)) for n in range(4) for v in range(5)]
+    found = longer_rate(cast)
+    assert found is not None and (found.count, found.total) == (10, 20)
+    assert (found.low, found.high) == pytest.approx(wilson(0.5, 4))
+    alone = longer_rate([ballot(n, "p", "a" if n % 3 else "b", lengths=(9, 3)) for n in range(30)])
+    assert alone is not None and alone == share_of(20, 30)
+    same = longer_rate([ballot(n % 3, f"p{n}", "a", lengths=(9, 3)) for n in range(30)])
+    assert same is not None and (same.low, same.high) == pytest.approx(wilson(1.0, 3))

@@ -14,6 +14,7 @@ from annotation_votes import cast, encoded, images, judged_project, opened, prot
 from mmalign.annotate import AnnotateConfig, _data, _project
 from mmalign.annotation.before_after import blind_win_rate, comparisons_of
 from mmalign.annotation.dashboard import Dashboard, as_csv, dashboard, save
+from mmalign.annotation.export import Settings, export
 from mmalign.annotation.selection import in_random_slice
 from mmalign.annotation.store import Store
 from mmalign.annotation.tally import ballots_of, dashboard_of, select, source_of
@@ -190,3 +191,29 @@ def test_other_projects_have_no_blind_win_rate(tmp_path: Path) -> None:
     found: Dashboard = dashboard_of(store, project, num_resamples=5)
     assert found.blind is None and blind_win_rate(ballots_of(store, project)) is None
     assert blind_win_rate([ballot(1, "p", "a", sources=("after", "before"))]).rate == 1.0  # type: ignore[union-attr]
+
+
+def test_gold_and_repeats_tell_of_people_and_count_nowhere_else(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    checks = protocol(gold_share=0.25, repeat_share=0.25, repeat_gap=2, votes_per_item=2, calibration=1)
+    project = store.create_project("trial", "text", checks).id
+    store.add(project, [texts(90, ranks=(2.0, 1.0))], role="calibration")
+    store.add(project, [texts(n, ranks=(2.0, 1.0)) for n in range(60, 70)], role="gold")
+    store.add(project, [texts(n) for n in range(12)])
+    for number, says in enumerate((A, B)):
+        who = store.add_account(f"p{number}").id
+        while store.take(project, who) is not None:
+            cast(store, project, who, says)
+    ballots = ballots_of(store, project)
+    plain = [one for one in ballots if not one.repeat and one.right is None]
+    assert len(plain) == 24 and len(ballots) > 30
+    found, expected = dashboard(ballots, num_resamples=20), dashboard(plain, num_resamples=20)
+    assert (found.num_checks, found.num_votes) == (len(ballots) - 24, len(ballots))
+    for name in ("counts", "raw", "alpha_nominal", "alpha_ordinal", "fleiss", "cohen", "left", "longer", "standings", "skills"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.counts == {"a": 12, "b": 12} and (found.num_judged, found.num_overlapping) == (12, 12)
+    assert found.raters["p0"].gold is not None and found.raters["p0"].gold.rate == 0.0
+    assert found.raters["p1"].gold is not None and found.raters["p1"].gold.rate == 1.0
+    card = (export(store, project, tmp_path / "out", Settings(format="comparisons")).folder / "README.md").read_text()
+    assert "| votes | 24 |" in card and "| votes by choice | a 12, b 12 |" in card
+    assert f"on items that came back | {len(ballots) - 24} |" in card

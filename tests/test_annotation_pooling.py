@@ -63,3 +63,8 @@ def test_a_row_takes_the_order_people_gave_it_and_keeps_its_scores() -> None:
     found = with_verdict(row, pooled(votes_on(1, "aab")))
     assert (found.ranks, found.prob, found.scores) == ((1.0, 2.0), pytest.approx(2 / 3), {"judge": (0.1, 0.9)})
     assert with_verdict(row, pooled(votes_on(1, "a"))).prob is None
+
+
+def test_ranks_with_gaps_agree_with_ranks_without() -> None:
+    found = pooled([ranking(1, "p", (1, 2, 2)), ranking(1, "q", (1, 3, 3))])
+    assert (found.agreement, found.ranks) == (1.0, (1.0, 2.5, 2.5))

@@ -74,3 +74,30 @@ def test_without_two_sources_there_is_nothing_to_rank() -> None:
 def test_a_streak_of_late_votes_does_not_decide_a_rating() -> None:
     cast = [ballot(n, "p", "a" if n < 300 else "b", **XY) for n in range(400)]
     assert [one.source for one in skills(cast)] == ["x", "y"]
+
+
+def test_one_vote_proves_little() -> None:
+    first, second = bradley_terry([ballot(1, "p", "a", **XY)])
+    assert first.low is not None and second.high is not None and first.low < second.high
+    assert [(one.best_rank, one.worst_rank) for one in (first, second)] == [(1, 2), (1, 2)]
+
+
+def test_the_interval_of_two_sources_is_that_of_a_beta_posterior() -> None:
+    from scipy.stats import beta
+
+    for won, lost in ((30, 10), (12, 0)):
+        cast = [ballot(n, "p", "a" if n < won else "b", **XY) for n in range(won + lost)]
+        first, _ = bradley_terry(cast, num_resamples=2000)
+        low, high = beta(won + 0.5, lost + 0.5).ppf([0.025, 0.975])
+        assert first.low is not None and first.high is not None
+        assert first.low == pytest.approx(math.log(low / (1 - low)) / 2, abs=0.06)  # strengths are apart by twice that
+        assert first.high == pytest.approx(math.log(high / (1 - high)) / 2, abs=0.06 if lost else 0.6)
+    assert (first.best_rank, first.worst_rank) == (1, 1), "one that always won is known to be better"
+
+
+def test_sources_that_no_comparisons_join_are_not_told_apart() -> None:
+    """a beats b nine times of ten, c and d are equal, and nobody compared the two with the others."""
+    cast = [ballot(n, "p", "a" if n % 10 else "b", sources=("a", "b")) for n in range(100)]
+    cast += [ballot(100 + n, "p", "a" if n % 2 else "b", sources=("c", "d")) for n in range(100)]
+    ranks = {one.source: (one.best_rank, one.worst_rank) for one in bradley_terry(cast)}
+    assert ranks == {"a": (1, 3), "b": (2, 4), "c": (1, 4), "d": (1, 4)}

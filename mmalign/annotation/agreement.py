@@ -1,7 +1,7 @@
 """How far raters agree, on plain tables of verdicts: raw agreement, Krippendorff, Cohen, Fleiss, leave-one-out majority."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ def overlapping(units: Units) -> dict[str, Mapping[str, Any]]:
     return {item: verdicts for item, verdicts in units.items() if len(verdicts) > 1}
 
 
-def raw_agreement(units: Units, *, num_resamples: int = 200, seed: int = 0) -> Estimate | None:
+def raw_agreement(
+    units: Units, *, items: Mapping[str, str] | None = None, num_resamples: int = 200, seed: int = 0
+) -> Estimate | None:
     """Share of pairs of raters of one item who say the same; None where no item has two raters.
 
     A = sum over items of (pairs that agree) / sum over items of (pairs)
@@ -29,10 +31,11 @@ def raw_agreement(units: Units, *, num_resamples: int = 200, seed: int = 0) -> E
 
     Args:
         units: item -> rater -> verdict.
+        items: unit -> its item, where several units are of one: they are drawn together.
         num_resamples, seed: of the bootstrap over items.
     """
-    same, pairs = [], []
-    for verdicts in overlapping(units).values():
+    same, pairs, kept = [], [], overlapping(units)
+    for verdicts in kept.values():
         counts = Counter(verdicts.values()).values()
         same.append(sum(n * (n - 1) // 2 for n in counts))
         pairs.append(len(verdicts) * (len(verdicts) - 1) // 2)
@@ -40,11 +43,21 @@ def raw_agreement(units: Units, *, num_resamples: int = 200, seed: int = 0) -> E
         return None
     agreeing, possible = np.array(same), np.array(pairs)
     return _estimate(
-        lambda drawn: float(agreeing[drawn].sum() / possible[drawn].sum()), len(pairs), num_resamples=num_resamples, seed=seed
+        lambda drawn: float(agreeing[drawn].sum() / possible[drawn].sum()),
+        [(items or {}).get(unit, unit) for unit in kept],
+        num_resamples=num_resamples,
+        seed=seed,
     )
 
 
-def alpha(units: Units, level: Level = "nominal", *, num_resamples: int = 200, seed: int = 0) -> Estimate | None:
+def alpha(
+    units: Units,
+    level: Level = "nominal",
+    *,
+    items: Mapping[str, str] | None = None,
+    num_resamples: int = 200,
+    seed: int = 0,
+) -> Estimate | None:
     """Krippendorff's alpha: 1 is agreement, 0 is chance, below 0 is worse than chance; None where it is undefined.
 
     alpha = 1 - D_observed / D_expected
@@ -58,6 +71,7 @@ def alpha(units: Units, level: Level = "nominal", *, num_resamples: int = 200, s
     Args:
         units: item -> rater -> verdict; numbers where the level is not nominal.
         level: nominal for choices; ordinal for strengths and ranks; interval.
+        items: unit -> its item, where several units are of one: they are drawn together.
         num_resamples, seed: of the bootstrap over items.
     """
     judged = overlapping(units)
@@ -70,7 +84,12 @@ def alpha(units: Units, level: Level = "nominal", *, num_resamples: int = 200, s
         for verdict in verdicts.values():
             counts[row, places[verdict]] += 1
     values = list(range(len(domain))) if level == "nominal" else domain
-    return _estimate(lambda drawn: _alpha_of(counts[drawn], values, level), len(judged), num_resamples=num_resamples, seed=seed)
+    return _estimate(
+        lambda drawn: _alpha_of(counts[drawn], values, level),
+        [(items or {}).get(unit, unit) for unit in judged],
+        num_resamples=num_resamples,
+        seed=seed,
+    )
 
 
 def _alpha_of(counts: Any, values: list[Any], level: str) -> float | None:
@@ -87,13 +106,22 @@ def _alpha_of(counts: Any, values: list[Any], level: str) -> float | None:
     return float(found) if np.isfinite(found) else None
 
 
-def _estimate(statistic: Any, num_items: int, *, num_resamples: int, seed: int) -> Estimate | None:
-    value = statistic(np.arange(num_items))
+def _estimate(statistic: Any, items: Sequence[str], *, num_resamples: int, seed: int) -> Estimate | None:
+    """A statistic of units, named by their items, with its bootstrap over items."""
+    value = statistic(np.arange(len(items)))
     if value is None:
         return None
-    ends = resampled(statistic, num_items, num_resamples=num_resamples, seed=seed)
+    places: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        places.setdefault(item, []).append(place)
+    of_item = [np.array(found) for found in places.values()]
+
+    def of_items(drawn: Any) -> Any:
+        return statistic(drawn if len(of_item) == len(items) else np.concatenate([of_item[item] for item in drawn]))
+
+    ends = resampled(of_items, len(of_item), num_resamples=num_resamples, seed=seed)
     low, high = ends or (None, None)
-    return Estimate(value=value, low=low, high=high, num_items=num_items)
+    return Estimate(value=value, low=low, high=high, num_items=len(of_item))
 
 
 def cohen(
@@ -108,8 +136,9 @@ def cohen(
     Source: Cohen (1960), by scikit-learn.
 
     Args:
-        units: item -> rater -> verdict; numbers where weights are wanted.
-        weights: none for choices; quadratic for strengths, as HelpSteer2 reports.
+        units: item -> rater -> verdict; whole numbers where weights are wanted.
+        weights: none for choices; quadratic for strengths, as HelpSteer2 reports. They go by the difference of the numbers,
+            levels that nobody chose included.
         least: shared items that a pair of raters must have.
     """
     from sklearn.metrics import cohen_kappa_score
@@ -123,6 +152,8 @@ def cohen(
         labels = sorted({verdict for pair in pairs for verdict in pair})
         if len(pairs) < least or len(labels) < 2:
             continue
+        if weights is not None:
+            labels, pairs = list(range(int(labels[0]), int(labels[-1]) + 1)), [(int(a), int(b)) for a, b in pairs]
         first, second = zip(*pairs, strict=True)
         value = float(cohen_kappa_score(first, second, labels=labels, weights=weights))
         found[raters] = Estimate(value=value, low=None, high=None, num_items=len(pairs))

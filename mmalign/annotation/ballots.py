@@ -21,13 +21,13 @@ class Ballot:
         choice: a, b, tie, both_bad, skip; `ranks` for lists of three candidates or more.
         ranks: one a candidate, 1 is best, equal is a tie; all 1 where all are bad; None of a skip.
         strength: -3 to 3, positive where b is better; None where it was not asked.
-        order: which candidate stood at each place of the screen, from left to right.
+        order: which candidate stood at each place of the screen, from left to right; drawn at random, but for repeats.
         sources: who made each candidate, empty where that is unknown.
         lengths: words of each candidate; empty for images.
         right: whether the known answer was given, of an item that has one.
         repeat: the same person had judged the item before, and this is the second time.
         active: it was shown because it was uncertain.
-        strewn: its item is of the random slice, which is judged whatever the votes say.
+        strewn: its item is of the random slice, and was judged whatever the votes say.
         seconds: from seeing to voting.
     """
 
@@ -46,6 +46,17 @@ class Ballot:
     seconds: float | None = None
 
 
+def dense(ranks: Sequence[float]) -> tuple[int, ...]:
+    """Ranks from 1 without gaps, so that 1, 2, 2 and 1, 3, 3 are one order."""
+    levels = sorted(set(ranks))
+    return tuple(levels.index(rank) + 1 for rank in ranks)
+
+
+def shared(ranks: Sequence[float]) -> list[float]:
+    """Ranks in which tied candidates share the mean of the places they take: 1, 1, 2 is 1.5, 1.5, 3."""
+    return [1 + sum(o < rank for o in ranks) + (sum(o == rank for o in ranks) - 1) / 2 for rank in ranks]
+
+
 def winner_of(ballot: Ballot) -> int | None:
     """The candidate that alone is best, None where there is none."""
     if ballot.ranks is None:
@@ -56,7 +67,7 @@ def winner_of(ballot: Ballot) -> int | None:
 
 def judged(ballots: Iterable[Ballot]) -> list[Ballot]:
     """The ballots that count for agreement: first times, neither skips nor items of known answer."""
-    return [one for one in ballots if one.ranks is not None and not one.repeat and one.right is None]
+    return [one for one in ballots if one.ranks is not None and not is_check(one)]
 
 
 def choices(ballots: Iterable[Ballot]) -> Units:
@@ -74,16 +85,21 @@ def choices(ballots: Iterable[Ballot]) -> Units:
     return units
 
 
+def items_of(units: Iterable[str]) -> dict[str, str]:
+    """The item that each unit of `choices` or `grades` is of: what is left of the `#` where a ranking became several."""
+    return {unit: unit.partition("#")[0] for unit in units}
+
+
 def grades(ballots: Sequence[Ballot]) -> tuple[str, Units]:
     """Verdicts as numbers with an order, and what they are: strengths where they were asked, else ranks, else -1, 0, 1.
 
-    Both bad is 0, as a tie is: neither is better.
+    Both bad is 0, as a tie is: neither is better. Tied candidates of a ranking share the mean of their places.
     """
     kept = judged(ballots)
     units: dict[str, dict[str, float]] = {}
     if any(one.choice == "ranks" for one in kept):
         for one in kept:
-            for place, rank in enumerate(one.ranks or ()):
+            for place, rank in enumerate(shared(one.ranks or ())):
                 units.setdefault(f"{one.item}#{place}", {})[one.rater] = rank
         return "rank", units
     strengths = any(one.strength is not None for one in kept)
@@ -110,9 +126,14 @@ def wins(ballots: Iterable[Ballot]) -> dict[str, list[tuple[str, str, float]]]:
     return found
 
 
+def is_check(ballot: Ballot) -> bool:
+    """Whether a vote tells of the person and not of the item: a repeat, or an item of known answer."""
+    return ballot.repeat or ballot.right is not None
+
+
 def counts_of(ballots: Iterable[Ballot]) -> Counter[str]:
-    """How often each choice was made, repeats and items of known answer included."""
-    return Counter(one.choice for one in ballots)
+    """How often each choice was made, skips too; repeats and items of known answer do not count."""
+    return Counter(one.choice for one in ballots if not is_check(one))
 
 
 def by_rater(ballots: Iterable[Ballot]) -> dict[str, list[Ballot]]:

@@ -4,26 +4,29 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mmalign.annotation.ballots import DECIDED, Ballot, by_rater, winner_of
-from mmalign.annotation.shares import Share, share_of
+from mmalign.annotation.ballots import DECIDED, Ballot, by_rater, dense, judged, winner_of
+from mmalign.annotation.shares import Share, share_by_group, share_of
 
 
 def left_rate(ballots: Iterable[Ballot]) -> Share | None:
     """How often the left candidate of a decided pair won; ties, both bad and skips do not count. 0.5 is no bias.
+
+    Repeats do not count, since their sides are not drawn, nor do items of known answer. Without a bias each vote is then a toss
+    of a coin of its own, whoever cast it and on whatever, so that the interval is Wilson's over votes.
 
     To tell a rate of .55 from .5 needs 783 decided votes, of .52 4 904: pool people before believing in a bias.
 
     Args:
         ballots: of pairs; others are passed over.
     """
-    decided = [one for one in ballots if one.choice in DECIDED]
+    decided = [one for one in judged(ballots) if one.choice in DECIDED]
     return share_of(sum(one.order[0] == winner_of(one) for one in decided), len(decided))
 
 
 def place_rates(ballots: Iterable[Ballot]) -> dict[int, list[Share]]:
     """Of rankings, by the number of candidates k: how often what stood at each place was the single best. 1 / k is no bias."""
     places: dict[int, Counter[int]] = {}
-    for one in ballots:
+    for one in judged(ballots):
         winner = winner_of(one)
         if one.choice == "ranks" and winner is not None:
             places.setdefault(len(one.order), Counter())[one.order.index(winner)] += 1
@@ -35,9 +38,13 @@ def place_rates(ballots: Iterable[Ballot]) -> dict[int, list[Share]]:
 
 
 def longer_rate(ballots: Iterable[Ballot]) -> Share | None:
-    """How often the longer text of a decided pair won, in words; texts of one length and ties do not count."""
-    decided = [one for one in ballots if one.choice in DECIDED and len(set(one.lengths)) == 2]
-    return share_of(sum(one.lengths.index(max(one.lengths)) == winner_of(one) for one in decided), len(decided))
+    """How often the longer text of a decided pair won, in words; texts of one length and ties do not count.
+
+    Sides are drawn at random, so that a bias of side cannot look like one of length. The votes on one pair have the same longer
+    side: the interval is that of votes drawn pair by pair (`share_by_group`). Repeats and items of known answer do not count.
+    """
+    decided = [one for one in judged(ballots) if one.choice in DECIDED and len(set(one.lengths)) == 2]
+    return share_by_group([(one.item, one.lengths.index(max(one.lengths)) == winner_of(one)) for one in decided])
 
 
 def gold_accuracy(ballots: Iterable[Ballot]) -> dict[str, Share]:
@@ -82,13 +89,7 @@ def repeats(ballots: Sequence[Ballot]) -> dict[str, Repeats]:
 
 
 def _verdict(ballot: Ballot) -> tuple[str, tuple[int, ...]]:
-    return ballot.choice, _order(ballot.ranks or ())
-
-
-def _order(ranks: Sequence[float]) -> tuple[int, ...]:
-    """Ranks without gaps, so that 1, 2, 2 and 1, 3, 3 are one order."""
-    levels = sorted(set(ranks))
-    return tuple(levels.index(rank) for rank in ranks)
+    return ballot.choice, dense(ballot.ranks or ())
 
 
 def _side(ballot: Ballot) -> int:

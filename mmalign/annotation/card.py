@@ -84,10 +84,12 @@ def _counts(facts: Facts, whole: Dashboard) -> str:
         "rows": facts.num_rows,
         "items judged": f"{whole.num_judged}" + ("" if whole.num_items is None else f" of {whole.num_items}"),
         "items judged by two people or more": whole.num_overlapping,
-        "votes": whole.num_votes,
+        "votes": whole.num_votes - whole.num_checks,
         "votes by choice": choices or "none",
         "people": len(whole.raters),
     }
+    if whole.num_checks:
+        rows["further votes, on items of known answer and on items that came back"] = whole.num_checks
     if whole.blind is not None:
         rows["preferred after training, judged blind, by item"] = str(whole.blind)
     if facts.excluded:

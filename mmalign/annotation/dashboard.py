@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.annotation.agreement import against_majority, alpha, cohen, fleiss, raw_agreement
-from mmalign.annotation.ballots import Ballot, by_rater, choices, counts_of, grades, judged, plain
+from mmalign.annotation.ballots import Ballot, by_rater, choices, counts_of, grades, is_check, items_of, judged, plain
 from mmalign.annotation.before_after import AFTER, BEFORE, blind_win_rate
 from mmalign.annotation.bias import Repeats, gold_accuracy, left_rate, longer_rate, place_rates, repeats
 from mmalign.annotation.charts import bars, points
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmalign.statistics import WinRate
 
 Row = dict[str, Any]
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four are full-width forms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class Dashboard:
         num_judged: with a vote that is no skip.
         num_overlapping: with votes of two people or more.
         num_votes: latest revisions, repeats, skips and items of known answer included.
-        counts: votes by choice.
+        num_checks: of these, repeats and items of known answer: they tell of people, and count in nothing else but `raters`.
+        counts: votes by choice, skips too, without those.
         raw, alpha_nominal, fleiss, cohen: agreement on the choice.
         grade, alpha_ordinal: agreement on strengths, ranks or preferences, as the grade says.
         left, places, longer: shares that tell a bias of side, of place in a list, of length.
@@ -71,6 +73,7 @@ class Dashboard:
     num_judged: int
     num_overlapping: int
     num_votes: int
+    num_checks: int
     counts: Counter[str]
     raw: Estimate | None
     alpha_nominal: Estimate | None
@@ -167,11 +170,12 @@ def _dashboard(ballots: Sequence[Ballot], *, num_items: int | None, num_resample
         num_judged=len(raters_of),
         num_overlapping=sum(len(people) > 1 for people in raters_of.values()),
         num_votes=len(ballots),
+        num_checks=sum(map(is_check, ballots)),
         counts=counts_of(ballots),
-        raw=raw_agreement(units, **drawn),
-        alpha_nominal=alpha(units, **drawn),
+        raw=raw_agreement(units, items=items_of(units), **drawn),
+        alpha_nominal=alpha(units, items=items_of(units), **drawn),
         grade=grade,
-        alpha_ordinal=alpha(graded, "ordinal", **drawn),
+        alpha_ordinal=alpha(graded, "ordinal", items=items_of(graded), **drawn),
         fleiss=fleiss(units),
         cohen=cohen(units),
         left=left_rate(ballots),
@@ -271,23 +275,23 @@ def save(whole: Dashboard, folder: str | Path) -> Path:
     """Write dashboard.json, each table as CSV and each plot as SVG, and return the folder."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    (target / "dashboard.json").write_text(whole.to_json() + "\n", encoding="utf-8")
-    for name, rows in whole.tables().items():
-        (target / f"{name}.csv").write_text(as_csv(rows), encoding="utf-8")
-    for name, image in whole.plots().items():
-        (target / f"{name}.svg").write_text(image, encoding="utf-8")
+    files = {"dashboard.json": whole.to_json() + "\n"}
+    files |= {f"{name}.csv": as_csv(rows) for name, rows in whole.tables().items()}
+    files |= {f"{name}.svg": image for name, image in whole.plots().items()}
+    for name, words in files.items():
+        (target / name).write_text(words, encoding="utf-8", errors="replace")
     return target
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Rows of plain values as CSV; a text that a spreadsheet would run as a formula is given a quote in front."""
+    """Rows of plain values as CSV; a text or name that a spreadsheet would run as a formula is given a quote in front."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
+        writer.writerow({name: _safe(name) for name in rows[0]})
         writer.writerows({name: _safe(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
 def _safe(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    return f"'{value}" if isinstance(value, str) and value[:1] in FORMULAS else value

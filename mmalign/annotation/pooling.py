@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mmalign.annotation.ballots import Ballot, by_item
+from mmalign.annotation.ballots import Ballot, by_item, dense, shared
 from mmalign.records import Comparison
 
 TIE, ALL_BAD, NO_VOTES, SPLIT = "tie", "all candidates bad", "no verdict yet", "candidates equal in the mean"
@@ -60,7 +60,7 @@ def pooled(ballots: Sequence[Ballot]) -> Pooled:
     bad = len(votes) - len(ordering)
     all_bad = 2 * bad > len(votes)
     ranks = None if all_bad or not ordering else _mean_ranks(ordering)
-    verdicts = Counter((one.choice, one.ranks) for one in votes)
+    verdicts = Counter((one.choice, dense(one.ranks or ())) for one in votes)
     prob = None
     if ranks is not None and len(ranks) == 2:
         prob = sum({"a": 1.0, "tie": 0.5}.get(one.choice, 0.0) for one in ordering) / len(ordering)
@@ -83,14 +83,9 @@ def pooled(ballots: Sequence[Ballot]) -> Pooled:
 
 def _mean_ranks(ballots: Sequence[Ballot]) -> tuple[float, ...]:
     """Ranks of the candidates: of a pair those of the majority; of a list the means, ties of a vote sharing their places."""
-    rankings = [_shared(one.ranks or ()) for one in ballots]
+    rankings = [shared(one.ranks or ()) for one in ballots]
     means = tuple(sum(column) / len(rankings) for column in zip(*rankings, strict=True))
     return means if len(means) > 2 else tuple(1.0 + (mean > min(means)) for mean in means)
-
-
-def _shared(ranks: Sequence[float]) -> list[float]:
-    """Ranks in which tied candidates share the mean of the places they take: 1, 1, 2 is 1.5, 1.5, 3."""
-    return [1 + sum(o < rank for o in ranks) + (sum(o == rank for o in ranks) - 1) / 2 for rank in ranks]
 
 
 def pool(ballots: Iterable[Ballot]) -> dict[str, Pooled]:

@@ -35,7 +35,8 @@ class Protocol:
         repeat_share: share that the same person has judged before; sides are swapped. Published: 5 to 10 %.
         repeat_gap: items between a judgement and its repeat, at least.
         calibration: items with known answers that everybody judges first, and is told the answers of. Published: 20 to 30.
-        random_share: share that is drawn at random where items have priorities (active selection).
+        random_share: share that is drawn at random where items have priorities (active selection), and share of the items that
+            no selection asks for (the random slice).
         order: serve items at random, or in the order of the data.
         lease_minutes: an item that was handed out and not judged is free for others after that.
         min_dwell_ms: a vote sooner than that after its item was on screen is refused.

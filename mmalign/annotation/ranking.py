@@ -8,8 +8,11 @@ import numpy as np
 
 from mmalign.annotation.ballots import Ballot, judged, wins
 
-# Wins that every source is given over every other one, so that one that always won, or was never compared, has a strength.
-PRIOR = 0.1
+# Wins and losses that every source is given, shared among all others: Jeffreys' prior where there are two. So one that always
+# won, and sources that no chain of comparisons joins, have strengths.
+PRIOR = 0.5
+SURE = 0.975
+LEAST = 1e-3  # of a drawn weight of the prior: differences of more than ln(1000 wins) nats are not told apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +22,11 @@ class Standing:
     Args:
         source: who made the candidates.
         strength: in nats; the difference of two is the log-odds that one beats the other. The mean of all is 0.
-        low, high: ends of the bootstrap interval of it, None where no resample had one.
+        low, high: ends of the interval of it; None where no resample was drawn.
         rate: share of its comparisons that it won, a tie counting half.
         num_comparisons: with other sources.
-        best_rank, worst_rank: 1 + the sources whose interval lies wholly above; the number of those not wholly below.
+        best_rank, worst_rank: 1 + the sources that are stronger in SURE of the resamples; the number of all less those that
+            are weaker in as many.
     """
 
     source: str
@@ -38,10 +42,14 @@ class Standing:
 def bradley_terry(ballots: Iterable[Ballot], *, num_resamples: int = 200, seed: int = 0) -> list[Standing]:
     """Sources from best to worst, under P(i beats j) = 1 / (1 + exp(s_j - s_i)); empty where there are not two.
 
-    A tie, and both bad, are half a win for each. A ranking of k counts as its k (k - 1) / 2 pairs. The bootstrap draws items,
-    not votes: the votes on one item are no independent evidence.
+    A tie, and both bad, are half a win for each. A ranking of k counts as its k (k - 1) / 2 pairs. The interval is that of the
+    Bayesian bootstrap: items, not votes, get weights of the exponential distribution, since the votes on one item are no
+    independent evidence, and wins of the prior those of a gamma distribution. So for two sources with one vote an item it is
+    that of a beta posterior: one vote proves little, a source that always won is known to be better but not by how much, and
+    sources that were never compared, even by way of others, have intervals that overlap.
 
-    Source: Bradley and Terry (1952), fitted by choix (I-LSR, Maystre and Grossglauser 2015) with a prior of PRIOR wins.
+    Source: Bradley and Terry (1952), fitted by choix (I-LSR, Maystre and Grossglauser 2015) with a prior of PRIOR wins; Rubin
+    (1981), The Bayesian Bootstrap, Annals of Statistics 9.
 
     Args:
         ballots: repeats and items of known answer do not count.
@@ -53,13 +61,16 @@ def bradley_terry(ballots: Iterable[Ballot], *, num_resamples: int = 200, seed: 
         return []
     num_items = len(won_by_item)
     whole = _table(matches, np.ones(num_items), len(names))
-    strengths = _strengths(whole)
+    prior = np.full(whole.shape, PRIOR / (len(names) - 1))
+    strengths = _strengths(whole, prior)
     random = np.random.default_rng(seed)
     drawn = []
     for _ in range(num_resamples):
-        times = np.bincount(random.integers(0, num_items, num_items), minlength=num_items)
-        drawn.append(_strengths(_table(matches, times, len(names))))
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if drawn else (strengths, strengths)
+        weighted = _table(matches, random.exponential(size=num_items), len(names))
+        drawn.append(_strengths(weighted, np.maximum(random.gamma(prior), LEAST)))
+    sampled = np.array(drawn or [strengths])
+    low, high = np.quantile(sampled, [1 - SURE, SURE], axis=0)
+    beaten_by = (sampled[:, None, :] > sampled[:, :, None]).mean(axis=0) >= SURE
     won, compared = whole.sum(axis=1), (whole + whole.T).sum(axis=1)
     return [
         Standing(
@@ -69,8 +80,8 @@ def bradley_terry(ballots: Iterable[Ballot], *, num_resamples: int = 200, seed: 
             high=float(high[i]) if drawn else None,
             rate=float(won[i] / compared[i]),
             num_comparisons=round(compared[i]),
-            best_rank=1 + int((low > high[i]).sum()),
-            worst_rank=len(names) - int((high < low[i]).sum()),
+            best_rank=1 + int(beaten_by[i].sum()),
+            worst_rank=len(names) - int(beaten_by[:, i].sum()),
         )
         for i in np.argsort(-strengths, kind="stable")
     ]
@@ -84,18 +95,18 @@ def _matches(won: dict[str, list[tuple[str, str, float]]]) -> tuple[Any, list[st
     return np.array(rows, dtype=float).reshape(-1, 4), names
 
 
-def _table(matches: Any, times: Any, k: int) -> Any:
-    """Wins of source i over source j, each item counted so many times."""
+def _table(matches: Any, weights: Any, k: int) -> Any:
+    """Wins of source i over source j, each item counted with its weight."""
     item, one, other = matches[:, :3].astype(int).T
-    weight, share = times[item], matches[:, 3]
+    weight, share = weights[item], matches[:, 3]
     won = np.bincount(one * k + other, weight * share, k * k) + np.bincount(other * k + one, weight * (1 - share), k * k)
     return won.reshape(k, k)
 
 
-def _strengths(won: Any) -> Any:
+def _strengths(won: Any, prior: Any) -> Any:
     import choix
 
-    found = choix.ilsr_pairwise_dense(won + PRIOR * (1 - np.eye(len(won))), max_iter=1000)
+    found = choix.ilsr_pairwise_dense(won + prior * (1 - np.eye(len(won))), max_iter=1000)
     return found - found.mean()
 
 

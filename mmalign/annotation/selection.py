@@ -1,4 +1,17 @@
-"""Which pairs to judge next: the most uncertain ones, beside a random slice that no vote has a say in."""
+"""Which pairs to judge next: the most uncertain ones, beside a random slice that no vote has a say in.
+
+What holds, and what does not:
+
+- A pair is of the slice by a hash of its id and the project alone, so the slice is a simple random sample of the pairs, of a
+  share `random_share`, and the same whatever is voted.
+- Pairs of the slice are never asked for by `tally.select`. They come by the store's random draws, a share `random_share` of
+  what is handed out, in the order of the project. That order knows no votes: which of them are judged first is the same
+  whatever is voted. Random draws meet other pairs too, so the slice gets random_share^2 of the votes at first, and more as the
+  pairs that were asked for are used up.
+- Votes that `Store.want` or priorities set by hand brought to a pair of the slice are marked active, and are left out.
+- Numbers of the slice speak of the pairs that were added, as the people who came judge them. What people skip, and who stays,
+  is their choice there as elsewhere.
+"""
 
 import hashlib
 import math

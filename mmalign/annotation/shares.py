@@ -1,7 +1,10 @@
 """Shares and estimates with their intervals, as every table of the dashboard shows them."""
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A share of independent trials, with Wilson's interval.
+    """A share of trials, with Wilson's interval of as many independent ones as they are worth.
 
     Args:
         rate: count / total.
@@ -52,19 +55,62 @@ class Estimate:
 def share_of(count: int, total: int, *, confidence: float = 0.95) -> Share | None:
     """The share count / total with Wilson's interval; None of nothing.
 
-    Source: Wilson (1927), JASA 22, by scipy.
-
     Args:
         count: 0 to total.
         total: independent trials.
         confidence: of the interval; usual: 0.95.
     """
-    from scipy.stats import binomtest
-
     if not total:
         return None
-    interval = binomtest(count, total).proportion_ci(confidence_level=confidence, method="wilson")
-    return Share(rate=count / total, low=float(interval.low), high=float(interval.high), count=count, total=total)
+    low, high = wilson(count / total, total, confidence=confidence)
+    return Share(rate=count / total, low=low, high=high, count=count, total=total)
+
+
+def wilson(rate: float, trials: float, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share, which never leaves [0, 1].
+
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Source: Wilson (1927), JASA 22.
+
+    Args:
+        rate: p.
+        trials: n, above 0; an effective number need not be whole.
+        confidence: of the interval; usual: 0.95.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre, half = rate + z * z / (2 * trials), z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def share_by_group(outcomes: Sequence[tuple[str, bool]], *, confidence: float = 0.95) -> Share | None:
+    """The share of outcomes that are true, where those of one group are no independent trials; None of nothing.
+
+    p = sum_i y_i / n,  v = sum_i (y_i - m_i p)^2 / n^2,  deff = max(1, v n / (p (1 - p)))
+
+    of groups i with y_i true ones of m_i. The interval is Wilson's with n / deff trials, so with one outcome a group that of n.
+    Where all outcomes are alike nothing is known of deff, and groups count as trials.
+
+    Source: Rao and Scott (1992), Biometrics 48, the effective sample size of clustered binary data.
+
+    Args:
+        outcomes: (group, whether it is true).
+        confidence: of the interval; usual: 0.95.
+    """
+    if not outcomes:
+        return None
+    true, sizes = Counter[str](), Counter[str]()
+    for group, outcome in outcomes:
+        sizes[group] += 1
+        true[group] += outcome
+    count, total = sum(true.values()), len(outcomes)
+    rate, effective = count / total, float(len(sizes))
+    if 0 < count < total:
+        variance = sum((true[group] - size * rate) ** 2 for group, size in sizes.items()) / total**2
+        effective = total / max(1.0, variance * total / (rate * (1 - rate)))
+    low, high = wilson(rate, effective, confidence=confidence)
+    return Share(rate=rate, low=low, high=high, count=count, total=total)
 
 
 def resampled(

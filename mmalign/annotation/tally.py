@@ -1,12 +1,13 @@
 """Tally: the votes of a project in a store as ballots and as a dashboard, and the items that its votes ask for next."""
 
-from mmalign.annotation.ballots import Ballot, judged
+from mmalign.annotation.ballots import Ballot, dense, judged
 from mmalign.annotation.dashboard import Dashboard, dashboard
 from mmalign.annotation.items import Item
 from mmalign.annotation.protocol import agrees
 from mmalign.annotation.selection import in_random_slice, priorities
 from mmalign.annotation.store import Store
 from mmalign.annotation.votes import Vote
+from mmalign.errors import UserError
 
 MOST_PRIORITIES = 2000
 
@@ -49,7 +50,7 @@ def _ballot(vote: Vote, sources: tuple[str, ...], lengths: tuple[int, ...], shar
         item=str(vote.item),
         rater=vote.annotator,
         choice=vote.choice,
-        ranks=None if ranks is None else tuple(map(float, ranks)),
+        ranks=None if ranks is None else tuple(map(float, dense(ranks))),
         strength=None if vote.strength is None else float(vote.strength),
         order=vote.order,
         sources=sources,
@@ -57,7 +58,7 @@ def _ballot(vote: Vote, sources: tuple[str, ...], lengths: tuple[int, ...], shar
         right=None if vote.answer is None else agrees(vote.verdict, vote.answer),
         repeat=vote.repeats is not None,
         active=vote.kind == "active",
-        strewn=in_random_slice(str(vote.item), random_share=share, seed=vote.project),
+        strewn=vote.kind != "active" and in_random_slice(str(vote.item), random_share=share, seed=vote.project),
         seconds=None if vote.dwell_ms is None else vote.dwell_ms / 1000,
     )
 
@@ -65,13 +66,20 @@ def _ballot(vote: Vote, sources: tuple[str, ...], lengths: tuple[int, ...], shar
 def select(store: Store, project: int, *, most: int = MOST_PRIORITIES) -> int:
     """Ask for the pairs that the votes leave most uncertain, in place of those asked for before; return how many.
 
-    Pairs of the random slice, a share `random_share` of the protocol, are never asked for: they come at random alone, and
-    statistics of them stay unbiased. Worth calling again after every few dozen votes.
+    Pairs of the random slice, a share `random_share` of the protocol, are never asked for: they come by the random draws alone,
+    see `selection`. Worth calling again after every few dozen votes.
 
     Args:
         most: pairs asked for at once.
+
+    Raises:
+        UserError: a random_share of 0, which leaves nothing that statistics could rest on.
     """
     share = store.project(project).protocol.random_share
+    if share == 0:
+        raise UserError(
+            "random_share: got 0, want more: without a random slice no unbiased number is left. Make a new project."
+        )
     pairs: dict[str, tuple[str, ...]] = {}
     waiting = []
     for item in store.items(project, media=False):

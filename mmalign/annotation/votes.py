@@ -181,8 +181,8 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
     if row.revision == 0:
         _count(connection, row, feedback, now)
     following, ahead = pair_of(hand_out(connection, project, vote.annotator, now, rng, 2))
-    told: dict[str, Any] = {"stands": vote.verdict, "feedback": feedback, "next": following, "ahead": ahead}
-    return Receipt(status="stored", late=late, closed=not project.is_open, **told)
+    after: dict[str, Any] = {"stands": vote.verdict, "feedback": feedback, "next": following, "ahead": ahead}
+    return Receipt(status="stored", late=late, closed=not project.is_open, **after)
 
 
 def _objection(connection: Connection, vote: Cast, row: Any, project: Any, protocol: Protocol, now: float) -> tuple[str, str]:
