@@ -6,7 +6,7 @@ import pytest
 
 from mmalign.errors import UserError
 from mmalign.records import VIEWS, Comparison, Content, Dropped, Examples, Media, Message, joint, pair, to_dataset
-from mmalign.records.views import blind, crossed, retrieved
+from mmalign.records.views import blind, clips, crossed, retrieved
 
 BLIND = {"source": "blind", "model": "tiny"}
 
@@ -104,3 +104,47 @@ def test_one_prompt_that_is_written_out_for_each_candidate_is_one_prompt() -> No
     prompts = (Content(text="q"), Content(text="q"))
     value = Comparison(id="t", prompt=prompts[0], candidates=(answer("a"), answer("b")), prompts=prompts, ranks=(1, 2))
     assert texts(pair(value)) == texts(joint(value)) == [["a", "b"]]
+
+
+def video(*frames: bytes, text: str = "What happens?") -> Content:
+    return Content(messages=(Message("user", text, images=tuple(Media(data=one) for one in frames)),))
+
+
+FRAMES = tuple(bytes([65 + n]) for n in range(8))
+
+
+def shown(sample: Any) -> str:
+    return "".join(media.data.decode() for media in sample.prompt.media())
+
+
+@pytest.mark.parametrize(("how", "magnitude", "wanted"), [("reverse", 4, "GHEFCDAB"), ("reverse", 16, "HGFEDCBA")])
+def test_clips_show_the_better_answer_under_a_corrupted_video_too(how: Any, magnitude: int, wanted: str) -> None:
+    value = Comparison(id="v", prompt=video(*FRAMES), candidates=(answer("l"), answer("w")), ranks=(2, 1))
+    (example,) = clips(value, how=how, magnitude=magnitude)
+    assert texts([example]) == [["w", "l"]] and [shown(sample) for sample in example.samples] == ["ABCDEFGH"] * 2
+    assert example.extras["degraded"].completion == answer("w") and shown(example.extras["degraded"]) == wanted
+
+
+def test_clips_are_dropped_and_shuffled_alike_in_every_epoch_and_never_left_as_they_are() -> None:
+    def of(name: str, **settings: Any) -> str:
+        value = Comparison(id=name, prompt=video(*FRAMES), candidates=(answer("w"), answer("l")), ranks=(1, 2))
+        (example,) = clips(value, **settings)
+        return shown(example.extras["degraded"])
+
+    names = [f"v{n}" for n in range(20)]
+    kept = [of(name, how="drop", magnitude=4) for name in names]
+    assert all(len(one) == 2 and one[0] < one[1] for one in kept) and len(set(kept)) > 5
+    moved = [of(name, magnitude=2) for name in names]
+    assert set(moved) == {"EFGHABCD"}, "of two groups one order is another one"
+    assert [of(name) for name in names] == [of(name) for name in names] and len({of(name) for name in names}) > 5
+
+
+def test_rows_without_a_video_are_dropped_and_a_table_of_videos_is_read_through_the_view() -> None:
+    assert clips(row("w", "l", ranks=(1, 2))) == Dropped("no video, want several images of one message")
+    value = Comparison(id="v", prompt=video(FRAMES[0], *FRAMES[:3]), candidates=(answer("w"), answer("l")), ranks=(1, 1))
+    assert clips(value) == Dropped("tie")
+    with pytest.raises(UserError, match="got magnitude 1, want 2 or more"):
+        clips(value, magnitude=1)
+    same = Comparison(id="v", prompt=video(*[FRAMES[0]] * 3), candidates=(answer("w"), answer("l")), ranks=(1, 2))
+    examples = Examples(to_dataset([same]), VIEWS["clips"])  # frames that look alike are a video too
+    assert len(examples[0].extras["degraded"].prompt.media()) == 3

@@ -11,7 +11,6 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -21,10 +20,10 @@ from torch import Generator, Tensor
 
 from mmalign.errors import UserError
 from mmalign.records import Content
+from mmalign.records.clips import Corruption, moved
 from mmalign.records.frames import animation
 from mmalign.records.media import Media
 
-Disorder = Literal["drop", "reverse", "shuffle"]
 T = TypeVar("T")
 STEPS = 1000  # of the noise schedule
 
@@ -113,7 +112,7 @@ def cropped(image: Image.Image, draw: Generator, *, least: float = 0.01, most: f
     Its share of the area is uniform in [least, most], the logarithm of its aspect ratio uniform between those of 3:4 and 4:3.
 
     Source: mDPO, arXiv 2406.11839; published in luka-group/mDPO on preprocessed pixels, with a fresh draw in each forward pass;
-        here on the image, with one draw for policy and reference.
+        here on the image, with one draw for policy and reference. Scaled as torchvision's RandomResizedCrop does, bilinearly.
     Args:
         least, most: shares of the area. Published: 0.01 and 0.2.
     """
@@ -124,31 +123,22 @@ def cropped(image: Image.Image, draw: Generator, *, least: float = 0.01, most: f
     w = min(max(round(math.sqrt(area * aspect)), 1), width)
     h = min(max(round(math.sqrt(area / aspect)), 1), height)
     left, top = round(x * (width - w)), round(y * (height - h))
-    return image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def disordered(frames: Sequence[T], draw: Generator, *, how: Disorder, clips: int) -> list[T]:
-    """Frames of a video whose clips are dropped, reversed or shuffled; fewer than two frames stay as they are.
+def disordered(frames: Sequence[T], draw: Generator, *, how: Corruption, clips: int) -> list[T]:
+    """Frames of a video that are dropped, reversed or shuffled; fewer than two frames stay as they are.
 
-    Source: TEMPLE, AAAI 2026: answers to such videos are the rejected ones.
+    Source: TEMPLE, AAAI 2026: answers to such videos are the rejected ones. Frames stand for clips.
     Args:
-        how: drop: one clip is left out. reverse: clips in the opposite order. shuffle: in a random order that is not theirs.
-        clips: of one length, as far as the frames allow.
+        how: drop keeps one frame in `clips`, at random; reverse turns groups of frames round; shuffle brings them into a random
+            order that is not theirs.
+        clips: groups that the frames make. Published: 16, 8, 4, 2, one stage of training each.
     """
-    count = min(clips, len(frames))
-    if count < 2:
+    if len(frames) < 2:
         return list(frames)
-    bounds = [round(n * len(frames) / count) for n in range(count + 1)]
-    parts = [list(frames[a:b]) for a, b in pairwise(bounds)]
-    if how == "drop":
-        gone = int(torch.randint(count, (1,), generator=draw))
-        kept = [part for number, part in enumerate(parts) if number != gone]
-    elif how == "reverse":
-        kept = parts[::-1]
-    else:
-        order = torch.randperm(count, generator=draw).tolist()
-        kept = [parts[n] for n in (order if order != sorted(order) else order[1:] + order[:1])]
-    return [frame for part in kept for frame in part]
+    seed = int(torch.randint(2**40, (1,), generator=draw))
+    return [frames[place] for place in moved(len(frames), how, clips, seed)]
 
 
 def _crop(prompt: Content, draw: Generator, other: Content | None, *, least: float = 0.01, most: float = 0.2) -> Content:
@@ -164,7 +154,7 @@ def _swap(prompt: Content, draw: Generator, other: Content | None) -> Content:
     return _each(prompt, lambda media: others[next(left) % len(others)])
 
 
-def _clips(prompt: Content, draw: Generator, other: Content | None, *, how: Disorder, clips: int) -> Content:
+def _clips(prompt: Content, draw: Generator, other: Content | None, *, how: Corruption, clips: int) -> Content:
     def of(images: tuple[Media, ...]) -> tuple[Media, ...]:
         if len(images) != 1:
             return tuple(disordered(images, draw, how=how, clips=clips))
@@ -278,6 +268,9 @@ def noise(*, t: int = 500, space: Literal["pixels", "normalised"] = "pixels") ->
 def pixel_mask(*, p: float = 0.3) -> Degradation:
     """Each pixel in the mean colour with probability p, all channels together: OPA-DPO.
 
+    The colour is the processor's mean, as in `blank`. The published code has the mean of all of an image's values in place of
+    every channel, and hides a share of p of its pixels exactly.
+
     Args:
         p: published 0.3.
     """
@@ -291,8 +284,8 @@ def swap() -> Degradation:
     return Degradation(of_prompt=_swap, wants_other=True)
 
 
-def clips(*, how: Disorder = "shuffle", clips: int = 4) -> Degradation:
-    """A video's clips dropped, reversed or shuffled: TEMPLE. Still images stay as they are. See `disordered`."""
+def clips(*, how: Corruption = "shuffle", clips: int = 4) -> Degradation:
+    """A video's frames dropped, reversed or shuffled: TEMPLE. Still images stay as they are. See `disordered`."""
     if clips < 2:
         raise ValueError(f"clips: got {clips}, want 2 or more.")
     return Degradation(of_prompt=functools.partial(_clips, how=how, clips=clips), drawn=how != "reverse")

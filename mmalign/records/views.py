@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mmalign.errors import UserError
+from mmalign.records.clips import Corruption, corrupted
 from mmalign.records.rows import Comparison, Content, Dropped, Example, Sample
 from mmalign.records.verdicts import Pairs, paired, phi_of, scores_of, thinned, too_few, values_of
 
@@ -334,6 +335,37 @@ def retrieved(row: Comparison, *, by: str = "auto") -> tuple[Example, ...] | Dro
     return (replace(example, extras={**example.extras, "degraded": again}),)
 
 
+def clips(
+    row: Comparison, *, by: str = "auto", how: Corruption = "shuffle", magnitude: int = 4
+) -> tuple[Example, ...] | Dropped:
+    """A pair under the row's video, and as `degraded` the better answer once more under the video with its clips corrupted.
+
+    For losses with a preference of images (`mdpo`, `image_preference`), which the order of events then decides. TEMPLE itself
+    makes rejected answers under such videos: `mmalign blind` with `degradation: clips`, and the view `pair`.
+
+    Source: TEMPLE (arXiv 2503.16929), whose corruptions these are, the same in every epoch. Frames stand for clips.
+
+    Args:
+        by: as in `pair`.
+        how: drop keeps one frame in `magnitude`, at random; reverse and shuffle move groups of frames.
+        magnitude: groups that the frames make. Published: 16, 8, 4, 2, one stage of training each.
+
+    Videos are several images of one message; a video in one file is not taken apart here (`adapter.degradation: clips` does).
+
+    Raises:
+        UserError: a magnitude below 2; as `pair`.
+    """
+    if magnitude < 2:
+        raise UserError(f"view: got magnitude {magnitude}, want 2 or more; published: 16, 8, 4, 2.")
+    prompt = corrupted(row.prompt, how, magnitude, row.id)
+    found = Dropped("no video, want several images of one message") if prompt is None else pair(row, by=by)
+    if prompt is None or isinstance(found, Dropped):
+        return found
+    return tuple(
+        replace(example, extras={**example.extras, "degraded": replace(example.samples[0], prompt=prompt)}) for example in found
+    )
+
+
 def _best_and_worse(row: Comparison, places: Sequence[int], by: str) -> list[int] | Dropped:
     """The best of some candidates, then the others, best first; with several best ones it is a tie."""
     if len(places) < 2:
@@ -410,5 +442,6 @@ VIEWS: dict[str, Callable[..., tuple[Example, ...] | Dropped]] = {
     "blind": blind,
     "crossed": crossed,
     "retrieved": retrieved,
+    "clips": clips,
     "prompts": prompts,
 }
