@@ -147,7 +147,7 @@ def _from_difference(row: list[Scored], k: int) -> list[Scored]:
 
 def _weights(chosen: Sequence[Scored], told: Sequence[Sequence[float]] | None) -> tuple[Tensor, ...] | None:
     """1, or what is told of the scored tokens of the first sequences; 0 where a sequence is not scored."""
-    if told is None and all(bool(scored.all()) for _, _, scored in chosen):
+    if told is None and all(scored.numpy().all() for _, _, scored in chosen):
         return None
     weights = [scored.float() for _, _, scored in chosen]
     for (_, _, scored), weight, values in zip(chosen, weights, told or (), strict=False):

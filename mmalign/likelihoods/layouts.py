@@ -213,8 +213,9 @@ class Tokens:
             slots += [torch.full((len(context) - 1,), first + n) for n, context in enumerate(self.contexts)]
             weights += list(self.context_weights)
         weight, slot = torch.cat(weights), torch.cat(slots)
-        keep = weight != 0
-        plain = bool((weight[keep] == 1).all())
+        weighs = self.weights is not None or self.context_weights is not None
+        keep: Any = weight != 0 if weighs else slice(None)
+        plain = not weighs or bool((weight[keep] == 1).numpy().all())
         return Layout(
             ids=ids,
             positions=positions,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -232,7 +233,7 @@ class Sight:
         """Flat indices into the ids, in the order of the features."""
         starts = [segment.start for segment in layout.segments] or [row * layout.ids.shape[1] for row in range(len(layout.ids))]
         found = [
-            start + torch.nonzero(seen.token_types)[:, 0]
+            start + torch.from_numpy(np.flatnonzero(seen.token_types.numpy()))
             for start, seen in zip(starts, layout.media or (), strict=False)
             if seen is not None and seen.token_types is not None
         ]
