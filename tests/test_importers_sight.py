@@ -94,6 +94,18 @@ def test_mmsafe_po_splits_the_transcript_and_puts_the_image_into_the_users_last_
     assert turns(second.prompt) == [("user", "Who?", 1)]
 
 
+@pytest.mark.parametrize("said", ["ASSISTANT: No. ", " ASSISTANT:No.", "No.", "\nASSISTANT:\nNo.\n"])
+def test_the_role_before_an_answer_of_mmsafe_po_is_taken_off_however_it_is_set(said: str) -> None:
+    assert mmsafe_po_row({**SAFE_ROW, "chosen": said}).candidates[0].words() == "No."
+
+
+@pytest.mark.parametrize("said", ["ASSISTANT: ", ""])
+def test_an_answer_of_mmsafe_po_without_words_is_told_with_its_row(pictures: Path, said: str) -> None:
+    path = written(pictures.parent / "train.json", [SAFE_ROW, {**SAFE_ROW, "rejected": said}])
+    with pytest.raises(UserError, match=r"train\.json:2: .*candidate 2"):
+        mmsafe_po(path=path, images=str(pictures))
+
+
 def test_mmsafe_po_reads_images_stored_in_parquet(tmp_path: Path) -> None:
     row = {**SAFE_ROW, "image": {"bytes": png(), "path": None}}
     (value,) = imported(mmsafe_po(path=written(tmp_path / "train.parquet", [row])))

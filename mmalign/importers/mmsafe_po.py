@@ -16,7 +16,7 @@ from mmalign.records import Comparison, Content, Media, Message
 Asked = Literal["question", "text_prompt", "mid_prompt"]
 TURN = re.compile(r"(?:^| )(USER|ASSISTANT): ?")
 SPEAKERS = {"USER": "user", "ASSISTANT": "assistant"}
-ANSWER = "ASSISTANT: "
+ANSWER = re.compile(r"\s*ASSISTANT: ?")
 
 
 def mmsafe_po(
@@ -96,4 +96,5 @@ def _turns(text: str, pictures: tuple[Media, ...]) -> tuple[Message, ...]:
 
 
 def _answer(text: str) -> Content:
-    return Content(messages=(Message("assistant", text.removeprefix(ANSWER).strip()),))
+    begun = ANSWER.match(text)
+    return Content(messages=(Message("assistant", text[begun.end() if begun else 0 :].strip()),))

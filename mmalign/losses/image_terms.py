@@ -154,7 +154,8 @@ def chip(
         There the helper of D drops the last row of a batch, and token weights multiply sums of the reference; not here.
     Args:
         policy, reference: logps, weighted where the run weighs tokens, the chosen response first.
-        degraded, reference_degraded: those of the chosen response under the degraded image. Published: noise, step 500.
+        degraded, reference_degraded: those of the chosen response under the degraded image. Published: noise of step 500 on
+            normalised pixels, `adapter.degradation: {name: noise, space: normalised}`.
         divergence: D of the two responses, nats.
         weight: factor of each row's loss.
         beta: reward per nat. Published: 0.1.
