@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
 
 from mmalign.asked import prompt_key
@@ -150,7 +151,19 @@ def write_text_report(
         num_shown: pairs in the page.
     """
     output.mkdir(parents=True, exist_ok=True)
-    page = answers_page(evaluation, [prompt.words() for prompt in prompts], columns, title=title, num_shown=num_shown)
+
+    def pictures(place: int) -> list[Image]:
+        return [media.frames(1)[0] for media in prompts[place].media()]
+
+    page = answers_page(
+        evaluation,
+        [prompt.words() for prompt in prompts],
+        columns,
+        title=title,
+        num_shown=num_shown,
+        keys=[prompt_key(prompt) for prompt in prompts],
+        pictures=pictures,
+    )
     replace_file(output / "results.json", (json.dumps(evaluation.results(), indent=2) + "\n").encode())
     replace_file(output / "report.html", page.encode())
 

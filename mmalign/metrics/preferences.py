@@ -13,6 +13,7 @@ from mmalign.metrics.ranking import AGREEMENT, flip_threshold, idealised_margin,
 from mmalign.metrics.sums import Sums, histogram, masked_sum
 
 PairMask = Bool[Tensor, "batch k k"]
+GAPS = {"each_absent": "blind_gap", "degraded": "degraded_gap", "each_degraded": "degraded_gap"}
 
 
 def preference_metrics(
@@ -43,6 +44,8 @@ def preference_metrics(
       is not wanted, dpop, nca, apo_zero or a term nll or chosen_guard hold it.
     - `kl/k3`: KL divergence from the reference where candidates are the policy's own samples (`mmalign.metrics.k3`).
     - `lengths/chosen`, `lengths/rejected`, `lengths/difference`: scored tokens.
+    - `blind_gap/chosen`, `degraded_gap/chosen`: by how many nats the images make the chosen response likelier than none, or
+      degraded ones, do under the policy, where the loss measures it so; `.../per_token`: of a scored token.
     - `rewards/accuracies_blind`, `rewards/margins_blind`: of the pair (chosen, blind), where the last candidate was made
       without seeing the image; `rewards/blind`, `logps/blind`, `lengths/blind` ... are its values. All other metrics are then
       those of the candidates before it, whose only ordered pairs are (chosen, rejected).
@@ -71,6 +74,10 @@ def preference_metrics(
         sums["logps/chosen_falling"] = masked_sum((ratio[:, 0] < 0).double(), chosen)
     for name, values in columns.items():
         sums |= _of_column(name, values, chosen, paired=labels is None)
+        if name in GAPS and policy is not None:
+            gap = policy[:, 0] - values[:, 0]
+            sums[f"{GAPS[name]}/chosen"] = masked_sum(gap, chosen)
+            sums |= {} if lengths is None else {f"{GAPS[name]}/per_token": masked_sum(gap / lengths[:, 0], chosen)}
     if labels is not None:
         return sums
     decided = torch.ones_like(chosen) if prob is None else prob != 0.5

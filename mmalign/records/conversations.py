@@ -46,7 +46,12 @@ def message_of(
 
 
 def asked(prompt: Content) -> str | list[dict[str, Any]]:
-    """Return a prompt as scorers of texts take it: its text, or its messages as chat templates want them."""
+    """Return a prompt as scorers of texts take it: its text, or its messages as chat templates want them.
+
+    Images are parts that mark their places; a text with images is a message of the user.
+    """
+    if prompt.images and not prompt.messages:
+        return [entry_of(Message("user", prompt.text or "", images=prompt.images))]
     if not prompt.messages:
         return prompt.text or ""
     return [entry_of(one) for one in prompt.messages]

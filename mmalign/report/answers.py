@@ -1,13 +1,16 @@
 """The HTML report of texts: the same numbers as of images, and answers side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
+from PIL.Image import Image
+
 from mmalign.report.findings import Evaluation, percent
-from mmalign.report.grid import chosen_places
-from mmalign.report.page import mean_charts, page_around
+from mmalign.report.grid import chosen_places, thumbnail
+from mmalign.report.page import img, mean_charts, page_around
 
 MOST_CHARACTERS = 4000  # of a text in the page
+SIDE = 160  # pixels of an image of a prompt
 
 STYLE = """
 .answers { table-layout: fixed; }
@@ -24,6 +27,8 @@ def answers_page(
     *,
     title: str,
     num_shown: int = 24,
+    keys: Sequence[str] = (),
+    pictures: Callable[[int], Sequence[Image]] = lambda place: (),
 ) -> str:
     """The report as HTML text. Every text is escaped: an answer may hold HTML.
 
@@ -33,12 +38,14 @@ def answers_page(
         columns: (heading, answers) of the model before, at each checkpoint and after.
         title: heading of the page.
         num_shown: pairs in the page; which: `chosen_places`.
+        keys: what tells prompts apart that say the same of other images; none: their words do.
+        pictures: place of a pair -> images of its prompt.
     """
     charts = mean_charts(evaluation)
     shown = [
         f'<h2>Checkpoints</h2>\n<div class="charts">{charts}</div>' if charts else "",
         _lengths(evaluation),
-        _side_by_side(prompts, columns, num_shown),
+        _side_by_side(prompts, columns, chosen_places(keys or prompts, num_shown), pictures),
     ]
     return page_around(evaluation, shown, title=title, style=STYLE)
 
@@ -59,19 +66,28 @@ def _lengths(evaluation: Evaluation) -> str:
     )
 
 
-def _side_by_side(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]], num_shown: int) -> str:
+def _side_by_side(
+    prompts: Sequence[str],
+    columns: Sequence[tuple[str, Sequence[str]]],
+    places: Sequence[int],
+    pictures: Callable[[int], Sequence[Image]],
+) -> str:
     headings = "".join(f"<th>{escape(heading)}</th>" for heading, _ in columns)
     rows = "".join(
-        f'<tr><td class="prompt">{_shown(prompts[place])}</td>'
+        f'<tr><td class="prompt">{_pictured(pictures(place))}{_shown(prompts[place])}</td>'
         + "".join(f"<td>{_shown(texts[place])}</td>" for _, texts in columns)
         + "</tr>"
-        for place in chosen_places(prompts, num_shown)
+        for place in places
     )
     return (
         '<h2>Answers</h2>\n<p class="soft">Shown are the first seeds of every prompt, not chosen by any score.</p>\n'
         f'<div class="wide"><table class="answers"><thead><tr><th>prompt</th>{headings}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _pictured(images: Sequence[Image]) -> str:
+    return "".join(img(thumbnail(image, SIDE), "shown with the prompt") for image in images)
 
 
 def _shown(text: str) -> str:

@@ -204,9 +204,7 @@ def _checkpoints(
     for place in chosen_places(prompts, num_rows):
         shown = [images[place] for _, images in columns]
         largest = max(largest, *(side for image in shown for side in image.size))
-        states = "".join(
-            _img(image, f"{heading}: {prompts[place]}") for image, (heading, _) in zip(shown, columns, strict=True)
-        )
+        states = "".join(img(image, f"{heading}: {prompts[place]}") for image, (heading, _) in zip(shown, columns, strict=True))
         rows.append(f'<figure><div class="states">{states}</div><figcaption>{escape(prompts[place])}</figcaption></figure>')
     crisp = " crisp" if largest <= 128 else ""
     return (
@@ -223,7 +221,7 @@ def _examples(prompts: Sequence[str], before: Sequence[Image], after: Sequence[I
         old, new = before[place], after[place]
         largest = max(largest, *old.size, *new.size)
         figures.append(
-            f'<figure><div class="pair">{_img(old, f"before: {prompts[place]}")}{_img(new, f"after: {prompts[place]}")}</div>'
+            f'<figure><div class="pair">{img(old, f"before: {prompts[place]}")}{img(new, f"after: {prompts[place]}")}</div>'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
     crisp = " crisp" if largest <= 128 else ""
@@ -235,7 +233,8 @@ def _examples(prompts: Sequence[str], before: Sequence[Image], after: Sequence[I
     )
 
 
-def _img(image: Image, alt: str) -> str:
+def img(image: Image, alt: str) -> str:
+    """An image of a page, with its pixels in it."""
     small = thumbnail(image, THUMBNAIL) if max(image.size) > THUMBNAIL else image.convert("RGB")
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)

@@ -39,8 +39,13 @@ class ConversationReader:
         """Token ids, and how many of them are the prompt's.
 
         Raises:
-            UserError: messages, and no template; or one that refuses them.
+            UserError: messages, and no template; or one that refuses them; an image, which no such scorer sees.
         """
+        if not isinstance(prompt, str) and any(_shows(one) for one in prompt):
+            raise UserError(
+                "scorer: got a prompt with images, which a reward model of texts does not see. Name a measure of texts "
+                "(text_length, short_words), or judge by people: mmalign annotate."
+            )
         if self._is_chat(prompt):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
             before = self._rendered(messages, goes_on=True)
@@ -74,6 +79,11 @@ class ConversationReader:
                 f"scorer: the model's chat template refuses the conversation {str(messages)[:80]} ({fault}). Correct the roles."
             ) from fault
         return out
+
+
+def _shows(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return not isinstance(content, str) and any(part.get("type") != "text" for part in content or ())
 
 
 def open_reader(
