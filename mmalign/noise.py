@@ -252,7 +252,11 @@ def logit_normal(
     """Timesteps at sigmoid(Normal(mean, std)) of the schedule: more in the middle.
 
     Source: Esser et al. 2024 (SD3), section 3.1. Published: mean 0, std 1.
+    Raises:
+        ValueError: unless std is positive.
     """
+    if not std > 0:
+        raise ValueError(f"timesteps: got std {std}, want a positive number. For one timestep alone use fixed.")
     normal = torch.special.ndtri(u.double().clamp(1e-12, 1 - 1e-12))
     return _index(torch.sigmoid(mean + std * normal), num_timesteps)
 
@@ -302,7 +306,13 @@ def error_of(schedule: Schedule, timestep: Int[Tensor, "*shape"], *, prediction:
 
     `prediction: epsilon` on rectified flow gives the errors the weight (1 - sigma)^2, which is the exact change of variables of
     Flow-DPO's beta_t; its authors report that the constant weight works better (VideoAlign, arXiv 2501.13918).
+    Raises:
+        ValueError: v of variance-preserving diffusion for a model of rectified flow, or the reverse.
     """
+    flow = schedule.prediction == "flow"
+    if prediction == ("v_prediction" if flow else "flow"):
+        kinds = ("rectified flow", "epsilon, sample or flow") if flow else ("diffusion", "epsilon, v_prediction or sample")
+        raise ValueError(f"weights: got prediction {prediction} for a model of {kinds[0]}, which has none, want {kinds[1]}.")
     return error_factor(schedule, timestep, schedule.prediction, prediction)
 
 

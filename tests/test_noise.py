@@ -452,6 +452,21 @@ def test_min_snr_is_finite_at_both_ends_of_a_schedule_that_ends_in_pure_noise() 
     assert min_snr(flow_schedule(), ends).isfinite().all()
 
 
+@pytest.mark.parametrize(("kind", "prediction"), [("flow", "v_prediction"), ("epsilon", "flow"), ("v_prediction", "flow")])
+def test_the_velocity_of_the_other_kind_of_model_is_refused(kind: str, prediction: Any) -> None:
+    schedule = flow_schedule(num_timesteps=4) if kind == "flow" else stable_diffusion(kind)
+    with pytest.raises(
+        ValueError, match=rf"weights: got prediction {prediction} for a model of .*, which has none, want epsilon"
+    ):
+        error_of(schedule, torch.tensor([1]), prediction=prediction)
+
+
+def test_a_spread_that_is_not_positive_is_refused() -> None:
+    for std in (0.0, -1.0):
+        with pytest.raises(ValueError, match="timesteps: got std .*want a positive number"):
+            TIMESTEPS["logit_normal"](torch.tensor([0.5]), 1000, std=std)
+
+
 def test_flow_errors_as_epsilon_errors_have_the_weight_of_the_published_change_of_variables() -> None:
     flow, timestep = flow_schedule(dtype=torch.float64), torch.tensor([10, 500, 900])
     torch.testing.assert_close(

@@ -7,11 +7,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from runs import config_of, final_weights, forget_accelerate, metrics_of, train, tree
+from runs import config_of, final_weights, forget_accelerate, metrics_of, train, tree, write_config
 from test_families import PROMPTS, SIZE, condition_of, retraced, sampled
 from tiny import tiny_pipeline
 
-from mmalign import prepare
+from mmalign import cli, prepare
 from mmalign.errors import UserError
 from mmalign.experiment import read_examples
 from mmalign.families import FAMILIES
@@ -128,6 +128,18 @@ def test_a_sampler_of_epsilon_is_refused_for_rectified_flow(name: str, tmp_path:
     pipe = open_pipeline(name, tiny_pipeline(name, tmp_path))
     with pytest.raises(UserError, match=r"got 'DDIMScheduler', which this .* Known: FlowMatchEuler"):
         set_scheduler(pipe, "DDIMScheduler")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_an_error_that_rectified_flow_does_not_know_is_refused_before_a_file_is_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = {"weights": {"name": "error_of", "prediction": "v_prediction"}}
+    config = write_config(tmp_path / "config.yaml", tree(tmp_path / "out", family=name, adapter=adapter))
+    assert cli.main(["train", str(config)]) == 2
+    told = capsys.readouterr().err
+    assert "adapter.weights: got prediction v_prediction for a model of rectified flow" in told and "Traceback" not in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("sd3", 16 + 256), ("flux", 512)])
