@@ -463,7 +463,7 @@ def test_the_velocity_of_the_other_kind_of_model_is_refused(kind: str, predictio
 
 def test_a_spread_that_is_not_positive_is_refused() -> None:
     for std in (0.0, -1.0):
-        with pytest.raises(ValueError, match="timesteps: got std .*want a positive number"):
+        with pytest.raises(ValueError, match=r"timesteps: got std .*want a positive number"):
             TIMESTEPS["logit_normal"](torch.tensor([0.5]), 1000, std=std)
 
 
