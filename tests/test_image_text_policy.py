@@ -13,6 +13,7 @@ from mmalign.adapters.options import Lora
 from mmalign.config import Choice
 from mmalign.errors import UserError
 from mmalign.multimodal.degradations import DEGRADATIONS
+from mmalign.multimodal.tiny_families import template
 from mmalign.records import Example
 
 ANSWERS, RIGHT, OTHER = ("red", "a blue one"), picture(0), picture(1)
@@ -150,3 +151,10 @@ def test_a_swap_wants_another_example_with_images() -> None:
     policy.meet([example()])
     with pytest.raises(UserError, match="swap wants another row with images"):
         policy.item(example(), 0)
+
+
+def test_names_of_the_template_are_given_to_it() -> None:
+    loud = "{% if loud %}!{% endif %}" + template("<image>\n")
+    policy = opened("blank", chat_template=loud, chat_template_kwargs={"loud": True})
+    encoded = policy.item(example(), 0)["encoded"]
+    assert policy.tokenizer.decode(encoded.contexts[0]).startswith("<|endoftext|>!<|im_start|>user")

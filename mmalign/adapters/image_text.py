@@ -66,6 +66,7 @@ class ImageTextAdapter:
         model: a multimodal language model of transformers, folder or hub id, or `tiny`: random weights for smoke runs.
         revision: of the hub's repository.
         chat_template: Jinja text, or a file of it, instead of the processor's.
+        chat_template_kwargs: given to the chat template of every conversation, by its own names.
         template, system_prompt, eos, max_prompt_length, max_response_length, as_video, num_frames: see
             `multimodal.processing`. Prompts with images are never cut: longer ones than `max_prompt_length`, images included,
             are refused.
@@ -91,6 +92,7 @@ class ImageTextAdapter:
     model: str
     revision: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     template: Literal["auto", "always"] = "auto"
     system_prompt: str | None = None
     eos: Literal["auto", "always", "never"] = "auto"
@@ -118,7 +120,18 @@ class ImageTextAdapter:
     tiny: dict[str, int | str] | None = None
 
     measures: ClassVar[frozenset[str]] = frozenset(
-        {"shared", "agreement", "rationale", "exploration", "gold", "each_absent", "crossed", "divergence", *RIVALS, *OF_DEGRADED}
+        {
+            "shared",
+            "agreement",
+            "rationale",
+            "exploration",
+            "gold",
+            "each_absent",
+            "crossed",
+            "divergence",
+            *RIVALS,
+            *OF_DEGRADED,
+        }
     )
     side: ClassVar[tuple[str, ...]] = ("lengths", "gold_lengths", "mean_length", "draw")
     errors: ClassVar[bool] = False

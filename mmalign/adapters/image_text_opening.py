@@ -155,6 +155,7 @@ def _reader(
         family=family_of(model),
         config=model.config,
         template=settings.template,
+        template_kwargs=settings.chat_template_kwargs or {},
         system_prompt=settings.system_prompt,
         eos=settings.eos,
         max_prompt_length=settings.max_prompt_length,
