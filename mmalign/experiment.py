@@ -205,6 +205,8 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
     )
     if "mean_length" in objective.asked & set(adapter.side):
         policy.survey(examples)
+    if objective.of_differences and hasattr(policy, "oppose"):
+        policy.oppose()
     if getattr(adapter, "swaps", False):
         policy.meet(examples)
     return policy

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import UserError
-from mmalign.losses import LOSSES, MEASURES, OF_VARIANT, STATISTICS, PreferenceLoss
+from mmalign.losses import LOSSES, MEASURES, OF_VARIANT, STATISTICS, PreferenceLoss, of_differences
 
 REFERENCE = "reference_"  # before the name of a measure: the reference's
 Gather = Callable[[Tensor], Tensor]
@@ -112,6 +112,11 @@ class Objective:
     def measures(self) -> frozenset[str]:
         """What the likelihood must measure beside the logps."""
         return MEASURES & {name.removeprefix(REFERENCE) for term in self.terms for name in term.data}
+
+    @property
+    def of_differences(self) -> bool:
+        """Whether the gradients by both logps of a pair are opposite, as all terms see their difference alone."""
+        return all(LOSSES.get(term.name) is term.loss and of_differences(term.name, term.settings) for term in self.terms)
 
     @property
     def uses_statistics(self) -> bool:

@@ -106,6 +106,28 @@ def test_a_second_backward_pass_gives_the_same_again(accumulators: int) -> None:
     assert close(grads(loss, hidden, head), kept) and close(first, kept)
 
 
+OPPOSED = ((0, 2), (3, 1))
+OPPOSITE = torch.tensor([0.7, -0.4, -0.7, 0.4], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [3, 7, 23])
+@pytest.mark.parametrize("accumulators", [0, 2])
+def test_one_total_serves_two_slots_whose_gradients_are_opposite(rows: int, accumulators: int) -> None:
+    hidden, head, target = some_head(inner=numbers(23, 3, seed=3), outer=numbers(57, 3, seed=4), softcap=4.0)
+    weight = torch.linspace(0.1, 2.0, 23, dtype=torch.float64)
+    wanted = grads((of_all_logits(hidden, head, target, weight)["logps"] * OPPOSITE).sum(), hidden, head)
+    how: dict[str, Any] = {"weight": weight, "rows": rows, "accumulators": accumulators, "opposed": OPPOSED}
+    got = slot_sums(hidden, head, target, SLOT, COUNTS, **how)["logps"]
+    assert close(grads((got * OPPOSITE).sum(), hidden, head), wanted)
+
+
+def test_gradients_that_are_not_opposite_as_was_said_are_no_numbers() -> None:
+    hidden, head, target = some_head()
+    got = slot_sums(hidden, head, target, SLOT, COUNTS, opposed=OPPOSED)["logps"]
+    of_hidden, *shared = grads((got * STAKES).sum(), hidden, head)
+    assert bool(of_hidden.isfinite().all()) and all(bool(one.isnan().any()) for one in shared)
+
+
 class Products(TorchDispatchMode):
     """Counts matrix products with the weights, and notes the size of the largest tensor made."""
 
@@ -136,6 +158,18 @@ def test_logits_are_computed_once_where_that_is_possible(frozen: bool, accumulat
         out["logps"].backward(torch.ones(2, dtype=torch.float64))
     assert counted.wide == products
     assert hidden.grad is not None and (weight.grad is None) == frozen
+
+
+def test_four_slots_of_two_opposed_pairs_are_computed_in_one_pass() -> None:
+    def products(opposed: tuple[tuple[int, int], ...] | None) -> int:
+        hidden, weight = numbers(23, 8, seed=0), numbers(57, 8, seed=1)
+        with Products() as counted:
+            out = slot_sums(hidden, Head(weight=weight), torch.arange(23), SLOT, COUNTS, rows=23, opposed=opposed)
+            out["logps"].backward(OPPOSITE)
+        return counted.wide
+
+    assert products(None) == 4  # logits twice, hidden states, weights
+    assert products(OPPOSED) == 2 + 3  # logits, hidden states, and the weights of three slots that have tokens
 
 
 def test_no_gradient_is_formed_without_a_graph() -> None:

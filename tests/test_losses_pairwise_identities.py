@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import call, data, tensor
+from loss_inputs import call, data, settings_of, tensor
 from text_golden import arrays, assert_equal, case, leaf, pairs
 
 from mmalign.errors import UserError
-from mmalign.losses import LOSSES, dpo, exo, hinge, kto, nll, robust, rpo, simpo, slic, wpo
+from mmalign.losses import LOSSES, OF_DIFFERENCES, dpo, exo, hinge, kto, nll, of_differences, robust, rpo, simpo, slic, wpo
 from mmalign.objective import Objective, Term
 
 LENGTHS = torch.stack([arrays("inputs_seq")["chosen_len"], arrays("inputs_seq")["rejected_len"]], 1).double()
@@ -224,6 +224,42 @@ def test_an_empty_candidate_has_a_mean_of_zero() -> None:
     loss = simpo(policy, lengths).losses
     loss.sum().backward()
     assert loss.item() == pytest.approx(math.log1p(math.exp(1.5)), rel=1e-12) and policy.grad.isfinite().all()
+
+
+# Losses of a difference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", sorted(OF_DIFFERENCES))
+def test_gradients_of_losses_of_a_difference_are_exactly_opposite_and_a_common_beginning_cancels(
+    name: str, dtype: torch.dtype
+) -> None:
+    values = data(name, batch=7, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    known = inspect.signature(LOSSES[name]).parameters
+    more = {side: torch.rand(7, generator=generator).to(dtype) for side in ("prob", "weight", "margin", "beta_scale")}
+    values |= {side: value for side, value in more.items() if side in known and not (name == "hinge" and side == "margin")}
+    measured = [one for one in ("policy", "shared") if one in values]
+    leaves = {one: values[one].clone().requires_grad_() for one in measured}
+    settings = {"normalise": "none"} if name == "ipo" else {}
+    losses = call(name, {**values, **leaves}, **settings).losses
+    losses.sum().backward()
+    for leaf_of in leaves.values():
+        assert torch.equal(leaf_of.grad[:, 0], -leaf_of.grad[:, 1]) and bool((leaf_of.grad[:, 0] != 0).any())
+    if dtype == torch.float64:
+        begun = {
+            one: values[one] - 3.0 for one in (*measured, *(f"reference_{m}" for m in measured), "reference") if one in values
+        }
+        torch.testing.assert_close(call(name, {**values, **begun}, **settings).losses, losses, rtol=1e-9, atol=1e-12)
+
+
+def test_losses_that_know_more_than_a_difference_are_told_apart() -> None:
+    assert of_differences("dpo", settings_of("dpo")) and of_differences("ipo", {"normalise": "none"})
+    assert not of_differences("ipo", settings_of("ipo")) and not of_differences("dpo", {"divergence": "js"})
+    assert not any(of_differences(name, settings_of(name)) for name in LOSSES.keys() - OF_DIFFERENCES)
+    terms = [Term(name=name, loss=LOSSES[name], settings={}) for name in ("dpo", "robust", "nll")]
+    assert Objective(terms[:2]).of_differences and not Objective(terms).of_differences
+    assert not Objective([Term(name="dpo", loss=nll, settings={})]).of_differences
 
 
 # Faults of TRL 1.16

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_causal import sequences, tiny_causal
+from tiny_causal import gradients, relative_errors, sequences, tiny_causal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -15,6 +15,7 @@ from mmalign.language.head import Head, slot_sums
 from mmalign.language.network import TokenNetwork
 from mmalign.likelihoods import Layout, Segment, TokenInputs, Tokens
 from mmalign.likelihoods.tokens import first_difference, shared_heads
+from mmalign.losses import LOSSES
 
 GOLDEN = Path(__file__).parent / "golden" / "text"
 NOTHING: frozenset[str] = frozenset()
@@ -289,3 +290,39 @@ def test_gradients_of_packed_rows_are_those_of_padded_rows() -> None:
     assert float(total) > 0.1
     for padded, packed in zip(*found, strict=True):
         assert float((packed - padded).norm()) < 1e-10 * float(total)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("pack", [True, False])
+def test_one_accumulator_for_both_answers_of_a_pair_gives_the_gradient_of_one_for_each(pack: bool, heads: bool) -> None:
+    network = TokenNetwork(tiny_causal("llama"), accumulators=8)
+    answers = sequences((3, 5, 4, 1), seed=2)
+    lengths = ((3, 5), (4, 1))
+    tokens = Tokens(
+        contexts=sequences((5, 3)),
+        continuations=answers,
+        context_of=(0, 0, 1, 1),
+        heads=shared_heads(lengths) if heads else None,
+    )
+    wanted = frozenset({"shared"}) if heads else frozenset()
+    found = []
+    for opposed in (True, False):
+        inputs = TokenInputs(tokens=tokens, num_candidates=2, batch=2, wanted=wanted, pack=pack, opposed=opposed)
+        measured = inputs.measures(network)
+        zeros = torch.zeros(2, 2, dtype=torch.float64)
+        named = {"shared": measured["shared"], "reference_shared": zeros} if heads else {}
+        loss = LOSSES["ld_dpo" if heads else "dpo"](measured["policy"], zeros, **named).losses.mean()
+        found.append(gradients(network.model, loss))
+    assert max(relative_errors(*found).values()) < 1e-12
+    assert float(found[0]["lm_head.weight"].abs().max()) > 0
+
+
+def test_only_both_candidates_without_further_completions_are_opposed() -> None:
+    tokens = Tokens(contexts=sequences((5,)), continuations=sequences((3, 5, 4), seed=2), context_of=(0, 0, 0))
+    two = TokenInputs(tokens=tokens.select([0, 1]), num_candidates=2, batch=1, opposed=True)
+    assert two._opposed() == ((0, 1),)
+    assert two.candidates(slice(0, 1))._opposed() is None
+    assert TokenInputs(tokens=tokens, num_candidates=3, batch=1, opposed=True)._opposed() is None
+    assert TokenInputs(tokens=tokens, num_candidates=2, batch=1, extras=("gold",), opposed=True)._opposed() is None
+    scored = replace(two.tokens, context_weights=(torch.ones(4),))
+    assert replace(two, tokens=scored)._opposed() is None

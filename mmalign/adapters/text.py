@@ -18,6 +18,7 @@ from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
 from mmalign.likelihoods.tokens import GRADED
+from mmalign.losses import OF_DIFFERENCES, of_differences
 from mmalign.records import Media
 
 
@@ -49,12 +50,6 @@ class Answers:
     def media(self) -> list[tuple[Media, ...]]:
         """What each prompt shows: nothing."""
         return [()] * len(self.prompts)
-
-
-# Losses of (policy - reference) of one candidate minus that of the other: what both answers begin with cancels.
-OF_DIFFERENCES = frozenset(
-    {"dpo", "tr_dpo", "robust", "ipo", "hinge", "exo", "discopop", "odpo", "rpo", "ld_dpo", "aot", "beta_dpo"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +152,7 @@ class TextAdapter:
         if self.score == "response":
             return
         for loss in losses:
-            summed = loss.name != "ipo" or loss.settings.get("normalise") == "none"
-            plain = loss.settings.get("divergence", "reverse_kl") == "reverse_kl" and summed
-            if num_candidates < 2 or loss.name not in OF_DIFFERENCES or not plain:
+            if num_candidates < 2 or not of_differences(loss.name, loss.settings):
                 raise UserError(
                     f"adapter.score: got difference with loss {loss.name}, which depends on more than differences of summed "
                     f"log-ratios within a pair. Set it to response, or choose one of {', '.join(sorted(OF_DIFFERENCES))}."

@@ -126,6 +126,7 @@ class TextPolicy:
             self.network.checkpoint_gradients(True)
         self.mismatched = settings.mismatched is not False and "anchor" in asked and num_candidates == 1
         self.mean_length: float | None = None
+        self.opposed = False
         self.cache: ReferenceBank | None = None
         if settings.cache is not None:
             if self.mismatched:
@@ -195,6 +196,7 @@ class TextPolicy:
             pad=self.tokenizer.pad_token_id or 0,
             mismatched=mismatched_of(encoded) if self.mismatched else None,
             teacher=self.teacher,
+            opposed=self.opposed,
             noisy=noisy_of(encoded, k + len(extras), batch["weights"]) if "greedy" in extras else None,
         )
         with torch.autocast(self.device.type, dtype=self.parts.autocast, enabled=self.parts.autocast is not None):
@@ -222,6 +224,10 @@ class TextPolicy:
         One number for the whole run: a mean over tokens then depends on neither micro-batch nor process.
         """
         self.mean_length = mean_length(self.reader.encoder, examples, self.parts.looked_at)
+
+    def oppose(self) -> None:
+        """Be told that the losses see only the difference of a pair's log-ratios; see `TokenInputs.opposed`."""
+        self.opposed = True
 
     def meet(self, examples: Sequence[Example]) -> None:
         """Let the reader take images of other examples for those that are shown them."""

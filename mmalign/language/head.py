@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def slot_sums(
     wanted: frozenset[str] = frozenset(),
     rows: int | None = None,
     accumulators: int = 2,
+    opposed: tuple[tuple[int, int], ...] | None = None,
 ) -> dict[str, Float[Tensor, " slots"]]:
     """Sums over the tokens of every slot of their log-probabilities, tile by tile.
 
@@ -54,8 +56,8 @@ def slot_sums(
 
     The loss reaches a token through its slot's sum alone, so that its gradient is one number a slot times a gradient that is
     known as soon as the tile's logits are. It is formed then, and the logits are computed once, where the output layer is
-    frozen or the slots are few: a trainable one needs an accumulator of its size a slot. Else the backward pass computes
-    the logits again.
+    frozen or the slots are few: a trainable one needs an accumulator of its size a slot, or one for two slots whose gradients
+    are opposite. Else the backward pass computes the logits again.
     Args:
         hidden: states that predict.
         head: the output layer.
@@ -65,9 +67,12 @@ def slot_sums(
         weight: w; None: 1.
         wanted: of "agreement" and "entropy".
         rows: tokens in a tile; None: see `tile_rows`.
-        accumulators: slots up to which a trainable output layer is passed once, where memory allows it; 0: never.
+        accumulators: how many of them a trainable output layer may have, where memory allows it; 0: none.
+        opposed: pairs of slots, all of them, of which the second one's gradient is minus the first one's, as it is under a
+            loss of their difference. Where it is not, the gradient of what all tokens share is NaN. None: none is known.
     """
-    job = Job.of(hidden, head, target, slot, counts, factor=weight, wanted=wanted, rows=rows, accumulators=accumulators)
+    how: dict[str, Any] = {"rows": rows, "accumulators": accumulators, "opposed": opposed}
+    job = Job.of(hidden, head, target, slot, counts, factor=weight, wanted=wanted, **how)
     logps, agreement, entropy = _Sums.apply(hidden, head.weight, head.bias, head.inner, head.outer, job)
     values = {"logps": logps, "agreement": agreement, "entropy": entropy}
     return {name: value for name, value in values.items() if name == "logps" or name in wanted}
@@ -135,6 +140,7 @@ class Job:
     wanted: frozenset[str]
     rows: int
     accumulators: int
+    opposed: tuple[tuple[int, int], ...] | None
     dtype: torch.dtype
     exact: torch.dtype
     graph: bool
@@ -152,6 +158,7 @@ class Job:
         wanted: frozenset[str] = frozenset(),
         rows: int | None = None,
         accumulators: int = 0,
+        opposed: tuple[tuple[int, int], ...] | None = None,
     ) -> Job:
         """That of these hidden states under this head; see `slot_sums`."""
         dtype = _compute_dtype(hidden, head.weight)
@@ -165,6 +172,7 @@ class Job:
             wanted=wanted,
             rows=rows or tile_rows(head.weight.shape[0], hidden.device),
             accumulators=accumulators,
+            opposed=opposed,
             dtype=dtype,
             exact=torch.promote_types(dtype, torch.float32),
             graph=torch.is_grad_enabled(),
@@ -173,6 +181,20 @@ class Job:
     def tiles(self) -> Iterator[slice]:
         """Slices of the tokens, one a tile."""
         return (slice(start, start + self.rows) for start in range(0, len(self.target), self.rows))
+
+    @property
+    def signed(self) -> list[list[tuple[int, bool]]]:
+        """Of each total, its slots, and whether each is taken off."""
+        if self.opposed is None:
+            return [[(slot, False)] for slot in range(len(self.counts))]
+        return [[(plus, False), (minus, True)] for plus, minus in self.opposed]
+
+    def worth(self, grad: Float[Tensor, " slots"]) -> Float[Tensor, " totals"]:
+        """Gradient of each total: of its slots', NaN where two of them are not opposite; no synchronisation."""
+        if self.opposed is None:
+            return grad
+        plus, minus = (torch.stack([grad[pair[n]] for pair in self.opposed]) for n in (0, 1))
+        return torch.where(plus == -minus, plus, torch.full_like(plus, torch.nan))
 
 
 @dataclass
@@ -196,7 +218,7 @@ class _Total:
 
 @dataclass(kw_only=True)
 class Gradients:
-    """Gradients by the number of the input: a row a token, or a total a slot (one for all: `merged`)."""
+    """Gradients by the number of the input: a row a token, or totals of slots (`Job.signed`; one for all: `merged`)."""
 
     merged: bool
     of_tokens: dict[int, Tensor] = field(default_factory=dict)
@@ -205,7 +227,7 @@ class Gradients:
     @classmethod
     def empty(cls, tensors: Any, needed: tuple[int, ...], job: Job, *, merged: bool) -> Gradients:
         """For those inputs that need one."""
-        totals = 1 if merged else len(job.counts)
+        totals = 1 if merged else len(job.signed)
         return cls(
             merged=merged,
             of_tokens={number: torch.empty_like(tensors[number]) for number in needed if number in PER_TOKEN},
@@ -219,16 +241,16 @@ class Gradients:
 
     def scaled(self, grad: Tensor, job: Job) -> dict[int, Tensor]:
         """Times the gradient of every slot. The totals are combined in the place of the first, and are gone."""
-        of_token = grad[job.slot][:, None]
+        of_token, worth = grad[job.slot][:, None], job.worth(grad)
         found = {number: kept * of_token for number, kept in self.of_tokens.items()}
         for number, totals in self.of_slots.items():
             combined: Tensor | None = None
-            for slot, total in enumerate(totals):
+            for number_of_total, total in enumerate(totals):
                 value, total.value = total.value, None
                 if value is not None and combined is None:
-                    combined = value.mul_(grad[slot])
+                    combined = value.mul_(worth[number_of_total])
                 elif value is not None and combined is not None:
-                    combined.addcmul_(value, grad[slot])
+                    combined.addcmul_(value, worth[number_of_total])
             if combined is not None:
                 found[number] = combined
         return found
@@ -277,12 +299,12 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def has_room(tensors: Any, needed: tuple[int, ...], job: Job) -> bool:
     """Whether a total a slot may be held: as many as `accumulators` allows, in a quarter of what is free on CUDA."""
-    if len(job.counts) > job.accumulators:
+    if len(job.signed) > job.accumulators:
         return False
     device = job.target.device
     if device.type != "cuda":
         return True
-    size = len(job.counts) * job.exact.itemsize * sum(tensors[number].numel() for number in needed if number in SHARED)
+    size = len(job.signed) * job.exact.itemsize * sum(tensors[number].numel() for number in needed if number in SHARED)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return bool(size <= (torch.cuda.mem_get_info(device)[0] + cached) / 4)
 
@@ -359,28 +381,30 @@ def add_gradients(
         gradients.of_tokens[0][tile] = _product(rough, words, job.exact).mul_(by_token)
     if 3 in gradients.of_tokens:
         gradients.of_tokens[3][tile] = (error @ outer.to(job.exact)).mul_(by_token)
-    for number, total, piece in _pieces(gradients, job, tile):
+    for number, total, piece, less in _pieces(gradients, job, tile):
+        by = -by_token[piece] if less else by_token[piece]
         if number == 1:
-            total.add(rough[piece].T, (hidden[tile][piece].to(job.exact) * by_token[piece]).to(job.dtype))
+            total.add(rough[piece].T, (hidden[tile][piece].to(job.exact) * by).to(job.dtype))
         elif number == 2:
-            total.add(error[piece].T, by_token[piece])
+            total.add(error[piece].T, by)
         else:
-            total.add(error[piece].T, inner[tile][piece].to(job.exact) * by_token[piece])
+            total.add(error[piece].T, inner[tile][piece].to(job.exact) * by)
 
 
-def _pieces(gradients: Gradients, job: Job, tile: slice) -> Iterator[tuple[int, _Total, slice]]:
-    """Input number, total and its rows of the tile, for all that all tokens share."""
+def _pieces(gradients: Gradients, job: Job, tile: slice) -> Iterator[tuple[int, _Total, slice, bool]]:
+    """Input number, total, rows of the tile that it gets and whether they are taken off it, for all that all tokens share."""
     size = min(tile.stop, len(job.target)) - tile.start
+    ends = list(accumulate(job.counts))
     for number, totals in gradients.of_slots.items():
         if gradients.merged:
-            yield number, totals[0], slice(0, size)
+            yield number, totals[0], slice(0, size), False
             continue
-        end = 0
-        for total, count in zip(totals, job.counts, strict=True):
-            start, end = end, end + count
-            piece = slice(max(start - tile.start, 0), min(end - tile.start, size))
-            if piece.start < piece.stop:
-                yield number, total, piece
+        for total, slots in zip(totals, job.signed, strict=True):
+            for slot, less in slots:
+                start, end = ends[slot] - job.counts[slot], ends[slot]
+                piece = slice(max(start - tile.start, 0), min(end - tile.start, size))
+                if piece.start < piece.stop:
+                    yield number, total, piece, less
 
 
 def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:

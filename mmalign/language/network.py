@@ -145,7 +145,7 @@ class TokenNetwork(nn.Module):
     ) -> dict[str, Tensor]:
         scored = (layout.target, layout.slot, layout.counts)
         how: dict[str, Any] = {"rows": self.rows, "accumulators": self.accumulators}
-        sums = slot_sums(states, head, *scored, weight=layout.weight, wanted=wanted & PER_TOKEN, **how)
+        sums = slot_sums(states, head, *scored, weight=layout.weight, wanted=wanted & PER_TOKEN, opposed=layout.opposed, **how)
         if lesson is not None:
             sums |= distilled_sums(states, head, lesson, *scored, wanted=wanted & GRADED, **how)
         if "target_logits" in wanted:

@@ -42,6 +42,7 @@ class Layout:
         counts: number of scored tokens of each sum, known without asking the device.
         media: what is shown beside the tokens: packed, of each context; padded, of each row; None: nothing anywhere.
         begins: padded: where the continuation of each row begins; empty when packed.
+        opposed: pairs of sums, all of them, whose gradients are known to be opposite: the loss sees only their difference.
     """
 
     ids: Int[Tensor, "rows length"]
@@ -55,6 +56,7 @@ class Layout:
     counts: tuple[int, ...]
     media: tuple[Any | None, ...] | None = None
     begins: tuple[int, ...] = ()
+    opposed: tuple[tuple[int, int], ...] | None = None
 
     @property
     def num_slots(self) -> int:

@@ -58,6 +58,8 @@ class TokenInputs:
             further completion `greedy`, the best candidate's tokens, is scored on in their place; see `echoed`.
         lesson: what the reference made of the scored tokens, for `divergence`; `refer` gives it.
         first: number of the first candidate, in parts.
+        opposed: the loss sees of two candidates only the difference of their log-ratios, whose gradients are then opposite:
+            a trained output layer needs one accumulator for both; see `language.head.slot_sums`.
     """
 
     tokens: Tokens
@@ -74,6 +76,7 @@ class TokenInputs:
     noisy: Tokens | None = None
     lesson: Any = None
     first: int = 0
+    opposed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a teacher's measures without one, and logits that nothing is to be compared with."""
@@ -98,7 +101,7 @@ class TokenInputs:
         Raises:
             ValueError: `divergence` is wanted, and `refer` was not called before.
         """
-        layout = self._layout(self.tokens)
+        layout = replace(self._layout(self.tokens), opposed=self._opposed())
         lesson = self.lesson if self.teacher is None or not self.wanted & GRADED else self.teacher(layout)
         if "divergence" in self.wanted and lesson is None:
             raise ValueError("divergence: got inputs that know nothing of the reference. Call refer first.")
@@ -205,6 +208,15 @@ class TokenInputs:
         if self.wanted & RIVALS:
             asked |= {"rival"}
         return asked | {"target_logits"} if "anchored" in self.wanted else asked
+
+    def _opposed(self) -> tuple[tuple[int, int], ...] | None:
+        """Slots of the first and of the second candidate, where there are no others and the loss sees their difference."""
+        if not self.opposed or self.num_candidates != 2 or self.extras or self.tokens.context_weights is not None:
+            return None
+        parts = 1 if self.tokens.heads is None else 2
+        return tuple(
+            (2 * parts * row + part, 2 * parts * row + parts + part) for row in range(self.batch) for part in range(parts)
+        )
 
     def _layout(self, tokens: Tokens) -> Layout:
         layout = tokens.packed() if self.pack else tokens.padded(multiple=self.multiple, pad=self.pad)

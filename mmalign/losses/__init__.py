@@ -5,7 +5,8 @@ What stands before the star of a signature is data, which the loop supplies by n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from mmalign.losses.batchwise import aot, aot_unpaired, beta_dpo
 from mmalign.losses.blind import blind_bpo
@@ -26,7 +27,16 @@ from mmalign.losses.reward_models import bradley_terry, gpm
 from mmalign.losses.statistics import STATISTICS, Statistic
 from mmalign.losses.terms import adpa, chosen_anchor, chosen_guard, dckd, nll, rationale, selm, tpo
 
-__all__ = ["LOSSES", "MEASURES", "OF_VARIANT", "STATISTICS", "PreferenceLoss", "Statistic"]
+__all__ = [
+    "LOSSES",
+    "MEASURES",
+    "OF_DIFFERENCES",
+    "OF_VARIANT",
+    "STATISTICS",
+    "PreferenceLoss",
+    "Statistic",
+    "of_differences",
+]
 
 LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "dpo": dpo,
@@ -98,6 +108,18 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "tpo_visual": tpo_visual,
     "opa_dpo": opa_dpo,
 }
+
+# Losses of the log-ratio of one candidate less that of the other, and of nothing else that the logps tell.
+OF_DIFFERENCES = frozenset(
+    {"dpo", "tr_dpo", "robust", "ipo", "hinge", "exo", "discopop", "odpo", "rpo", "ld_dpo", "aot", "beta_dpo"}
+)
+
+
+def of_differences(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether what both candidates begin with cancels in a loss with these settings, and its gradients by both are opposite."""
+    summed = name != "ipo" or settings.get("normalise") == "none"
+    return name in OF_DIFFERENCES and summed and settings.get("divergence", "reverse_kl") == "reverse_kl"
+
 
 # Data that the likelihood measures in the same pass as the logps; the reference's stand under `reference_<name>`.
 MEASURES = frozenset(
