@@ -57,6 +57,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "candidates": ({"data": {"view": "best"}}, r"loss\.dpo: got 1 candidates a prompt, want 2"),
     "cache": ({"adapter": {"cache": "absent_cache"}}, r"absent_cache.*got no cache, want one\. Run `mmalign prepare`"),
     "crop": ({"adapter": {"cache": "c", "crop": "random"}}, r"crop: got random with a cache.*Use crop: center"),
+    "guard": ({"adapter": {"winner_guard": {"mu": 2}}}, r"adapter\.winner_guard\.mu: got 2\.0, want .* 0 to 1"),
     "ema": ({"training": {"ema_decay": 1.5}}, r"ema_decay: got 1\.5, want a number between 0 and 1"),
 }
 

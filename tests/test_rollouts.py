@@ -277,6 +277,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"source": rollouts(), "loss": [{"name": "spo"}, {"name": "output_anchor"}]},
         r"loss: asks for drift, which adapter diffusion with source rollouts does not measure",
     ),
+    "texts": (
+        {"source": rollouts(scorer={"name": "image", "scorer": "text_length"})},
+        r"source\.scorer\.scorer: got text_length, which judges texts, want a scorer of images",
+    ),
     "loss": ({"source": rollouts(), "loss": {"name": "kto"}}, r"loss\.kto: needs the data labels"),
 }
 

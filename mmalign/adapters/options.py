@@ -32,6 +32,11 @@ class WinnerGuard:
     mu: float = 0.9
     per: Literal["pair", "batch"] = "pair"
 
+    def __post_init__(self) -> None:
+        """Refuse a share without meaning."""
+        if not 0 <= self.mu <= 1:
+            raise ValueError(f"mu: got {self.mu}, want the share of the winner's descent to keep, 0 to 1. Published: 0.9, 0.6.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:

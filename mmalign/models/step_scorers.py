@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.config import Choice, Table
+from mmalign.errors import UserError
 from mmalign.models.latent_reward import LatentReward, open_latent_reward
 from mmalign.models.lora import lora_off
 from mmalign.models.step_aware import ClipInputs, StepAwareCLIP, open_step_aware
-from mmalign.scorers import SCORERS, DifferentiableScorer, Scorer
+from mmalign.scorers import SCORERS, DifferentiableScorer, Scorer, judged_kind
 
 KEPT_PROMPTS = 256
 
@@ -198,8 +199,13 @@ def image(model: StepModel, *, scorer: Annotated[Choice, Table(SCORERS)], batch_
         model: what is sampled.
         scorer: a name in SCORERS, with its settings.
         batch_size: guesses decoded and scored at a time.
+    Raises:
+        UserError: a scorer of texts.
     """
-    return ImageScorer(model=model, scorer=scorer.build(), batch_size=batch_size)
+    judge = scorer.build()
+    if judged_kind(judge) != "images":
+        raise UserError(f"source.scorer.scorer: got {judge.name}, which judges {judged_kind(judge)}, want a scorer of images.")
+    return ImageScorer(model=model, scorer=judge, batch_size=batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
