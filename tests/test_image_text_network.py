@@ -256,12 +256,16 @@ def test_the_projectors_gradient_is_that_of_the_naive_path_and_nothing_is_rememb
     assert sight.num_encoded == before + 4
 
 
-def test_a_layout_that_shows_nothing_reaches_the_trained_projector_with_zeros() -> None:
-    network = network_of("llava", trained="model.multi_modal_projector")
-    found = gradients(network.model, network(shared("llava", ROWS[2:]).packed())["logps"].sum())
-    assert len(found) == 4 and all(not gradient.any() for gradient in found.values())
-    frozen: Any = network_of("llava").sight
-    assert frozen.touched(network.model, shared("llava", ROWS[2:]).packed()) is None
+@FAMILY
+def test_a_layout_that_shows_nothing_reaches_every_weight_that_is_trained(family: str) -> None:
+    network = network_of(family, trained="model.")
+    layout = shared(family, ROWS[2:]).packed() if network.packs else shared(family, ROWS[2:]).padded()
+    found = gradients(network.model, network(layout)["logps"].sum())
+    assert found.keys() == {name for name, parameter in network.model.named_parameters() if parameter.requires_grad}
+    elsewhere = [gradient for name, gradient in found.items() if part_of(name, FAMILIES[family]) != "language"]
+    assert elsewhere and not any(gradient.any() for gradient in elsewhere)
+    frozen: Any = network_of(family).sight
+    assert frozen.touched(network.model, layout) is None
 
 
 def test_little_is_remembered_beside_the_images_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ class Sight:
             [found] = self._encoded(model, self.shown[1].images[:1])
         self.frozen = not any(part.requires_grad for part in (found.tokens, *found.deep))
         self.num_encoded = 0
+        across = tuple(f".layers.{n}." for n in getattr(model.config.get_text_config(), "cross_attention_layers", ()))
         self._passed_over = [
             parameter
             for name, parameter in model.named_parameters()
