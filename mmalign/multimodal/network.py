@@ -55,7 +55,7 @@ class Sight:
         self._passed_over = [
             parameter
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and (self.crosses or part_of(name, family) != "language")
+            if parameter.requires_grad and (part_of(name, family) != "language" or any(one in name for one in across))
         ]
 
     @property
