@@ -32,6 +32,7 @@ class Facts:
         path: what the importer reads, for the command.
         excluded: how many people's votes were left out on demand.
         guideline_version: the newest.
+        prob: whether rows carry the share of the votes as a soft label.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Facts:
     path: str
     excluded: int
     guideline_version: int
+    prob: bool = True
 
 
 def card(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
@@ -62,7 +64,7 @@ def card(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
         _dropped(facts),
         _agreement(whole),
         _collected(facts, whole, protocol),
-        _columns(facts),
+        _columns(facts, protocol),
         _use(facts),
     ]
     return "\n".join(part for part in parts if part)
@@ -153,7 +155,7 @@ def _collected(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
     )
 
 
-def _columns(facts: Facts) -> str:
+def _columns(facts: Facts, protocol: Protocol) -> str:
     used = {
         "trl": ("id", "prob", "margin", "n_votes", "agreement"),
         "unpaired": ("id", "label", "n_votes", "agreement"),
@@ -161,6 +163,8 @@ def _columns(facts: Facts) -> str:
         "pick_a_pic": ("n_votes", "agreement"),
         "csv": ("id", "prob", "margin", "n_votes", "agreement"),
     }.get(facts.format, ())
+    there = {"prob": facts.prob, "margin": protocol.strength}
+    used = tuple(name for name in used if there.get(name, True))
     if not used:
         return ""
     return "## Columns\n\n" + _table(("column", "what it is"), [(name, COLUMNS[name]) for name in used])

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmalign.annotation.ballots import Ballot, by_item
+from mmalign.annotation.ballots import Ballot, by_item, dense
 from mmalign.annotation.card import Facts, card
 from mmalign.annotation.dashboard import as_csv, dashboard
-from mmalign.annotation.formats import FORMATS, OWN_PROMPTS, Format, Judged
-from mmalign.annotation.judgements import write_judgements
+from mmalign.annotation.formats import FORMATS, Format, Judged, no_images_alone
+from mmalign.annotation.judgements import CHANGED, write_judgements
 from mmalign.annotation.pooling import NO_VOTES, Pooled, pool, with_verdict
 from mmalign.annotation.projects import Project
 from mmalign.annotation.store import Store
-from mmalign.annotation.tables import CONTAINERS
+from mmalign.annotation.tables import CONTAINERS, readable_row
 from mmalign.annotation.tally import ballots_of
 from mmalign.errors import UserError
 from mmalign.records import Comparison, write
@@ -112,8 +112,11 @@ class _Work:
             if verdict is None or (reason := self._unwanted(verdict)) is not None:
                 self.dropped[NO_VOTES if verdict is None else str(reason)] += 1
                 continue
+            if not item.is_intact():
+                self.dropped[CHANGED] += 1
+                continue
             yield Judged(
-                row=item.comparison,
+                row=readable_row(item.comparison),
                 verdict=verdict,
                 ballots=[one for one in self.by_item[str(item.id)] if not one.repeat],
                 prob=self.settings.prob,
@@ -250,9 +253,11 @@ def _write(work: _Work, folder: Path) -> int:
     if name == "csv":
         rows = list(work.rows(False))
         names = list(dict.fromkeys(key for row in rows for key in row))
-        (folder / "items.csv").write_text(as_csv([{key: row.get(key) for key in names} for row in rows]), encoding="utf-8")
+        table = as_csv([{key: row.get(key) for key in names} for row in rows])
+        (folder / "items.csv").write_text(table, encoding="utf-8", errors="replace")
         return len(rows)
-    return CONTAINERS[work.container](work.rows, folder, "train") if any(True for _ in work.rows(False)) else 0
+    counted = work.format.counted(work.rows) if work.format.counted else work.rows
+    return CONTAINERS[work.container](counted, folder, "train") if any(True for _ in work.rows(False)) else 0
 
 
 def _write_comparisons(work: _Work, folder: Path) -> int:
@@ -284,12 +289,13 @@ def _write_hpdv2(work: _Work, folder: Path) -> int:
     entries = []
     for judged in work.judged(True):
         verdict, row = judged.verdict, judged.row
-        if verdict.ranks is None or row.prompts is not None:
-            work.dropped[OWN_PROMPTS if verdict.ranks is not None else str(verdict.dropped)] += 1
+        if problem := (None if verdict.ranks is not None else verdict.dropped) or no_images_alone(judged):
+            work.dropped[problem] += 1
             continue
+        assert verdict.ranks is not None  # else it was dropped
         paths = [store_media(content.images[0], folder / "train") for content in row.candidates]
         own = [
-            {"user_hash": work.people[one.rater], "rank": [int(rank) - 1 for rank in one.ranks]}
+            {"user_hash": work.people[one.rater], "rank": [rank - 1 for rank in dense(one.ranks)]}
             for one in judged.ballots
             if one.ranks is not None and one.choice != "both_bad"
         ]
@@ -301,7 +307,9 @@ def _write_hpdv2(work: _Work, folder: Path) -> int:
             levels = sorted(set(verdict.ranks))
             entry |= {"image_path": paths, "rank": [levels.index(rank) for rank in verdict.ranks]}
         entries.append(entry)
-    (folder / "train.json").write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / "train.json").write_text(
+        json.dumps(entries, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace"
+    )
     return len(entries)
 
 
@@ -320,8 +328,9 @@ def _describe(work: _Work, folder: Path, target: Path, num_rows: int) -> None:
         path=str(_read_path(work, Path(target.name))),
         excluded=len(work.settings.without),
         guideline_version=work.store.guideline(work.project.id).version,
+        prob=work.settings.prob,
     )
     whole = dashboard(work.ballots, num_items=num_items, seed=work.project.id)
-    (folder / CARD).write_text(card(facts, whole, work.project.protocol), encoding="utf-8")
+    (folder / CARD).write_text(card(facts, whole, work.project.protocol), encoding="utf-8", errors="replace")
     told = {"settings": {**settings, "without": len(work.settings.without)}, "rows": num_rows, "dropped": dict(work.dropped)}
     (folder / MARK).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

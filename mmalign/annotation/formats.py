@@ -1,18 +1,22 @@
 """Formats of an export: what one judged item becomes in each, and why it does not."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmalign.annotation.ballots import Ballot
 from mmalign.annotation.pooling import NO_VOTES, Pooled, with_verdict
-from mmalign.annotation.tables import Encoded
+from mmalign.annotation.tables import Encoded, Rows
 from mmalign.importers.trl_format import laid_out
 from mmalign.records import Comparison, Content, Dropped, Example, Media, Sample, pair
 from mmalign.records.verdicts import Pairs
 
 OWN_PROMPTS = "a prompt of its own for each candidate, which the format comparisons can hold"
 SEVERAL_IMAGES = "several images a candidate, which the format comparisons can hold"
+WORDS_AND_IMAGES = "words and images in one candidate, which the format comparisons can hold"
+CONVERSATION = "a conversation before its images, which the format comparisons can hold"
+PROMPT_IMAGES = "images in the prompt, which the formats trl, ranked and comparisons can hold"
 NOT_TWO = "{} candidates, want 2"
 
 
@@ -102,15 +106,27 @@ def pick_a_pic(judged: Judged) -> Outcome:
     verdict, row = judged.verdict, judged.row
     if len(row.candidates) != 2:
         return NOT_TWO.format(len(row.candidates))
-    if problem := (None if verdict.ranks is not None else verdict.dropped) or _misfit(judged):
+    if problem := (None if verdict.ranks is not None else verdict.dropped) or no_images_alone(judged):
         return problem
     first, second = verdict.ranks or (0.0, 0.0)
     label = 0.5 if first == second else float(first < second)
-    entry: dict[str, Any] = {"ranking_id": row.id, "caption": row.prompt.text}
+    best = "tie" if first == second else f"{row.id}#{int(second < first)}"
+    entry: dict[str, Any] = {"ranking_id": row.id, "caption": row.prompt.text, "best_image_uid": best, "are_different": True}
     for place, content in enumerate(row.candidates):
         entry |= {f"image_{place}_uid": f"{row.id}#{place}", f"jpg_{place}": Encoded(content.images[0])}
         entry[f"model_{place}"] = judged.ballots[0].sources[place] if judged.ballots[0].sources else None
     return [{**entry, "label_0": label, "label_1": 1 - label, "has_label": True, **judged.facts}]
+
+
+def with_examples_per_prompt(rows: Rows) -> Rows:
+    """Tell beside each row of Pick-a-Pic how many rows have its caption, by which an importer can weigh them."""
+    counts = Counter(row["caption"] for row in rows(False))
+
+    def counted(media: bool) -> Iterator[dict[str, Any]]:
+        for row in rows(media):
+            yield {**row, "num_example_per_prompt": counts[row["caption"]]}
+
+    return counted
 
 
 def csv_row(judged: Judged) -> Outcome:
@@ -144,8 +160,18 @@ def _misfit(judged: Judged) -> str | None:
     row = judged.row
     if row.prompts is not None:
         return OWN_PROMPTS
-    several = any(len(content.images) > 1 for content in row.candidates)
-    return SEVERAL_IMAGES if judged.pictured and (several or row.prompt.messages) else None
+    if judged.pictured and row.prompt.messages:
+        return CONVERSATION
+    if judged.pictured and any(len(content.images) > 1 for content in row.candidates):
+        return SEVERAL_IMAGES
+    return WORDS_AND_IMAGES if not judged.pictured and any(candidate.media() for candidate in row.candidates) else None
+
+
+def no_images_alone(judged: Judged) -> str | None:
+    """Why formats of one text and images that answer it cannot hold the item, if so."""
+    if problem := _misfit(judged):
+        return problem
+    return WORDS_AND_IMAGES if not judged.pictured else PROMPT_IMAGES if judged.row.prompt.images else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +184,7 @@ class Format:
         containers: it can lie in, the first by default.
         importer: what `mmalign train` reads it with; None: it is not for training.
         told: in one line what it is, for the card.
+        counted: adds to rows what only all of them together tell.
     """
 
     rows: Callable[[Judged], Outcome] | None
@@ -165,6 +192,7 @@ class Format:
     containers: tuple[str, ...] = ("parquet", "jsonl", "datasets")
     importer: str | None = "trl"
     told: str
+    counted: Callable[[Rows], Rows] | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -178,6 +206,7 @@ FORMATS: dict[str, Format] = {
         containers=("parquet", "datasets"),
         importer="pick_a_pic",
         told="pairs of images with the columns of Pick-a-Pic; label_0 and label_1 are 0.5 for a tie",
+        counted=with_examples_per_prompt,
     ),
     "hpdv2": Format(
         rows=None,

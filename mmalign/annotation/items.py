@@ -1,5 +1,6 @@
 """Items as they were added: the comparison of the data, what is known of it, and how many people are to judge it."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from mmalign.annotation.intake import replaced
 from mmalign.annotation.leases import take_slot
 from mmalign.annotation.schema import BLOB, ITEM, MEDIA, PROJECT
 from mmalign.errors import UserError
-from mmalign.records import Comparison, comparison
+from mmalign.records import Comparison, Media, comparison
 
 PAGE = 200
 
@@ -27,6 +28,7 @@ class Item:
         answer: the known answer of gold and calibration items, canonical: {"choice", "ranks"}.
         want: how many people are to judge it.
         slots_left: how many of them are still to be found.
+        files: of media that lie outside the database: path, sha256 as it was added; only where media were asked for.
     """
 
     id: int
@@ -35,6 +37,18 @@ class Item:
     answer: dict[str, Any] | None
     want: int
     slots_left: int
+    files: tuple[tuple[str, str], ...] = ()
+
+    def is_intact(self) -> bool:
+        """Read its files and return whether they are there, and are what was judged."""
+        return all(_hash_of(path) == sha256 for path, sha256 in self.files)
+
+
+def _hash_of(path: str) -> str | None:
+    try:
+        return hashlib.sha256(Media(path=path).read()).hexdigest()
+    except UserError:
+        return None
 
 
 def read_items(database: Database, project: int, *, media: bool) -> Iterator[Item]:
@@ -45,7 +59,7 @@ def read_items(database: Database, project: int, *, media: bool) -> Iterator[Ite
             query = select(ITEM).where(ITEM.c.project == project, ITEM.c.id > after).order_by(ITEM.c.id).limit(PAGE)
             rows = connection.execute(query).all()
             entries = _entries(connection, [row.row for row in rows], media=media)
-        for row, entry in zip(rows, entries, strict=True):
+        for row, (entry, files) in zip(rows, entries, strict=True):
             yield Item(
                 id=row.id,
                 comparison=comparison(entry),
@@ -53,29 +67,48 @@ def read_items(database: Database, project: int, *, media: bool) -> Iterator[Ite
                 answer=None if row.answer is None else json.loads(row.answer),
                 want=row.want,
                 slots_left=row.slots_left,
+                files=files,
             )
         if len(rows) < PAGE:
             return
         after = rows[-1].id
 
 
-def _entries(connection: Connection, rows: list[str], *, media: bool) -> list[dict[str, Any]]:
-    """Return rows of the table schema, with the paths or the bytes of their media."""
-    keys: set[str] = set()
-
-    def note(entry: Mapping[str, Any]) -> dict[str, Any]:
-        keys.add(entry["key"])
-        return {"key": entry["key"]}
-
-    read = [replaced(json.loads(row), {"key"}, note) for row in rows]
+def _entries(
+    connection: Connection, rows: list[str], *, media: bool
+) -> list[tuple[dict[str, Any], tuple[tuple[str, str], ...]]]:
+    """Return rows of the table schema, with the paths or the bytes of their media, and the files at those paths."""
+    read = [json.loads(row) for row in rows]
+    keys = [set(_keys(row)) if media else set[str]() for row in read]
+    wanted = set[str]().union(*keys)
     found: dict[str, dict[str, Any]] = {}
-    if keys and media:
-        paths = connection.execute(select(MEDIA.c.key, MEDIA.c.path).where(MEDIA.c.key.in_(keys)))
-        found = {row.key: {"bytes": None, "path": row.path} for row in paths}
-        blobs = connection.execute(select(BLOB).where(BLOB.c.media.in_(keys)))
-        found |= {row.media: {"bytes": bytes(row.data), "path": None} for row in blobs}
+    files: dict[str, tuple[str, str]] = {}
+    if wanted:
+        for row in connection.execute(select(MEDIA.c.key, MEDIA.c.path, MEDIA.c.sha256).where(MEDIA.c.key.in_(wanted))):
+            found[row.key] = {"bytes": None, "path": row.path}
+            if row.path is not None:
+                files[row.key] = row.path, row.sha256
+        for blob in connection.execute(select(BLOB).where(BLOB.c.media.in_(wanted))):
+            found[blob.media] = {"bytes": bytes(blob.data), "path": None}
+            files.pop(blob.media, None)
     unread = {"bytes": None, "path": None}
-    return [replaced(row, {"key"}, lambda entry: found.get(entry["key"], unread)) for row in read]
+    return [
+        (
+            replaced(row, {"key"}, lambda entry: found.get(entry["key"], unread)),
+            tuple(files[k] for k in sorted(own) if k in files),
+        )
+        for row, own in zip(read, keys, strict=True)
+    ]
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if set(value) == {"key"}:
+            yield value["key"]
+        else:
+            yield from (key for one in value.values() for key in _keys(one))
+    elif isinstance(value, list):
+        yield from (key for one in value for key in _keys(one))
 
 
 def prioritise(connection: Connection, project: int, priorities: Mapping[int, float]) -> None:

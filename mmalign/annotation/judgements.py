@@ -8,15 +8,18 @@ from typing import Any
 
 from mmalign.annotation.projects import Project
 from mmalign.annotation.store import Store
-from mmalign.annotation.tables import write_jsonl, write_parquet
+from mmalign.annotation.tables import readable_row, write_jsonl, write_parquet
 from mmalign.annotation.votes import Vote
 from mmalign.records import Comparison, write
+
+CHANGED = "an image that is gone, or was changed since it was added"
 
 
 def write_judgements(store: Store, project: Project, folder: Path, people: Mapping[str, str], *, suffix: str) -> int:
     """Write judgements.*, items.* and project.json into a folder; return the number of votes.
 
     Items bear their number in the store as id, which votes call `item`; the id that a row has in the data is the votes' `id`.
+    Items whose files are gone or changed are named in project.json alone; their votes stay.
 
     Args:
         people: name of each person whose votes are told -> what to call them.
@@ -29,12 +32,14 @@ def write_judgements(store: Store, project: Project, folder: Path, people: Mappi
                 yield judgement_row(vote, people[vote.annotator])
 
     count = (write_jsonl if suffix == "jsonl" else write_parquet)(rows, folder, "judgements")
-    roles = {}
+    roles: dict[str, dict[str, Any]] = {}
 
     def items() -> Iterator[Comparison]:
         for item in store.items(project.id):
-            roles[str(item.id)] = {"id": item.comparison.id, "role": item.role, "answer": item.answer, "want": item.want}
-            yield replace(item.comparison, id=str(item.id))
+            told = {"id": item.comparison.id, "role": item.role, "answer": item.answer, "want": item.want}
+            roles[str(item.id)] = told | ({} if (intact := item.is_intact()) else {"left_out": CHANGED})
+            if intact:
+                yield readable_row(replace(item.comparison, id=str(item.id)))
 
     write(items(), folder / f"items.{suffix}")
     versions = [asdict(store.guideline(project.id, n + 1)) for n in range(store.guideline(project.id).version)]
@@ -45,7 +50,9 @@ def write_judgements(store: Store, project: Project, folder: Path, people: Mappi
         "guidelines": versions,
         "items": roles,
     }
-    (folder / "project.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "project.json").write_text(
+        json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace"
+    )
     return count
 
 

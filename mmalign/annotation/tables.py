@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,33 @@ def _plain(row: Row, place: Callable[[Any], Any]) -> dict[str, Any]:
 def _walked(value: Any, place: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {name: _walked(one, place) for name, one in value.items()}
+    if isinstance(value, str):
+        return readable(value)
     return [_walked(one, place) for one in value] if isinstance(value, list | tuple) else place(value)
+
+
+def readable(text: str) -> str:
+    """Return a text with U+FFFD in place of half characters, which a database of JSON holds and no file of UTF-8 does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def readable_row(value: Any) -> Any:
+    """Return a comparison, or a part of one, whose texts are all `readable`."""
+    if isinstance(value, str):
+        return readable(value)
+    if isinstance(value, Mapping):
+        return {readable_row(name): readable_row(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(readable_row, value))
+    if isinstance(value, Media) or not is_dataclass(value) or isinstance(value, type):
+        return value
+    held = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+    found = {name: readable_row(one) for name, one in held.items()}
+    return value if found == held else replace(value, **found)
 
 
 CONTAINERS: dict[str, Callable[[Rows, Path, str], int]] = {
