@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 
 from mmalign.answerers import Answerer, completed, settings_of
 from mmalign.blind_model import Asked, Speaker, opened_speaker
-from mmalign.blind_rows import BLIND, DEGRADED, Filters, best_text, of_text, question, with_blind
+from mmalign.blind_rows import BLIND, DEGRADED, Filters, best_text, is_ordered, of_text, question, with_blind
 from mmalign.claims import check_claim, claim, digest_of
 from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.errors import UserError
 from mmalign.makers import Dtype
+from mmalign.multimodal.degradations import check_degradation, drawn
 from mmalign.processes import Processes, launched_processes
 from mmalign.records import Comparison, Content, Dropped, Fault, write
 from mmalign.records.journal import gather_parts, part_of
@@ -80,7 +81,7 @@ class BlindConfig:
             raise ValueError(f"limit: got {self.limit}, want 1 or more.")
         if self.filters.like_chosen is not None and not 0 < self.filters.like_chosen <= 1:
             raise ValueError(f"filters.like_chosen: got {self.filters.like_chosen}, want above 0, and at most 1.")
-        if self.degradation is not None and self.degradation.build().wants_other:
+        if self.degradation is not None and check_degradation(self.degradation.build).wants_other:
             raise ValueError(f"degradation: got {self.degradation.name}, which takes another row's image, want one of its own.")
         self.answerer.check("")
 
@@ -109,6 +110,7 @@ class Blinded:
         dropped: rows and answers left out, by reason.
         faults: rows that could not be used.
         num_text_only: of the rows, those of text alone.
+        num_unordered: of the rows, those whose own candidates nobody has ordered.
     """
 
     file: Path
@@ -119,6 +121,7 @@ class Blinded:
     dropped: Counter[str]
     faults: tuple[Fault, ...] = ()
     num_text_only: int = 0
+    num_unordered: int = 0
     told: bool = True
     source: str = BLIND
 
@@ -130,6 +133,7 @@ class Blinded:
         lines = [f"{self.num_prompts} prompts {how}, {self.num_answers} new answers: {self.num_rows} rows"]
         kept = "with what the base answers" if self.source == BLIND else "as they were"
         lines += [f"  {self.num_text_only} of them of text alone, {kept}"] * bool(self.num_text_only)
+        lines += [f"  {self.num_unordered} of them without an order, which views leave out"] * bool(self.num_unordered)
         lines += [f"  {number} left out: {reason}" for reason, number in self.dropped.most_common()]
         lines += [f"  {self.num_cut} answers cut at max_new_tokens"] * bool(self.num_cut)
         lines += [f"  {len(self.faults)} rows not usable, first: {self.faults[0]}"] if self.faults else []
@@ -222,6 +226,9 @@ def main(config: BlindConfig) -> Blinded:
 
 
 def _planned(config: BlindConfig, rows: Rows) -> _Run:
+    judges = {"auto", "ranks", *(name for row in rows.outlines for name in row.scores)}
+    if config.by not in judges:
+        raise UserError(f"by: got {config.by}, want one of {', '.join(sorted(judges))}. Correct it.")
     shown, keep = config.degradation is not None, config.text_only == "keep"
     prompt_of: list[int | Dropped | None] = []
     prompts: dict[str, tuple[Content, int]] = {}
@@ -312,8 +319,6 @@ def _known(run: _Run, speaker: Speaker, batches: Sequence[list[Job]]) -> dict[in
 
 
 def _asked(run: _Run, speaker: Speaker, index: int) -> Asked:
-    from mmalign.multimodal.degradations import drawn
-
     prompt, number = run.prompts[index]
     row = run.rows.outlines[number]
     degradation = run.config.degradation
@@ -361,6 +366,7 @@ def _write(run: _Run, num_answers: int) -> Blinded:
         dropped=dropped,
         faults=run.rows.faults,
         num_text_only=sum(of_text(run.rows.outlines[number]) for number, _ in kept),
+        num_unordered=sum(not is_ordered(run.rows.outlines[number], run.config.by) for number, _ in kept),
         source=run.config.source,
     )
 

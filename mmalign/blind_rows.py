@@ -87,6 +87,11 @@ def question(row: Comparison, *, shown: bool = False, keep_texts: bool = True) -
     return None if shown else row.prompt
 
 
+def is_ordered(row: Comparison, by: str) -> bool:
+    """Whether its own candidates are judged by what orders them; one alone is."""
+    return len(row.candidates) < 2 or not isinstance(values_of(row, by, 0.0), Dropped)
+
+
 def best_text(row: Comparison, by: str) -> str:
     """The words of the best candidate, or of the first where none is judged."""
     judged = values_of(row, by, 0.0) if len(row.candidates) > 1 else Dropped("one candidate")

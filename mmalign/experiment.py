@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from mmalign import checkpoints
 from mmalign.adapters import ADAPTERS
+from mmalign.adapters.image_text import OF_DEGRADED
 from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
@@ -136,7 +137,23 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
         logger.warning(
             "loss tr_dpo is dpo where the reference stays. Set training.moving_reference (published: decay 0.4, every 512)."
         )
+    for note in _without_effect(config, objective):
+        logger.warning("%s", note)
     return objective
+
+
+def _without_effect(config: TrainConfig, objective: Objective) -> list[str]:
+    """Settings that the losses pass over, and losses that want one to be what they are called."""
+    told, settings = [], config.adapter.settings
+    names = {loss.name for loss in config.loss}
+    if "ddpo" in names and settings.get("token_weights", ()) is None:
+        told.append("loss ddpo is dpo where all tokens weigh alike. Set adapter.token_weights: changed_segments (gamma: 5).")
+    if settings.get("degradation") is not None and not objective.measures & OF_DEGRADED:
+        told.append(
+            f"adapter.degradation: got {settings['degradation'].name}, which no loss asks for ({', '.join(sorted(names))}). "
+            "Set it to null, or add a loss that does, as mdpo."
+        )
+    return told
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -154,7 +154,8 @@ class Objective:
                 have = ", ".join(sorted(side)) or "none"
                 raise UserError(
                     f"loss.{term.name}: needs the data {', '.join(missing)}, the view gives {have}. "
-                    f"Choose another data.view (ranked gives scores, unpaired gives labels) or another loss."
+                    "Choose another data.view (ranked gives scores, pair does with with_scores: true, unpaired gives labels) "
+                    "or another loss."
                 )
             self._check_beta(term, num_candidates)
             if term.num_candidates not in (None, num_candidates):

@@ -237,6 +237,15 @@ def test_every_family_answers_without_an_image(data: Path, tmp_path: Path, famil
     assert result.num_rows == 5
 
 
+def test_rows_whose_candidates_nobody_has_ordered_are_told(data: Path, tmp_path: Path) -> None:
+    both = write([ROWS[0], replace(ROWS[1], ranks=None)], tmp_path / "some.parquet")
+    result = main(settings(both, tmp_path / "out"))
+    assert (result.num_rows, result.num_unordered) == (2, 1) and "1 of them without an order" in str(result)
+    assert isinstance(blind(rows_of(result)[1]), Dropped) and "without an order" not in str(
+        main(settings(data, tmp_path / "all"))
+    )
+
+
 # Under degraded images
 
 
@@ -325,6 +334,10 @@ def test_unusable_settings_and_data_are_told(data: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=message):
             settings(data, tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=r"degradation\.t: got 1000, want 0 to 999"):
+        settings(data, tmp_path / "out", degradation=Table(DEGRADATIONS).choose("noise", t=1000))
+    with pytest.raises(UserError, match=r"by: got nobody, want one of auto, judge, ranks"):
+        main(settings(data, tmp_path / "out", by="nobody"))
     nothing = write([ROWS[3]], tmp_path / "text.parquet")
     with pytest.raises(UserError, match=r"got no row to make blind \(no image in the prompt: 1\)"):
         main(settings(nothing, tmp_path / "out"))

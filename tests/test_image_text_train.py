@@ -16,6 +16,7 @@ from runs import SGD, config_of, forget_accelerate, largest_difference, metrics_
 from test_ring import SEVERAL, launch
 
 from mmalign.errors import UserError
+from mmalign.experiment import build_objective, read_examples
 from mmalign.multimodal.tiny import tiny_folder
 from mmalign.train import main
 
@@ -254,3 +255,29 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(what: s
     with pytest.raises(UserError, match=message):
         train_seen(tmp_path / "run", **changes)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_has_no_effect_on_the_losses_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def told(**changes: Any) -> list[str]:
+        caplog.clear()
+        config = config_of(seen_tree(tmp_path / "run", **changes))
+        build_objective(config, read_examples(config.data)[0])
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    assert told() == told(loss={"name": "mdpo"}, adapter=CROP) == []
+    (message,) = told(adapter=CROP)
+    assert message.startswith("adapter.degradation: got crop, which no loss asks for (dpo). Set it to null")
+    (message,) = told(loss={"name": "ddpo"})
+    assert message == "loss ddpo is dpo where all tokens weigh alike. Set adapter.token_weights: changed_segments (gamma: 5)."
+    assert told(loss={"name": "ddpo"}, adapter={"token_weights": {"name": "changed_segments"}}) == []
+
+
+def test_a_degradation_that_means_nothing_is_refused_with_the_config(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"name": "noise", "t": 1000}, r"adapter\.degradation\.t: got 1000, want 0 to 999"),
+        ({"name": "pixel_mask", "p": 0.0}, r"adapter\.degradation\.p: got 0\.0, want more than 0"),
+        ({"name": "crop", "least": 0.5}, r"adapter\.degradation\.least, most: got 0\.5 and 0\.2"),
+        ({"name": "clips", "clips": 1}, r"adapter\.degradation\.clips: got 1, want 2 or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config_of(seen_tree(tmp_path / "run", loss={"name": "mdpo"}, adapter={"degradation": settings}))

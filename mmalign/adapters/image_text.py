@@ -16,6 +16,7 @@ from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
 from mmalign.likelihoods.tokens import RIVALS
+from mmalign.multimodal.degradations import check_degradation
 from mmalign.records import Media
 
 OF_DEGRADED = frozenset({"degraded", "each_degraded", "greedy", "anchored"})  # measures that a degraded image is shown for
@@ -147,6 +148,8 @@ class ImageTextAdapter:
                 raise ValueError(f"{name}: got {value}, want 2 or more, or null for no limit.")
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"num_frames: got {self.num_frames}, want 1 or more, or null for all.")
+        if self.degradation is not None:
+            check_degradation(self.degradation.build)
         if self.group_by_length < 1:
             raise ValueError(f"group_by_length: got {self.group_by_length}, want 1 or more.")
         if self.quantization is not None and self.lora is None:

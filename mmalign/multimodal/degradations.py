@@ -291,6 +291,21 @@ def clips(*, how: Corruption = "shuffle", clips: int = 4) -> Degradation:
     return Degradation(of_prompt=functools.partial(_clips, how=how, clips=clips), drawn=how != "reverse")
 
 
+def check_degradation(build: Callable[[], Degradation], name: str = "degradation") -> Degradation:
+    """Make a degradation; settings that mean nothing are told with the name of the setting that has them.
+
+    Args:
+        build: makes it.
+        name: of the setting.
+    Raises:
+        ValueError: see above.
+    """
+    try:
+        return build()
+    except ValueError as fault:
+        raise ValueError(f"{name}.{fault}") from fault
+
+
 DEGRADATIONS: dict[str, Callable[..., Degradation]] = {
     "drop": drop,
     "blank": blank,
