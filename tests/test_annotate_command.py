@@ -1,5 +1,6 @@
 """`mmalign annotate` as a process: it opens data, survives kill -9 at the worst moment, and refuses what cannot be."""
 
+import io
 import json
 import re
 import signal
@@ -13,12 +14,14 @@ import httpx
 import pytest
 from judging_processes import PATIENCE_S, ROOT, free_port, running
 from judging_sites import images
+from PIL import Image
 
 from mmalign.annotate import AnnotateConfig
 from mmalign.annotation.store import Store
 from mmalign.apps.intake import Intake, data_at
 from mmalign.cli import main
 from mmalign.config import read_config
+from mmalign.errors import UserError
 
 # Dies after a vote is on disk and before anybody is told, once.
 DYING = """
@@ -188,6 +191,76 @@ def test_folders_of_images_with_prompts_are_opened(tmp_path: Path) -> None:
         intake.begin(60)
         intake.join()
         assert (intake.added.added, intake.num_read) == (expected, expected)
+    store.close()
+
+
+def jpg(shade: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def foreign(folder: Path, form: str) -> Path:
+    """Three rows as others keep them, and one that is broken; no setting says which form it is."""
+    from datasets import Dataset
+
+    if form == "pick_a_pic.parquet":
+        rows = [
+            {"caption": f"cat {n}", "jpg_0": jpg(n), "jpg_1": jpg(n + 90), "label_0": 1.0, "label_1": 0.0} for n in range(3)
+        ]
+        Dataset.from_list([*rows, {**rows[0], "caption": ""}]).to_parquet(folder / form)
+        return folder / form
+    pairs = [{"prompt": f"q {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(3)]
+    if form == "talk.jsonl":
+        pairs = [
+            {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"good {n}"}],
+             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"bad {n}"}]}
+            for n in range(3)
+        ]  # fmt: skip
+    if form == "hh.jsonl":
+        pairs = [{name: f"\n\nHuman: q\n\nAssistant: {name} {n}" for name in ("chosen", "rejected")} for n in range(3)]
+    if form == "saved":
+        Dataset.from_list([*pairs, {**pairs[0], "chosen": ""}]).save_to_disk(folder / form)
+        return folder / form
+    text = "".join(json.dumps(pair) + "\n" for pair in pairs) + '{"chosen": 3}\n'
+    if form.endswith(".json"):
+        text = json.dumps([*pairs, {"chosen": 3}])
+    (folder / form).write_text(text)
+    return folder / form
+
+
+@pytest.mark.parametrize("form", ["trl.jsonl", "talk.jsonl", "hh.jsonl", "trl.json", "saved", "pick_a_pic.parquet"])
+def test_foreign_data_are_known_by_their_columns_and_open_without_an_importer(form: str, tmp_path: Path) -> None:
+    kind = "image" if form.startswith("pick") else "text"
+    store = Store.open(str(tmp_path / "j.db"))
+    project = store.create_project("x", kind)
+    intake = Intake(store, project.id, [data_at(str(foreign(tmp_path, form)))])
+    intake.begin(60)
+    intake.join()
+    assert intake.fault is None and (intake.added.added, intake.added.num_faults) == (3, 1)
+    [first, *_] = store.items(project.id)
+    if kind == "text":
+        assert first.comparison.prompt.words().strip().removeprefix("Human:").strip().startswith("q")
+        assert [one.words().split()[-2:] for one in first.comparison.candidates] in (
+            [["good", "0"], ["bad", "0"]],
+            [["chosen", "0"], ["rejected", "0"]],
+        )
+    store.close()
+
+
+HALF = {"prompt": {"text": "\ud83d"}, "candidates": [{"text": "x"}, {"text": "y"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"some": "thing"}, "unknown key some"), ({"prompt": "\ud83d", "chosen": "x", "rejected": "y"}, "half"), (HALF, "half")],
+)
+def test_data_of_which_no_row_can_be_used_are_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "1", **row}) + "\n")
+    store = Store.open(str(tmp_path / "j.db"))
+    intake = Intake(store, store.create_project("x", "text").id, [data_at(str(tmp_path / "rows.jsonl"))])
+    with pytest.raises(UserError, match=said):
+        intake.begin(60)
     store.close()
 
 

@@ -127,6 +127,8 @@ def prepare(value: Comparison, *, kind: str, role: Role, limits: Limits, explana
     seen = [row["prompt"], row["prompts"], row["prefix"], row["candidates"]]
     if len({json.dumps(one, sort_keys=True) for one in row["candidates"]}) == 1 and value.prompts is None:
         return Fault(where, "got the same candidate again and again, want different ones. Remove the row.")
+    if not is_storable(json.dumps(seen, ensure_ascii=False)):
+        return Fault(where, "got half of a character (such as \\ud83d) in a text, want whole ones. Take it out.")
     content_hash = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
     return Prepared(
         id=value.id,

@@ -17,6 +17,7 @@ from mmalign.annotation.intake import CHUNK_ROWS, Added, Limits, Role
 from mmalign.annotation.opening import open_data, rows_of
 from mmalign.annotation.schema import EVENT
 from mmalign.annotation.store import Store
+from mmalign.apps.recognition import importer_of
 from mmalign.config import Table
 from mmalign.errors import UserError
 from mmalign.records import MEDIA_SUFFIXES, Comparison, Fault
@@ -59,16 +60,25 @@ class Data:
 def data_at(path: str, *, importer: str | None = None, role: Role = "ordinary", limits: Limits | None = None) -> Data:
     """Return the data at a path, in one of mmalign's own formats, as folders of images with prompts, or for an importer.
 
+    Args:
+        importer: None: told by the columns of the data, as `recognition` knows them. It passes over rows that are wrong.
+
     Raises:
         UserError: nothing is there (a hub id needs its importer), no such importer.
     """
     limits = limits or Limits()
     if importer is None:
-        if not Path(path).expanduser().exists():
+        place = Path(path).expanduser()
+        if not place.exists():
             raise UserError(f"{path}: got no such file or folder, want data to judge. Check the path, or name an importer.")
-        return Data(place=path, role=role, open=lambda: open_data(path), limits=limits)
+        importer = importer_of(place)
+        if importer is None:
+            return Data(place=path, role=role, open=lambda: open_data(path), limits=limits)
+        logger.info("%s: read as %s, as its columns say; importer says otherwise", path, importer)
+        path = str(place)
     choice = Table("mmalign.importers:IMPORTERS").choose(importer, path=path)
-    return Data(place=path, role=role, open=lambda: rows_of(choice.build()), limits=limits)
+    told = choice.with_settings(faulty="drop") if "faulty" in choice.settings else choice
+    return Data(place=path, role=role, open=lambda: rows_of(told.build()), limits=limits)
 
 
 class Intake(threading.Thread):
@@ -99,11 +109,19 @@ class Intake(threading.Thread):
             self.fault = fault
             if self.usable.is_set():  # else who waits in `begin` is told
                 logger.error("%s", fault)
+        except UnicodeEncodeError as fault:  # JSON may hold such escapes, no table can
+            half = fault.object[fault.start : fault.end]
+            self.fault = UserError(f"{self.data[0].place}: got {half!r}, half of a character, in a text. Take it out.")
         except Exception as fault:
             self.fault = fault
             logger.exception("the intake of %s was broken off", [one.place for one in self.data])
         finally:
             self.usable.set()
+
+    @property
+    def usable_rows(self) -> int:
+        """How many of the rows that were read so far the project has now."""
+        return self.added.added + self.added.repeated
 
     def begin(self, patience_s: float) -> None:
         """Start, and wait until something can be judged, or all is done, or patience ends.
@@ -113,7 +131,7 @@ class Intake(threading.Thread):
         """
         self.start()
         self.usable.wait(patience_s)
-        if self.fault is not None and not self.num_read:
+        if self.fault is not None and not self.usable_rows:
             raise self.fault
 
     def _add(self, data: Data) -> None:
