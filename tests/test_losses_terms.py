@@ -272,6 +272,29 @@ def test_a_cycle_has_skew_scores_and_no_mean_ones() -> None:
     torch.testing.assert_close(mean, torch.zeros(1, 3, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
+def accuracy_on_circles(dim: int, tau: float, *, normalised: bool, seed: int) -> float:
+    """Of twelve items, each preferred to the five that follow it in a circle, whose features have much in common."""
+    draw = torch.Generator().manual_seed(seed)
+    features = torch.randn(12, 16, generator=draw) + 3 * torch.randn(1, 16, generator=draw)
+    weights = (torch.randn(16, dim, generator=draw) / 4).requires_grad_()
+    first = torch.arange(12).repeat_interleave(5)
+    second = (first + torch.arange(1, 6).repeat(12)) % 12
+    optimiser = torch.optim.Adam([weights], lr=0.05)
+    for _ in range(300):
+        embeddings = features @ weights
+        scores = skew_score(embeddings[first], embeddings[second], normalised=normalised)
+        optimiser.zero_grad()
+        gpm(scores[:, None], tau=tau).losses.mean().backward()
+        optimiser.step()
+    return float((scores > 0).float().mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_circles_are_learnt_by_embeddings_that_are_not_normalised_and_not_by_two_normalised_dimensions(seed: int) -> None:
+    assert accuracy_on_circles(2, 1.0, normalised=False, seed=seed) > 0.85
+    assert accuracy_on_circles(2, 0.1, normalised=True, seed=seed) < 0.65
+
+
 def test_mean_skew_scores_average_over_the_other_candidates() -> None:
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)

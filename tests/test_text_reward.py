@@ -10,8 +10,8 @@ import pytest
 import torch
 from runs import config_of, forget_accelerate, metrics_of
 
-from mmalign.adapters.text_reward import TextRewardPolicy
-from mmalign.config import read_config
+from mmalign.adapters.text_reward import HEADS, TextRewardAdapter, TextRewardPolicy
+from mmalign.config import Table, read_config
 from mmalign.errors import UserError
 from mmalign.experiment import TrainConfig, read_examples
 from mmalign.likelihoods import padded_texts
@@ -207,6 +207,13 @@ def test_losses_that_want_a_reference_and_rows_that_are_no_pairs_are_refused(tmp
         trained(tmp_path / "c", "configs/smoke_data/chats.jsonl", adapter={"head": GPM})
     with pytest.raises(UserError, match="even number"):
         config_of(tree_of(tmp_path / "d", "x", adapter={"head": {"name": "gpm", "dim": 3}}))
+
+
+@pytest.mark.parametrize(("head", "told"), [({"dim": 2}, True), ({"dim": 2, "normalise": False}, False), ({"dim": 4}, False)])
+def test_two_normalised_dimensions_are_warned_of(head: dict[str, Any], told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    table = Table(HEADS)
+    TextRewardAdapter(model="tiny", head=table.choose("gpm", **head)).open()
+    assert ("dim 2 fall together where preferences go in circles" in caplog.text) == told
 
 
 @pytest.mark.parametrize("name", ["smoke_reward_text", "smoke_gpm_text"])

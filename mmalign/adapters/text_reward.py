@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from mmalign.records import Example
 from mmalign.scorers.preference import EmbeddingHead, Shape
 from mmalign.sources import Prepared
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scalar:
@@ -37,6 +40,10 @@ class Scalar:
 @dataclass(frozen=True, kw_only=True)
 class Gpm:
     """Preference embeddings, whose skew score may be cyclic (`losses.reward_models.skew_score`).
+
+    Normalised embeddings that begin near each other, as those of a language model do, may fall together on preferences that
+    go in circles, so that nothing is preferred to anything: always with `dim: 2`, at times with more. `normalise: false` and
+    the loss `gpm` with tau 1 learn them; preferences without circles are learnt either way.
 
     Source: Zhang et al. 2024 (GPM).
     Args:
@@ -193,6 +200,11 @@ class TextRewardAdapter:
             raise UserError("adapter: got text_reward, which has no reference to cache. Use adapter: text.")
         if weights is not None and self.head.target is not Scalar:
             raise UserError("adapter.head: got gpm, which does not start from a run. Use head: scalar.")
+        if self.head.settings.get("dim") == 2 and self.head.settings.get("normalise"):
+            logger.warning(
+                "adapter.head: normalised embeddings of dim 2 fall together where preferences go in circles. Set normalise to "
+                "false and loss tau to 1, or dim to 6."
+            )
         return TextRewardPolicy(self, torch.device(device), mixed_precision, seed, weights, "draw" in asked)
 
 
