@@ -52,6 +52,8 @@ def shown_prompt(row: Comparison) -> Content | Dropped:
         return Dropped("a prompt of its own for each candidate")
     if row.prefix is not None:
         return Dropped("a prefix that answers go on from")
+    if any(candidate.media() for candidate in row.candidates):
+        return Dropped("candidates that are images, not answers")
     return row.prompt if row.prompt.media() else NO_IMAGE
 
 

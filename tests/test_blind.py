@@ -111,6 +111,9 @@ def test_rows_that_have_nothing_to_hide_or_nothing_to_ask_are_told_apart() -> No
     assert blind_prompt(row(9, ROWS[0].prompt, prefix="So")) == Dropped("a prefix that answers go on from")
     own = row(9, ROWS[0].prompt, prompts=(ROWS[0].prompt, ROWS[1].prompt))
     assert blind_prompt(own) == Dropped("a prompt of its own for each candidate")
+    painted = replace(ROWS[0], candidates=(Content(images=(Media(data=png()),)),) * 2)
+    assert blind_prompt(painted) == Dropped("candidates that are images, not answers") == question(painted, shown=True)
+    assert not of_text(replace(painted, prompt=ROWS[3].prompt))
     assert not any(map(of_text, (ROWS[0], ROWS[4], own, row(9, asked("", picture=None)), row(9, Content()))))
 
 

@@ -228,6 +228,39 @@ def test_blind_bpo_starts_at_ln_2_a_pair_and_a_blind_response_like_the_chosen_on
     assert policy.grad[0].tolist() == pytest.approx([left - 0.05, -left, 0.05], rel=1e-13)
 
 
+def test_blind_bpo_with_several_rejected_responses_has_the_gradient_of_each_pair() -> None:
+    """dL/dD_chosen = -beta * sum of shares * sigma(-z), dL/dD_j = beta * share * sigma(-z_j),  z_j = beta * (D_chosen - D_j)"""
+    draw = torch.Generator().manual_seed(1)
+    policy, reference = (40 * torch.randn(6, 5, dtype=torch.float64, generator=draw) for _ in range(2))
+    policy = leaf(policy)
+    weight = torch.rand(6, dtype=torch.float64, generator=draw)
+    for reduction, part in (("sum", 1.0), ("mean", 0.25)):
+        losses = blind_bpo(policy, reference, weight, beta=0.2, blind_weight=0.5, reduction=reduction).losses
+        (gradient,) = torch.autograd.grad(losses.sum(), policy)
+        margins = 0.2 * (policy - reference).detach()
+        falls = torch.sigmoid(margins[:, 1:] - margins[:, :1]) * tensor([1.0, 1.0, 1.0, 0.5])
+        slopes = 0.2 * part * weight[:, None] * falls
+        assert_equal(gradient, torch.cat([-slopes.sum(1, keepdim=True), slopes], 1))
+
+
+def test_the_mean_of_blind_bpo_is_that_of_dpo_over_all_pairs_as_rows_of_their_own() -> None:
+    """The released recipe: every rejected response, the blind one too, in a row with the chosen one."""
+    draw = torch.Generator().manual_seed(2)
+    policy, reference = (20 * torch.randn(6, 4, dtype=torch.float64, generator=draw) for _ in range(2))
+    rows = [torch.cat([values[:, [0, j]] for j in (1, 2, 3)]) for values in (policy, reference)]
+    assert_equal(blind_bpo(policy, reference, reduction="mean").losses.mean(), dpo(*rows, beta=0.1).losses.mean())
+
+
+@pytest.mark.parametrize("name", ["blind_bpo", "mdpo", "re_align", "chip", "svco", "symmpo", "povid", "vdpo", "opa_dpo"])
+def test_margins_beyond_any_exponent_are_finite_and_have_gradients(name: str) -> None:
+    for size in (-1e5, 1e5):
+        values = {key: value.float() for key, value in data(name).items()}
+        values["policy"] = leaf(values["policy"] + size * torch.linspace(1, -1, values["policy"].shape[1]))
+        losses = LOSSES[name](**values).losses
+        losses.sum().backward()
+        assert losses.isfinite().all() and values["policy"].grad.isfinite().all()
+
+
 def test_two_responses_are_too_few_for_blind_bpo_and_its_alias() -> None:
     pair = tensor([-1.0, -2.0])
     assert LOSSES["bpo"] is LOSSES["blind_bpo"] is blind_bpo

@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, log_loss, weighted
 
 
 def blind_bpo(
@@ -55,7 +54,7 @@ def blind_bpo(
     rewards = beta * (policy - reference)
     shares = torch.ones(num_pairs, dtype=rewards.dtype, device=rewards.device)
     shares[-1] = blind_weight
-    losses = (shares * softplus(rewards[:, 1:] - rewards[:, :1])).sum(1)
+    losses = (shares * log_loss(rewards[:, :1] - rewards[:, 1:])).sum(1)
     if reduction == "mean":
         losses = losses / num_pairs
     return PreferenceLoss(weighted(losses, weight), rewards.detach())

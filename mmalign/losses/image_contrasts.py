@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, log_loss, weighted
 
 
 def svco(
@@ -39,7 +38,7 @@ def svco(
     own = beta * (policy - reference)
     absent = beta * (each_absent - reference_each_absent)
     other = beta * (crossed - reference_crossed)
-    losses = (softplus(absent - own) + softplus(other - absent)).sum(1)
+    losses = (log_loss(own - absent) + log_loss(absent - other)).sum(1)
     return PreferenceLoss(weighted(losses, weight), own.detach())
 
 
@@ -78,9 +77,9 @@ def symmpo(
     own, other = policy - reference, crossed - reference_crossed
     first, second = own[:, 0] - other[:, 1], own[:, 1] - other[:, 0]  # m_1, m_2
     losses = (
-        softplus(beta * (own[:, 2] - own[:, 0]))
-        + symmetric_weight * (softplus(-beta * first) + softplus(-beta * second))
-        + softplus(-beta * own[:, :2]).sum(1)
+        log_loss(beta * (own[:, 0] - own[:, 2]))
+        + symmetric_weight * (log_loss(beta * first) + log_loss(beta * second))
+        + log_loss(beta * own[:, :2]).sum(1)
         + regulariser * (first - second) ** 2
     )
     return PreferenceLoss(weighted(losses, weight), (beta * own).detach())

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from mmalign.losses.divergences import LARGEST_EXPONENT
 from mmalign.losses.links import (
@@ -17,6 +16,7 @@ from mmalign.losses.links import (
     check_label_smoothing,
     check_not_negative,
     check_positive,
+    log_loss,
     logistic,
     weighted,
 )
@@ -132,8 +132,8 @@ def povid(
         raise ValueError(f"povid.noisy_weight: got {noisy_weight}, want 0 to 1.")
     rewards = beta * (policy - reference)
     noisy = beta * (greedy - reference_greedy)
-    own = softplus(rewards[:, 1] - rewards[:, 0])
-    losses = (1 - noisy_weight) * own + noisy_weight * softplus(noisy[:, 0] - rewards[:, 0])
+    own = log_loss(rewards[:, 0] - rewards[:, 1])
+    losses = (1 - noisy_weight) * own + noisy_weight * log_loss(rewards[:, 0] - noisy[:, 0])
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
 
 
@@ -199,7 +199,7 @@ def tpo_visual(
     """
     check_beta("tpo_visual", beta)
     rewards = beta * (anchored - reference_anchored)
-    return PreferenceLoss(weighted(softplus(rewards[:, 1] - rewards[:, 0]), weight), rewards.detach())
+    return PreferenceLoss(weighted(log_loss(rewards[:, 0] - rewards[:, 1]), weight), rewards.detach())
 
 
 def opa_dpo(
@@ -243,8 +243,8 @@ def opa_dpo(
     rewards = beta * (policy - reference)
     masked = beta * (each_degraded - reference_each_degraded)
     good = rewards[:, :2]
-    losses = softplus(rewards[:, 2:] - good) + image_weight * softplus(masked[:, :2] - good)
-    losses = losses + anchor_weight * softplus(margin - good)
+    losses = log_loss(good - rewards[:, 2:]) + image_weight * log_loss(good - masked[:, :2])
+    losses = losses + anchor_weight * log_loss(good - margin)
     return PreferenceLoss(weighted(losses.sum(1), weight), rewards.detach())
 
 
@@ -286,6 +286,6 @@ def opa_dpo_tokens(
         (image_weight, standard, masked[:, 0]),
         (image_weight, relation * corrected, relation * masked[:, 1]),
     )
-    preferences = sum(share * softplus(beta * (worse - better)).mean() for share, better, worse in pairs)
-    anchors = 2 * softplus(-beta * standard) + 2 * softplus(beta * corrected)
+    preferences = sum(share * log_loss(beta * (better - worse)).mean() for share, better, worse in pairs)
+    anchors = 2 * log_loss(beta * standard) + 2 * log_loss(-beta * corrected)
     return preferences + anchor_weight * anchors.mean()

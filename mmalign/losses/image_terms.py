@@ -10,9 +10,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_finite, check_not_negative, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_finite, check_not_negative, log_loss, weighted
 from mmalign.losses.pairwise import dpo
 
 PerRow = Float[Tensor, " batch"]
@@ -48,7 +47,7 @@ def image_preference(
     check_beta("image_preference", beta)
     rewards = beta * (policy - reference)
     worse = beta * ((degraded if gradient == "both" else degraded.detach()) - reference_degraded)
-    return PreferenceLoss(weighted(softplus(worse[:, 0] - rewards[:, 0]), weight), rewards.detach())
+    return PreferenceLoss(weighted(log_loss(rewards[:, 0] - worse[:, 0]), weight), rewards.detach())
 
 
 def mdpo(
@@ -80,7 +79,7 @@ def mdpo(
     check_beta("mdpo", beta)
     check_finite("mdpo", "margin", margin)
     response, image = _response_and_image(policy, reference, degraded, reference_degraded, beta)
-    losses = response.losses + image.losses + softplus(margin - beta * (policy - reference)[:, 0])
+    losses = response.losses + image.losses + log_loss(beta * (policy - reference)[:, 0] - margin)
     return PreferenceLoss(weighted(losses, weight), response.rewards)
 
 
@@ -169,7 +168,7 @@ def chip(
     rewards = beta * (policy - reference)
     textual = rewards[:, 0] - rewards[:, 1] - beta * kappa * (divergence[:, 1] - divergence[:, 0].detach())
     visual = rewards[:, 0] - beta * (degraded - reference_degraded)[:, 0]
-    losses = softplus(-textual - visual) if variant == "released" else softplus(-textual) + softplus(-visual)
+    losses = log_loss(textual + visual) if variant == "released" else log_loss(textual) + log_loss(visual)
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
 
 

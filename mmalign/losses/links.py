@@ -91,11 +91,16 @@ def two_sided(
     return won + lost
 
 
+def log_loss(logit: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """-log sigma(logit), to the last digit whatever the logit: torch's softplus is a straight line beyond 20."""
+    return -logsigmoid(logit)
+
+
 def logistic(
     logit: Float[Tensor, " batch"], prob: Float[Tensor, " batch"] | None, label_smoothing: float = 0.0
 ) -> Float[Tensor, " batch"]:
     """-q log sigma(logit) - (1 - q) log sigma(-logit), the negative log-likelihood under Bradley-Terry."""
-    return two_sided(-logsigmoid(logit), -logsigmoid(-logit), prob, label_smoothing)
+    return two_sided(log_loss(logit), log_loss(-logit), prob, label_smoothing)
 
 
 def weighted(losses: Float[Tensor, " batch"], weight: Float[Tensor, " batch"] | None) -> Float[Tensor, " batch"]:

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_positive, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_positive, log_loss, weighted
 
 
 def rank_dpo(
@@ -212,7 +212,7 @@ def nca(
     target = _target("nca", rewards, scores, prob, mask, temperature)
     there = torch.ones_like(rewards) if mask is None else mask.to(rewards)
     noise = there / there.sum(1, keepdim=True)
-    losses = (target * softplus(-rewards) + noise * softplus(rewards)).sum(1)
+    losses = (target * log_loss(rewards) + noise * log_loss(-rewards)).sum(1)
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
 
 

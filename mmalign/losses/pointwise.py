@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, two_sided, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, log_loss, two_sided, weighted
 from mmalign.losses.statistics import log_ratios
 
 Labels = Bool[Tensor, " batch"] | Float[Tensor, " batch"] | Int[Tensor, " batch"]
@@ -128,10 +127,10 @@ def bco(
         raise ValueError(f"bco: got {num_candidates} candidates a row {given}, want 2 without labels or 1 with labels.")
     logits = rewards - beta * shift.detach().to(rewards) if shifted and shift is not None else rewards
     if labels is None:
-        good, bad = softplus(-logits), softplus(logits)
+        good, bad = log_loss(logits), log_loss(-logits)
         losses = two_sided(good[:, 0] + bad[:, 1], bad[:, 0] + good[:, 1], prob)
     else:
-        losses = torch.where(labels.to(rewards) > 0.5, softplus(-logits[:, 0]), softplus(logits[:, 0]))
+        losses = torch.where(labels.to(rewards) > 0.5, log_loss(logits[:, 0]), log_loss(-logits[:, 0]))
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import relu, softplus
+from torch.nn.functional import relu
 
 from mmalign.losses.links import (
     PreferenceLoss,
@@ -17,6 +17,7 @@ from mmalign.losses.links import (
     check_finite,
     check_not_negative,
     check_positive,
+    log_loss,
     logistic,
     weighted,
 )
@@ -108,7 +109,7 @@ def chosen_anchor(
     check_beta("chosen_anchor", beta)
     check_finite("chosen_anchor", "margin", margin)
     rewards = beta * (policy - reference)
-    return PreferenceLoss(weighted(softplus(margin - rewards[:, 0]), weight), rewards.detach())
+    return PreferenceLoss(weighted(log_loss(rewards[:, 0] - margin), weight), rewards.detach())
 
 
 def rationale(
@@ -134,7 +135,7 @@ def rationale(
     """
     check_positive("rationale", "gamma", gamma)
     rewards = gamma * rationale
-    losses = softplus(-rewards) if link == "logistic" else -rewards
+    losses = log_loss(rewards) if link == "logistic" else -rewards
     return PreferenceLoss(weighted(losses[:, 0], weight), rewards.detach())
 
 
