@@ -61,7 +61,11 @@ SPLIT: dict[str, dict[str, Any]] = {
     "dpo": {},
     "accumulated_full": {"adapter": {"lora": None}, "training": {"accumulation": 2}},
     "one_at_a_time": {"adapter": {"winner_guard": {"mu": 0.9}}, "training": {"candidate_microbatch": 1, "accumulation": 2}},
-    "kto": {"loss": {"name": "kto", "beta": 500}, "data": {"view": "unpaired"}},
+    "kto": {
+        "loss": {"name": "kto", "beta": 500},
+        "data": {"view": "unpaired"},
+        "source": {"name": "offline", "wanted": 0.8},
+    },
     "auto_beta": {"loss": {"name": "dpo", "beta": "auto"}},
     "average": {"training": {"ema_decay": 0.5, "checkpoint_every": 2, "schedule": "linear"}},
 }
