@@ -42,20 +42,21 @@ class Spoken:
     ids: list[int] = field(default_factory=list, repr=False)
 
 
-def asked(encoder: Any, prompt: Content, condition: Any = None) -> Asked:
+def asked(encoder: Any, prompt: Content, condition: Any = None, *, name: Any = "one") -> Asked:
     """A prompt as the model takes it.
 
     Args:
         encoder: `SightedEncoder`, or `language.chat.Encoder`.
         prompt: without images, or with those that are shown.
         condition: of `multimodal.degradations`, under which images are shown.
+        name: of the model, for messages.
     Raises:
         UserError: a prompt that the template or the processor refuses, or images and a model that does not see.
     """
     if not prompt.media():
         return Asked(ids=encoder.prompt(prompt))
     if not hasattr(encoder, "arguments"):
-        raise UserError("model: got one that sees nothing for a prompt with images, want a model that sees. Name another one.")
+        raise UserError(f"model: got {name}, which sees nothing, want a model that sees. Name another one.")
     told = encoder.arguments(prompt, condition)
     return Asked(ids=told.pop("input_ids")[0].tolist(), shown={n: t for n, t in told.items() if n != "attention_mask"})
 
@@ -132,7 +133,7 @@ class Speaker:
 
     def asked(self, prompt: Content, condition: Any = None) -> Asked:
         """A prompt as the model takes it; see `asked`."""
-        return asked(self.encoder, prompt, condition)
+        return asked(self.encoder, prompt, condition, name=self.answerer.model)
 
     def spoken(self, prompts: Sequence[Asked], seeds: Sequence[int]) -> list[Spoken]:
         """An answer to each prompt; see `spoken`."""
