@@ -118,6 +118,7 @@ def _kill_at_the_second_checkpoint(event: str, arguments: tuple[Any, ...]) -> No
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lora"), [("povid", {"rank": 2}), ("mdpo", None)], ids=["lora", "full"])
 def test_a_killed_run_goes_on_bit_for_bit_as_if_uninterrupted(name: str, lora: Any, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
@@ -145,7 +146,7 @@ def test_a_killed_run_goes_on_bit_for_bit_as_if_uninterrupted(name: str, lora: A
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"loss": {"name": "mdpo"}, "adapter": CROP},
     "projector": {"adapter": {"lora": None}},  # its rows: some batches of a process show no image
-    "tower": {"adapter": {"lora": None, "tower": True}},  # whose last layer is passed over
+    "tower": {"adapter": {"lora": None, "tower": True}},
     "blind": {"loss": {"name": "blind_bpo"}, "data": data_of("blind", "blind"), "adapter": {"lora": None}},
 }
 
@@ -167,6 +168,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_two_processes_train_the_weights_of_one(two: Path, name: str) -> None:
     one, other = seen_weights(two / f"one-{name}"), seen_weights(two / f"two-{name}")
