@@ -35,6 +35,7 @@ from mmalign.multimodal.opening import (
 )
 from mmalign.multimodal.processing import SightedEncoder
 from mmalign.multimodal.tiny import tiny_folder
+from mmalign.multimodal.towers import Towers
 from mmalign.records import Content, Media, Message
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def image_text_parts(
         tokenizer=processor.tokenizer,
         files=processor,
         reader=reader,
-        network=_Networks(reader.encoder, store, share=weights is None),
+        network=_Networks(reader.encoder, store, share=weights is None, tower=settings.tower),
         base=str(tiny_folder(settings.tiny)) if settings.model == TINY else settings.model,
         stock=("AutoModelForImageTextToText", "AutoProcessor"),
         frozen=frozen,
@@ -109,15 +110,18 @@ def image_text_parts(
 class _Networks:
     """Makes networks that see; a policy and its frozen copy share what they remember of images where both are the same."""
 
-    def __init__(self, encoder: SightedEncoder, store: FeatureStore | None, *, share: bool) -> None:
+    def __init__(self, encoder: SightedEncoder, store: FeatureStore | None, *, share: bool, tower: bool) -> None:
         self.encoder, self.store, self.share = encoder, store, share
+        self.towers = Towers() if share and not tower else None
         self.sight: Sight | None = None
 
     def __call__(self, model: Any, pack: bool) -> TokenNetwork:
         """The model as a network of token layouts."""
         sight = self.sight
         if sight is None or not (self.share and sight.frozen):
-            sight = Sight(model, self.encoder.family, _shown(self.encoder), self.store)
+            sight = Sight(model, self.encoder.family, _shown(self.encoder), self.store, self.towers)
+            if self.sight is None and sight.frozen:  # its features are remembered: no need of what they are made of
+                self.towers = sight.towers = None
         self.sight = sight
         network = TokenNetwork(model, pack=pack, sight=sight)
         sight.forget()

@@ -18,6 +18,7 @@ from mmalign.multimodal.families import Family, Features
 from mmalign.multimodal.features import FeatureStore
 from mmalign.multimodal.opening import part_of
 from mmalign.multimodal.seen import Seen, SeenImage
+from mmalign.multimodal.towers import Towers
 
 TYPED = "token_type_ids"  # the argument that tells a model which tokens see each other in both directions
 WITHIN_WINDOWS = frozenset({"gemma3"})  # families whose sliding windows hold for such tokens too
@@ -28,20 +29,26 @@ class Sight:
     """What a model that sees is given beside the ids of a layout.
 
     The features of an image are remembered where vision tower and projector are frozen, so that policy, reference and all
-    candidates share them; else an image is encoded once in every pass.
+    candidates share them; where the tower alone is frozen, what it says is (`Towers`); else an image is encoded once a pass.
 
     Args:
         model: of a known family, as it will be trained.
         family: its facts.
         shown: a prompt that shows an image, as the encoder makes it; for probes, and for passes that show nothing.
         store: features on disk; only where the tower is frozen.
+        towers: what frozen towers say, where projectors are trained; networks with the same tower share it.
     """
 
     def __init__(
-        self, model: Any, family: Family, shown: tuple[Sequence[int], Seen], store: FeatureStore | None = None
+        self,
+        model: Any,
+        family: Family,
+        shown: tuple[Sequence[int], Seen],
+        store: FeatureStore | None = None,
+        towers: Towers | None = None,
     ) -> None:
         """Find out whether features take a gradient."""
-        self.family, self.store = family, store
+        self.family, self.store, self.towers = family, store, towers
         self.kind = model.config.model_type
         self.shown = (tuple(shown[0]), shown[1])
         self._memo: OrderedDict[tuple[Any, ...], Features] = OrderedDict()
@@ -136,7 +143,7 @@ class Sight:
 
     def features(self, model: Any, images: Sequence[SeenImage]) -> list[Features]:
         """Of each image, what tower and projector make of it; equal ones are encoded once."""
-        how = (torch.is_autocast_enabled(_device(model).type), torch.get_autocast_dtype(_device(model).type))
+        how = _autocast(_device(model))
         distinct = {image.key: image for image in images}
         known = {key: one for key, one in (self._of_pass or {}).items() if key in distinct}
         if self.frozen:
@@ -189,12 +196,19 @@ class Sight:
 
     def forget(self) -> None:
         """Remember no features."""
+        if self.towers is not None:
+            self.towers.forget()
         self._memo.clear()
         self._num_bytes = 0
 
     def _encoded(self, model: Any, images: Sequence[SeenImage]) -> list[Features]:
         device = _device(model)
-        return self.family.features(model, [image.to(device) for image in images])
+        seen = [image.to(device) for image in images]
+        if self.towers is None:
+            return self.family.features(model, seen)
+        how = (next(model.model.get_submodule(self.family.tower).parameters()).dtype, *_autocast(device))
+        with self.towers.known(model, self.family, (tuple(image.key for image in images), how)):
+            return self.family.features(model, seen)
 
     def _remember(self, used: dict[tuple[Any, ...], Features]) -> None:
         for key, one in used.items():
@@ -294,6 +308,10 @@ def _continued(seen: Seen, length: int) -> Int[Tensor, "3 length"]:
     more = length - seen.positions.shape[1]
     after = torch.arange(seen.next_position, seen.next_position + more).expand(3, -1)
     return torch.cat([seen.positions, after.to(seen.positions.dtype)], 1)
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def _device(model: Any) -> torch.device:
