@@ -159,6 +159,52 @@ def test_typing_a_reason_never_votes_and_outlives_a_reload(site: Site, judge: An
     assert page.locator("#rationale").input_value() == ""
 
 
+def test_aspects_and_flags_are_given_by_keys_that_the_page_shows(site: Site, judge: Any) -> None:
+    project = site.project(image_pairs(3), aspects=("fidelity", "beauty", "safety"), flags=("unsafe", "watermark"))
+    page = judge(project)
+    legend = page.locator("#legend")
+    assert all(word in legend.inner_text() for word in ("aspects", "flags", "reason"))
+    page.keyboard.press("a")
+    assert "fidelity:" in legend.inner_text() and page.locator("fieldset.marking kbd:visible").count() == 4
+    for key in ("2", "t", "Backspace", "ArrowLeft", "3"):
+        page.keyboard.press(key)
+    assert "fidelity" not in legend.inner_text(), "it ends after the last aspect"
+    page.keyboard.press("g")
+    assert page.locator(".marking .pill.flag kbd:visible").all_inner_texts() == ["1", "2", "3", "4"]
+    for key in ("2", "3", "4", "3", "5", "x", "Escape"):
+        page.keyboard.press(key)
+    site.votes(project, 0)
+    press(page, "1")
+    [vote] = site.votes(project, 1)
+    assert dict(vote.shown.aspects) == {"fidelity": "right", "beauty": "left", "safety": "tie"}
+    assert {name: tuple(places) for name, places in vote.shown.flags.items()} == {"watermark": (0, 1)}
+    for keys, wanted in (("a 1 Escape a 1", {}), ("a 1", {"fidelity": "left"}), ("a a a 2", {"safety": "right"})):
+        for key in keys.split():
+            page.keyboard.press(key)
+        page.keyboard.press("Tab")
+        chosen = page.eval_on_selector_all("fieldset input:checked", "all => all.map(({name, value}) => [name, value])")
+        names = ["fidelity", "beauty", "safety"]
+        assert {names[int(name.rpartition("-")[2])]: value for name, value in chosen} == wanted
+        page.eval_on_selector_all("fieldset input:checked", "all => all.forEach(one => { one.checked = false; })")
+    site.votes(project, 1)
+
+
+def test_keys_judge_at_once_after_an_aspect_or_a_flag_was_clicked(site: Site, judge: Any) -> None:
+    project = site.project(image_pairs(4), aspects=("fidelity",), flags=("unsafe",))
+    page = judge(project)
+    for target, key, choice in ((".pill:not(.flag)", "ArrowRight", "right"), (".pill.flag", "1", "left")):
+        before = str(page.evaluate("document.body.dataset.shown"))
+        page.locator(target).last.click()
+        page.keyboard.press(key)
+        ready(page, before)
+        assert site.store.votes(project)[-1].shown.choice == choice
+    page.locator("fieldset input").first.focus()  # as by Tab: arrows choose among the options then, digits judge
+    page.keyboard.press("ArrowRight")
+    assert page.locator("fieldset input:checked").get_attribute("value") == "tie"
+    press(page, "2")
+    assert dict(site.votes(project, 3)[-1].shown.aspects) == {"fidelity": "tie"}
+
+
 def test_a_reason_that_is_required_is_asked_for(site: Site, judge: Any) -> None:
     project = site.project(image_pairs(2), rationale="required")
     page = judge(project)

@@ -1,7 +1,8 @@
 // What is asked: the choices with their keys, strength, aspects, flags and the reason; and the verdict they make.
 
 import { byId, el, key, toast } from "./dom.js";
-import { nameOf, pill } from "./panes.js";
+import { Marks, aspectKeys } from "./marks.js";
+import { hint, nameOf, pill } from "./panes.js";
 import { Ranking } from "./ranking.js";
 
 const STRENGTHS = ["", "slightly better", "better", "much better"];
@@ -12,8 +13,8 @@ export class Answers {
   #keys = new Map();
   ranking = null;
 
-  /** `choose(choice, {strength, ranks})` is called when an answer is given. */
-  constructor({ shown, protocol, choose, drafted }) {
+  /** `choose(choice, {strength, ranks})` is called when an answer is given, `marking()` when keys begin or end to mark. */
+  constructor({ shown, protocol, choose, drafted, marking }) {
     this.count = shown.candidates.length;
     this.protocol = protocol;
     this.choose = choose;
@@ -21,6 +22,7 @@ export class Answers {
     this.details = byId("details");
     this.#drawChoices();
     this.#drawDetails(drafted);
+    this.marks = new Marks({ details: this.details, stage: byId("stage"), count: this.count, changed: marking });
     this.setLive(false);
   }
 
@@ -29,6 +31,15 @@ export class Answers {
     const act = this.#keys.get(name);
     if (act) act();
     return Boolean(act);
+  }
+
+  /** Lines for the legend of what is said beside the choice. */
+  get besides() {
+    return [
+      ...(this.protocol.aspects.length ? [[["A"], "aspects"]] : []),
+      ...(this.protocol.flags.length ? [[["G"], "flags"]] : []),
+      ...(this.protocol.rationale === "off" ? [] : [[["R"], "reason"]]),
+    ];
   }
 
   /** Lines for the legend: [keys, meaning]. */
@@ -152,9 +163,12 @@ export class Answers {
         "Tie",
         ...names.slice(this.count === 2 ? 1 : this.count),
       ];
-      const radios = options.map((name) => pill("", name, { name: `aspect-${number}`, value: name.toLowerCase() }, "radio"));
+      const keys = aspectKeys(this.count);
+      const radios = options.map((name, place) =>
+        pill("", name, { name: `aspect-${number}`, value: name.toLowerCase(), "data-key": keys[place] }, "radio"),
+      );
       for (const radio of radios) radio.firstChild.addEventListener("change", drafted);
-      return el("fieldset", { attrs: { "data-aspect": aspect } }, el("legend", {}, aspect), radios);
+      return el("fieldset", { attrs: { "data-aspect": aspect } }, el("legend", {}, number ? null : hint("A"), aspect), radios);
     });
     const reason = this.protocol.rationale === "off" ? null : this.#reason(drafted);
     this.details.replaceChildren(...groups, ...(reason ? [reason] : []));
@@ -226,14 +240,10 @@ export class Answers {
     return strength ? `${this.#label(choice)}, ${STRENGTHS[Math.abs(strength)]}` : this.#label(choice);
   }
 
-  /** Bring the first aspect, flag or the reason into focus. */
-  focus(what) {
-    const target = {
-      a: () => this.details.querySelector("fieldset input"),
-      g: () => document.querySelector("#stage [data-flag]"),
-      r: () => this.text,
-    }[what]();
-    target?.focus();
-    return Boolean(target);
+  /** Begin with aspects ("a") or flags ("g"), or write the reason ("r"); say whether that is asked for. */
+  say(what) {
+    if (what !== "r") return this.marks.begin(what);
+    this.text?.focus();
+    return Boolean(this.text);
   }
 }

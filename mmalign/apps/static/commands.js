@@ -6,8 +6,9 @@ import { byId, el, key, recall, remember } from "./dom.js";
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const DETAILS = [
   [["R"], "write a reason (Esc leaves it)"],
-  [["A"], "aspects"],
-  [["G"], "flags"],
+  [["A"], "aspects, one after the other, each by 1, 2 … or T; Backspace goes back, the same key takes it away"],
+  [["G"], "flags, each by the key that it then shows"],
+  [["Esc"], "ends aspects and flags; so does Tab"],
 ];
 const PAGE = [
   [["U"], "undo, or Ctrl Z"],
@@ -34,7 +35,9 @@ function viewKeys({ viewer, prepared }) {
 }
 
 export function drawLegend(judge) {
-  const lines = [...judge.answers.legend, ...viewKeys(judge), [["U"], "undo"]];
+  const { answers } = judge;
+  const usual = () => [...answers.legend, ...answers.besides, ...viewKeys(judge), [["U"], "undo"]];
+  const lines = answers.marks.isOn ? answers.marks.legend : usual();
   byId("legend").replaceChildren(
     ...lines.map(([names, meaning]) => el("span", {}, ...names.flatMap((name) => [key(name), " "]), meaning)),
   );
@@ -51,6 +54,7 @@ export function press(judge, name, shift) {
   const { viewer, answers } = judge;
   if (judge.phase === "feedback" && (name === "Enter" || name === " ")) return done(judge.goOn());
   if (shift && name in ARROWS) return Boolean(viewer) && done(viewer.pan(...ARROWS[name]));
+  if (judge.prepared && answers?.marks.isOn) return answers.marks.press(name);
   const page = {
     u: () => judge.undo(),
     undo: () => judge.undo(),
@@ -60,7 +64,7 @@ export function press(judge, name, shift) {
   };
   if (name in page) return done(page[name]());
   if (!judge.prepared || !answers) return false;
-  if (["a", "g", "r"].includes(name)) return answers.focus(name);
+  if (["a", "g", "r"].includes(name)) return answers.say(name);
   return answers.press(name) || (viewer ? pressViewer(viewer, name) : pressTexts(judge, name));
 }
 

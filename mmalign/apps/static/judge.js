@@ -167,11 +167,13 @@ class Judge {
     byId("prompt").scrollTop = shown.prompt.turns.length > 1 ? byId("prompt").scrollHeight : 0;
     this.unwatch?.();
     this.unwatch = drawTabs(panes);
+    if (this.answers?.marks.isOn) this.answers.marks.end();
     this.answers = new Answers({
       shown,
       protocol: this.protocol,
       choose: (verdict) => this.#vote(verdict),
       drafted: () => this.#keepDraft(),
+      marking: () => drawLegend(this),
     });
     stage.onchange = () => this.#keepDraft();
     if (prepared.isViewed) {

@@ -1,6 +1,8 @@
 // Keys: one press, one act. Held keys, key combinations, typing and unfinished words of an input method do nothing.
 
-const TYPING = "input:not([type=checkbox]):not([type=button]), textarea, select, [contenteditable]";
+const TYPING = "input:not([type=checkbox], [type=radio], [type=range], [type=button]), textarea, select, [contenteditable]";
+const CHOOSING = "input[type=radio], input[type=range]";
+const MOVING = /^(?:Arrow|Home|End|Page)/; // keys by which browsers choose in those
 
 /** The name of the key pressed; digits by their place where a layout has other signs there. */
 function nameOf(event) {
@@ -30,8 +32,11 @@ export function listen(act, isOn) {
       return;
     }
     const control = event.target instanceof Element && event.target.closest("button, a, summary, label, input");
-    const isPressed = event.key === " " || (event.key === "Enter" && !control?.matches(".chip, .sign"));
+    const isPressed = event.key === " " || (event.key === "Enter" && !control?.matches(".chip, .sign, input, label"));
     if (control && isPressed) return;
+    const isMarking = control && control.closest(".marking");
+    if (control && control.matches(CHOOSING) && MOVING.test(event.key) && !event.shiftKey && !isMarking) return;
+    if (control && control.matches("input") && event.key === "Escape" && !isMarking) return control.blur();
     const name = event.ctrlKey ? "undo" : nameOf(event);
     if (!isOn() && name !== "?") return;
     const panning = event.shiftKey && event.key.startsWith("Arrow");

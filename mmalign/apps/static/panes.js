@@ -1,6 +1,7 @@
 // The candidates of one assignment as panes, made while the one before is still judged: detached, decoded, ready to be put in.
 
-import { el } from "./dom.js";
+import { el, key } from "./dom.js";
+import { flagKey } from "./marks.js";
 import { conversation, folded, words } from "./texts.js";
 import { picture } from "./viewer.js";
 
@@ -85,21 +86,31 @@ function paneOf(shown, candidate, place, flags, mode) {
     pane.write(mode);
     content.push(pane.reading);
   }
-  const marks = flags.map((flag) =>
-    pill("flag", flag, { "data-flag": flag, "data-place": place, "aria-label": `${name}: ${flag}` }),
+  const marks = flags.map((flag, number) =>
+    pill("flag", flag, {
+      "data-flag": flag,
+      "data-place": place,
+      "data-key": flagKey(place * flags.length + number),
+      "aria-label": `${name}: ${flag}`,
+    }),
   );
   pane.figure = el(
     "figure",
     { className: "pane", attrs: { "data-place": place } },
-    el("figcaption", {}, el("span", { className: "name" }, name), marks),
+    el("figcaption", {}, el("span", { className: "name" }, name), marks.length && !place ? hint("G") : null, marks),
     ...content,
   );
   return pane;
 }
 
-/** A checkbox or radio that looks like a pill. */
+/** The key that something is reached by; the keys are told to screen readers in the help. */
+export const hint = (name) => el("span", { className: "hint", attrs: { "aria-hidden": "true" } }, key(name), " ");
+
+/** A checkbox or radio that looks like a pill; its own key is seen while keys mark. A pointer leaves no focus on it. */
 export function pill(className, text, attrs, type = "checkbox") {
-  return el("label", { className: `pill ${className}` }, el("input", { type, attrs }), el("span", {}, text));
+  const input = el("input", { type, attrs });
+  input.addEventListener("click", ({ pointerType }) => pointerType && input.blur());
+  return el("label", { className: `pill ${className}` }, input, el("span", {}, attrs["data-key"] && hint(attrs["data-key"]), text));
 }
 
 /** The frames of a video that came as pictures: a slider that puts one after the other into the pane. */
