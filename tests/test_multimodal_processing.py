@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from multimodal import encoder, parts, picture, sample, sequence
+from multimodal import arguments, encoder, parts, picture, sample, sequence, token_logps
 from tokenizers import models
 
 from mmalign.adapters.text_lengths import length_note
@@ -70,6 +70,19 @@ def test_a_prefix_is_run_and_not_scored(family: str) -> None:
     assert sequence(split, 0)[0] == sequence(whole, 0)[0]
     assert split.lengths == (whole.lengths[0] - len("it is "),)
     assert split.media[0].images == whole.media[0].images
+
+
+@pytest.mark.parametrize("images", [(WIDE,), ()], ids=["image", "text"])
+def test_what_an_answer_begins_with_is_no_part_of_the_prompt_that_sees_itself(images: tuple[Media, ...]) -> None:
+    model, _ = parts("paligemma")
+    scores = []
+    for one in (sample("what?", "it is red", *images), replace(sample("what?", "red", *images), prefix="it is ")):
+        ids, seen = sequence(encoder("paligemma")([one]), 0)
+        assert seen is not None
+        with torch.no_grad():
+            logits = model(**arguments("paligemma", ids, seen)).logits[0]
+        scores.append(token_logps(logits, torch.tensor(ids), len("red") + 1))
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-9)
 
 
 def test_a_prompt_whose_last_token_an_answer_changes_keeps_its_image() -> None:

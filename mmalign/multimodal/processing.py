@@ -225,12 +225,13 @@ class SightedEncoder:
         media: list[Seen | None] = []
         for place, plain in enumerate(encoded.contexts):
             prompt = group[encoded.context_of.index(place)]
+            begun = self._begun_answer(prompt)
             if not prompt.shown:
                 contexts.append(plain)
-                media.append(self._seen(plain, (), None))
+                media.append(self._seen(plain, (), None, begun - encoded.given[encoded.context_of.index(place)]))
                 continue
             text = self._unlimited.text(prompt.sample)
-            known = (text, prompt.key)
+            known = (text, begun, prompt.key)
             if known not in memo:
                 memo[known] = self._processed(text, prompt)
             expanded, single, seen = memo[known]
@@ -242,7 +243,7 @@ class SightedEncoder:
                 )
             kept = expanded[: len(expanded) - lost]
             contexts.append(tuple(kept))
-            media.append(seen if not lost else self._seen(kept, seen.images, seen.crossed))
+            media.append(seen if not lost else self._seen(kept, seen.images, seen.crossed, begun - lost))
             self._check_length(len(kept), seen)
         return replace(encoded, contexts=tuple(contexts), media=tuple(media))
 
@@ -298,7 +299,7 @@ class SightedEncoder:
         images = tuple(self._image(kind, tensors, count, prompt.condition) for kind, tensors, count in parts)
         begun = self._begun(ids)
         crossed = self.family.crossed(outputs, len(begun) - len(ids))
-        seen = self._seen(begun, images, crossed)
+        seen = self._seen(begun, images, crossed, self._begun_answer(prompt))
         assert seen is not None
         of_images = 0 if seen.token_types is None else int((seen.token_types > 0).sum())
         if of_images != sum(image.num_tokens for image in images):
@@ -342,9 +343,17 @@ class SightedEncoder:
         changed = condition.pixels(self.family.apart(tensor, self.processor, kind), mean, std)
         return self.family.together(changed, tensor)
 
-    def _seen(self, ids: Sequence[int], images: tuple[SeenImage, ...], crossed: Tensor | None) -> Seen | None:
+    def _begun_answer(self, prompt: _Prompt) -> int:
+        """Tokens at the end of a context that the answer begins with, which no token of the question sees."""
+        prefix = prompt.sample.prefix
+        return len(self.processor.tokenizer(prefix, add_special_tokens=False)["input_ids"]) if prefix else 0
+
+    def _seen(
+        self, ids: Sequence[int], images: tuple[SeenImage, ...], crossed: Tensor | None, answered: int = 0
+    ) -> Seen | None:
         types = self._types(ids)
-        blocks = self.family.blocks(types)
+        asked = len(ids) - max(answered, 0)
+        blocks = tuple((start, min(stop, asked)) for start, stop in self.family.blocks(types) if start < asked)
         if not images and not blocks:
             return None
         return Seen(
