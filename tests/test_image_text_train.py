@@ -89,6 +89,16 @@ def test_runs_that_must_be_equal_are(what: str, joint: Path, tmp_path: Path, mon
     assert bool(list(tmp_path.glob("features/*/*/*.safetensors"))) == ("features" in what)
 
 
+def test_mdpo_as_released_shows_the_reference_another_crop(tmp_path: Path) -> None:
+    def first(variant: str, degradation: str) -> float:
+        changes = {"loss": {"name": "mdpo", "variant": variant}, "adapter": {"degradation": {"name": degradation}}}
+        return metrics_of(train_seen(tmp_path / f"{variant}-{degradation}", **changes, training=FLAT))[0]["loss"]
+
+    assert first("paper", "crop") == pytest.approx(3 * math.log(2), abs=1e-5)
+    assert abs(first("released", "crop") - 3 * math.log(2)) > 1e-4, "policy and reference agree, on other images"
+    assert first("released", "blank") == pytest.approx(3 * math.log(2), abs=1e-5), "of which there is one draw"
+
+
 def test_re_align_trains_as_released_and_one_candidate_at_a_time(tmp_path: Path) -> None:
     released = {"loss": {"name": "re_align", "variant": "released"}, "adapter": {"degradation": {"name": "swap"}}}
     whole = train_seen(tmp_path / "whole", **released, training=FLAT)

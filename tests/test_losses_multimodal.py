@@ -277,6 +277,18 @@ def test_two_responses_are_too_few_for_blind_bpo_and_its_alias() -> None:
         terms({"name": "bpo", "beta": -1.0}).try_settings()
 
 
+def test_mdpo_as_released_compares_the_policy_with_the_reference_under_another_draw() -> None:
+    given = tensor([-3.0, -5.0]), tensor([-4.0, -4.0]), tensor([-6.0])
+    redrawn = tensor([-5.5])
+    found = mdpo(*given, tensor([-9.0]), reference_redrawn=redrawn, variant="released")
+    assert torch.equal(found.losses, mdpo(*given, redrawn).losses)
+    asked = {variant: terms({"name": "mdpo", "variant": variant}).measures for variant in ("paper", "released")}
+    assert asked == {"paper": {"degraded"}, "released": {"degraded", "redrawn"}}
+    with pytest.raises(ValueError, match=r"mdpo\.variant: got released without reference_redrawn"):
+        mdpo(*given, redrawn, variant="released")
+    terms({"name": "mdpo", "variant": "released"}).try_settings()
+
+
 def test_re_align_as_released_scores_what_the_model_finds_likeliest_in_place_of_the_labels() -> None:
     """From logits, as its trainer does: the first of the two likeliest tokens that is not the label."""
     draw = torch.Generator().manual_seed(3)

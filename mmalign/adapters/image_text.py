@@ -19,7 +19,9 @@ from mmalign.likelihoods.tokens import RIVALS
 from mmalign.multimodal.degradations import check_degradation
 from mmalign.records import Media
 
-OF_DEGRADED = frozenset({"degraded", "each_degraded", "greedy", "anchored"})  # measures that a degraded image is shown for
+OF_DEGRADED = frozenset(
+    {"degraded", "redrawn", "each_degraded", "greedy", "anchored"}
+)  # measures that a degraded image is shown for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,14 @@ from mmalign.multimodal.degradations import Condition, Degradation, drawn, drop
 from mmalign.multimodal.processing import SightedEncoder
 from mmalign.records import Content, Example, Sample
 
-OF_CANDIDATES = ("degraded", "each_degraded", "each_absent", "crossed", "greedy")  # further completions made of candidates
+OF_CANDIDATES = (
+    "degraded",
+    "redrawn",
+    "each_degraded",
+    "each_absent",
+    "crossed",
+    "greedy",
+)  # further completions made of candidates
 ABSENT = Condition(degradation=drop())
 
 
@@ -93,6 +100,8 @@ class SightedReader:
             return _Sequence(example.extras[name])
         if name in ("degraded", "each_degraded"):
             return self._degraded(column, example, epoch)
+        if name == "redrawn":
+            return self._degraded(column, example, epoch, " redrawn")
         if name == "each_absent":
             return _Sequence(samples[column], ABSENT, column)
         if name == "crossed":
@@ -101,7 +110,7 @@ class SightedReader:
             return _Sequence(samples[0], None, 0)
         raise UserError(f"{example.id}: has no {name}, which the loss asks for. Add it, or filter the rows.")
 
-    def _degraded(self, candidate: int, example: Example, epoch: int) -> _Sequence:
+    def _degraded(self, candidate: int, example: Example, epoch: int, again: str = "") -> _Sequence:
         sample = example.samples[candidate]
         if self.degradation is None:
             raise UserError(
@@ -111,7 +120,7 @@ class SightedReader:
         if not sample.prompt.media():
             return _Sequence(sample, None, candidate)
         other = self._other(example) if self.degradation.wants_other else None
-        condition = drawn(self.degradation, seed=self.seed, epoch=epoch, example=example.id, other=other)
+        condition = drawn(self.degradation, seed=self.seed, epoch=epoch, example=example.id + again, other=other)
         return _Sequence(sample, condition, candidate)
 
     def _other(self, example: Example) -> Content | None:
@@ -155,7 +164,14 @@ def sequences_asked(asked: frozenset[str], given: Sequence[str], num_candidates:
     names = {name.removeprefix("reference_") for name in asked}
     if "anchored" in names:
         names |= {"each_degraded"}
-    columns = {"degraded": 1, "each_degraded": num_candidates, "each_absent": num_candidates, "crossed": 2, "greedy": 1}
+    columns = {
+        "degraded": 1,
+        "redrawn": 1,
+        "each_degraded": num_candidates,
+        "each_absent": num_candidates,
+        "crossed": 2,
+        "greedy": 1,
+    }
     if "crossed" in names and num_candidates < 2:
         raise UserError("loss: asks for crossed with one candidate a prompt, want two or more. Choose data.view crossed.")
     out = [name for name in given if name in names]

@@ -134,6 +134,7 @@ MEASURES = frozenset(
         "teacher_divergence",
         "advantage",
         "degraded",
+        "redrawn",
         "each_degraded",
         "each_absent",
         "crossed",
@@ -147,5 +148,6 @@ MEASURES = frozenset(
 
 # Measures that a loss asks for under one of its variants alone, by the loss and the variant.
 OF_VARIANT = {
+    "mdpo": {"released": frozenset({"reference_redrawn"})},
     "re_align": {"released": frozenset({"rival", "reference_rival", "degraded_rival", "reference_degraded_rival"})},
 }

@@ -56,28 +56,36 @@ def mdpo(
     degraded: Float[Tensor, "batch 1"],
     reference_degraded: Float[Tensor, "batch 1"],
     weight: PerRow | None = None,
+    reference_redrawn: Float[Tensor, "batch 1"] | None = None,
     *,
     beta: float = 0.1,
     margin: float = 0.0,
+    variant: Literal["paper", "released"] = "paper",
 ) -> PreferenceLoss:
     """mDPO: preference of responses, preference of images, and an anchor that keeps the chosen response's reward positive.
 
     -log sigma(r_chosen - r_rejected) - log sigma(r_chosen - r_degraded) - log sigma(r_chosen - margin)
 
     Source: Wang et al. 2024 (mDPO, arXiv 2406.11839). The worse image is a crop that keeps 1 to 20 % of the area
-        (`adapter.degradation: crop`). The published code draws a crop for the policy and another for the reference; here both
-        see one.
+        (`adapter.degradation: crop`). The published code draws a crop for the policy and another for the reference, so that
+        r_degraded compares two images: `variant: released`, to compare with. Else both see one.
     Args:
         policy, reference: summed logps, the chosen response first.
         degraded, reference_degraded: those of the chosen response under the degraded image.
         weight: factor of each row's loss.
+        reference_redrawn: `released` alone: the reference's logp under another draw of the degraded image.
         beta: reward per nat. Published: 0.1.
         margin: the paper's delta, in reward units, of either sign. Published: 0.
+        variant: see above.
     Raises:
-        ValueError: beta is not positive, or margin is not finite.
+        ValueError: beta is not positive, margin is not finite, or released without another draw.
     """
     check_beta("mdpo", beta)
     check_finite("mdpo", "margin", margin)
+    if variant == "released":
+        if reference_redrawn is None:
+            raise ValueError("mdpo.variant: got released without reference_redrawn, want it under another draw.")
+        reference_degraded = reference_redrawn
     response, image = _response_and_image(policy, reference, degraded, reference_degraded, beta)
     losses = response.losses + image.losses + log_loss(beta * (policy - reference)[:, 0] - margin)
     return PreferenceLoss(weighted(losses, weight), response.rewards)
