@@ -151,9 +151,9 @@ def vdpo(
 
     -log sigma(beta (D_chosen - D_rejected)),  D = gamma * policy - (gamma - 1) * sg(degraded) - reference
 
-    Source: Xie et al. 2024 (V-DPO, arXiv 2411.02712), whose strength of guidance is gamma - 1; with `language_bias_reduce` of
-        the code, add `{name: image_preference, gradient: image}`. The published script has gamma 0, with which the loss has no
-        gradient at all; it is refused here.
+    Source: Xie et al. 2024 (V-DPO, arXiv 2411.02712), whose strength of guidance is gamma - 1. With `language_bias_reduce`
+        of the code, whose mean is over both terms, the loss is `[{name: vdpo, weight: 0.5}, {name: image_preference, gradient:
+        image, weight: 0.5}]`. The published script has gamma 0, with which the loss has no gradient at all; it is refused here.
     Args:
         policy, reference, prob, weight: as in `dpo`.
         each_degraded: the policy's summed logps under an empty image (`adapter.degradation: blank`); without a gradient.
