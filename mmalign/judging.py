@@ -69,10 +69,9 @@ def judge_share(
                 group.append(Row(place=place, comparison=value, content=_content_key(value)))
             except UserError as error:
                 faults.append(fault_of(value.where, error))
-        verdicts, kept = _judge(judges, group, known, faults)
-        append_judgements(journal, verdicts)
+        judged, kept = _judge(judges, group, known, faults, journal)
         rows += [(row.place, row.content) for row in group]
-        num_judged, num_kept = num_judged + len(verdicts), num_kept + kept
+        num_judged, num_kept = num_judged + judged, num_kept + kept
     return Share(rows=tuple(rows), num_judged=num_judged, num_kept=num_kept, faults=tuple(faults))
 
 
@@ -91,9 +90,11 @@ def _opened(row: Comparison, kind: str) -> list[list[Any]]:
 
 
 def _judge(
-    judges: Sequence[Judge], rows: Sequence[Row], known: dict[str, dict[str, Judgement]], faults: list[Fault]
-) -> tuple[list[Judgement], int]:
-    """New verdicts on these rows, and how many earlier ones still hold: those on the same prompt and candidates.
+    judges: Sequence[Judge], rows: Sequence[Row], known: dict[str, dict[str, Judgement]], faults: list[Fault], journal: Path
+) -> tuple[int, int]:
+    """Write each judge's new verdicts on these rows to the journal before the next one judges, so that its fault loses none.
+
+    Returns: how many, and how many earlier ones still hold: those on the same prompt and candidates.
 
     A judge that lacks one verdict judges the whole group, so that what it says of a candidate never depends on what was known.
     """
@@ -111,12 +112,14 @@ def _judge(
         except UserError as error:
             faults.append(fault_of(row.comparison.where, error))
     whole = [row for row in rows if row.comparison.id in images]
-    verdicts = []
+    num_judged = 0
     for judge in judges:
         lacking = {row.comparison.id for row in due[judge.scorer.name]}
         if lacking & images.keys():
-            verdicts += [verdict for verdict in _verdicts(judge, whole, images) if verdict.comparison in lacking]
-    return verdicts, num_kept
+            verdicts = [verdict for verdict in _verdicts(judge, whole, images) if verdict.comparison in lacking]
+            append_judgements(journal, verdicts)
+            num_judged += len(verdicts)
+    return num_judged, num_kept
 
 
 def _verdicts(judge: Judge, rows: Sequence[Row], images: dict[str, list[list[Any]]]) -> list[Judgement]:

@@ -156,6 +156,14 @@ def test_a_score_that_is_no_number_is_refused_with_the_image_it_belongs_to(data)
         score(data, f"scorers={{name: '{__name__}:not_a_number'}}")
 
 
+def test_what_one_judge_said_is_kept_when_another_one_fails(data):
+    address = f"{__name__}:"
+    with pytest.raises(UserError, match="from scorer not_a_number"):
+        score(data, f"scorers=[{{name: '{address}scaled'}}, {{name: '{address}not_a_number'}}]")
+    result = score(data, f"scorers={{name: '{address}scaled'}}")
+    assert result.num_kept > 0 and result.num_judged + result.num_kept == result.num_comparisons
+
+
 def test_a_scorer_is_used_twice_under_two_labels(data):
     address = f"{__name__}:scaled"
     result = score(data, f"scorers=[{{name: '{address}'}}, {{name: '{address}', factor: 3.0, label: thrice}}]")
