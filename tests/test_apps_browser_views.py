@@ -10,6 +10,7 @@ import pytest
 from judging_pages import BROWSER, Site, image_pairs, pixels, png, press, ready, text_pairs, violations
 from PIL import Image
 
+from mmalign.apps.markup import html_of, text_of
 from mmalign.records import Comparison, Content, Media, Message
 
 pytest_plugins = ("judging_browser",)
@@ -138,14 +139,48 @@ def test_texts_are_rendered_plain_or_marked_where_they_differ(site: Site, judge:
     assert [text.strip() for text in page.locator("#prompt .role").all_inner_texts()] == ["System", "User"]
     assert page.locator("#stage strong").count() == 2 and page.locator("#stage math").count() == 2
     page.keyboard.press("d")
-    assert sorted(page.locator("#stage mark").all_inner_texts()) == ["one", "quick", "slow", "two"]
+    assert sorted(page.locator("#stage strong mark, #stage p > mark").all_inner_texts()) == ["one", "quick", "slow", "two"]
     page.keyboard.press("p")
     assert "**quick**" in page.locator("#stage").inner_text()
+    assert sorted(page.locator("#stage .written mark").all_inner_texts()) == ["one", "quick", "slow", "two"]
+    page.keyboard.press("d")
+    assert page.locator("#stage mark").count() == 0
     page.locator("#prompt [data-enlarge]").click()
     assert page.locator("dialog[open] img").evaluate("image => image.naturalWidth") == 48
     page.keyboard.press("1")
     page.keyboard.press("Escape")
     site.votes(project, 0)
+
+
+RICH = """# Café 🦊\n\n1. one\n2. two `x < 1 && y`\n\n```python\n\ndef f(a):\n    return "<b>"  # note\n```\n\n$$\\frac{1}{2}$$
+then $x^2$ \\& &lt;i&gt; &nbsp; <u>raw</u>\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n> quote
+> more\n\n![pic](http://x/y.png) ~~gone~~ end"""
+
+
+def test_differences_are_marked_in_rendered_texts_code_and_formulas(site: Site, judge: Any) -> None:
+    other = RICH.replace("two", "three").replace("note", "remark").replace("frac{1}{2}", "frac{1}{3}").replace("end", "END 🦊")
+    project = site.project(text_pairs((RICH, other)), kind="text")
+    page = judge(project)
+    shown = page.eval_on_selector_all("#stage .prose", "all => all.map(one => one.textContent)")
+    assert sorted(shown) == sorted(text_of(str(html_of(text))) for text in (RICH, other))
+    page.keyboard.press("d")
+    assert sorted(page.locator("#stage mark").all_inner_texts()) == ["END 🦊", "end", "note", "remark", "three", "two"]
+    assert page.locator("#stage pre mark").count() == 2 and page.locator("#stage math.changed").count() == 2
+    assert page.eval_on_selector_all("#stage .prose", "all => all.map(one => one.textContent)") == shown
+    assert ()
+
+
+def test_axe_finds_nothing_where_tables_code_and_formulas_are_wider_than_the_page(site: Site, judge: Any) -> None:
+    table, formula = f"| {' | '.join('abcdefghij' * 2)} |\n|{'---|' * 20}", " + ".join("abcdefghijklmnopq" * 4)
+    wide = f"{table}\n\n```\n{'x' * 300}\n```\n\n$${formula}$$"
+    page = judge(site.project(text_pairs((wide, f"{wide}\n\nmore")), kind="text", guideline=wide), wait=False)
+    page.get_by_role("button", name="Start judging").wait_for()
+    found = violations(page)
+    page.keyboard.press("Escape")
+    ready(page)
+    assert page.locator("#stage .prose [tabindex='0']").count() == 6
+    page.keyboard.press("d")
+    assert not found + violations(page)
 
 
 def test_on_a_phone_nothing_is_cut_off_and_both_sides_must_have_been_seen(site: Site, judge: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mmalign.annotation.protocol import Protocol, Verdict
 from mmalign.annotation.shown import Picture, Shown, ShownContent, ShownMessage
-from mmalign.apps.markup import MAX_CHARACTERS, changes, html_of, mathml
+from mmalign.apps.markup import MAX_CHARACTERS, changes, html_of, mathml, text_of
 from mmalign.apps.rendering import asked, guideline, shown, verdict
 
 INJECTIONS = (
@@ -157,6 +157,33 @@ def test_long_texts_are_compared_by_lines_in_time() -> None:
     assert len(come) == 1
 
 
+def test_texts_of_more_lines_than_are_compared_are_not_marked_and_cost_no_time() -> None:
+    left, right = ("\n".join(f"{n % 200} {side}" for n in range(20_000)) for side in "xy")
+    start = time.process_time()
+    assert changes(left, right) == ((), ())
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("code", ["```perl\n" + "m{" * 40_000, "```java\n" + "a " * 40_000, "```make\n" + "(" * 40_000])
+def test_code_whose_lexer_would_take_minutes_is_shown_without_colours(code: str) -> None:
+    start = time.process_time()
+    assert "<span" not in str(html_of(code))
+    assert time.process_time() - start < 2
+
+
+def test_the_text_of_rendered_markdown_is_what_a_reader_sees() -> None:
+    assert text_of(str(html_of("a *b* `<c>` &amp; $x^2$\n\n```python\nx = 1\n```"))) == "a b <c> & x2\nx = 1\n\n"
+
+
+def test_calls_and_tools_of_odd_shapes_are_shown_all_the_same() -> None:
+    calls = ({"function": "f"}, {"function": {"name": None, "arguments": None}}, {"name": "g", "arguments": {"a": 1}})
+    answer = ShownContent(messages=(ShownMessage(role="assistant", text="x", tool_calls=calls),))
+    prompt = ShownContent(text="p", tools=({"function": "f"}, {"name": "g"}))
+    found = shown(Shown(assignment="a", revision=1, project=1, prompt=prompt, candidates=(answer, answer)), kind="text")
+    assert [call["name"] for call in found["candidates"][0]["turns"][0]["calls"]] == ["f", "None", "g"]
+    assert [tool["name"] for tool in found["prompt"]["tools"]] == ["tool", "g"]
+
+
 def picture(name: str, mime: str = "image/png") -> Picture:
     return Picture(key=f"key-{name}", mime=mime, width=64, height=48)
 
@@ -171,7 +198,8 @@ def test_a_pair_of_texts_brings_words_html_and_changes() -> None:
     assert found["assignment"] == "a1" and found["revision"] == 1
     assert found["prompt"]["turns"][0]["parts"] == [{"text": "Say hi", "html": "<p>Say hi</p>\n"}]
     assert found["candidates"][1]["turns"][0]["parts"][0]["html"] == "<p>good <strong>night</strong></p>\n"
-    assert found["changes"] == (((5, 8),), ((5, 14),))
+    assert found["changes"]["plain"] == (((5, 8),), ((5, 14),))
+    assert found["changes"]["rendered"] == (((5, 8),), ((5, 10),))
     json.dumps(found)
 
 

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Sequence
 from html import escape, unescape
+from html.parser import HTMLParser
 from xml.etree.ElementTree import tostring
 
 import nh3
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 MAX_CHARACTERS = 100_000  # a longer text is shown as it was written
 MAX_FORMULA = 2_000
 MAX_NESTING = 60  # braces in a formula; LaTeX is read recursively
-MAX_WORDS = 4_000  # of both texts together; longer ones are compared by lines
+MAX_WORDS, MAX_LINES = 4_000, 10_000  # of both texts together; longer ones are compared by lines, or not at all
+MAX_CODE, MAX_LINE = 6_000, 300  # characters of a block, and of a line of it, in colours; some lexers take time as their square
 
 HTML = """a blockquote br code del div em h1 h2 h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul"""
 MATHML = """math mrow mi mn mo ms mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mmultiscripts
@@ -77,6 +79,26 @@ def html_of(text: str) -> str | None:
     return CLEANER.clean(_markdown().render(text))
 
 
+class _Words(HTMLParser):
+    """Gathers the text of HTML as a browser has it; what stands in a formula counts as well."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.found.append(data)
+
+
+@functools.lru_cache(maxsize=512)
+def text_of(html: str) -> str:
+    """The text of what `html_of` made: the `textContent` that a browser has of it."""
+    reader = _Words()
+    reader.feed(html)
+    reader.close()
+    return "".join(reader.found)
+
+
 def mathml(formula: str, *, block: bool) -> str:
     """A LaTeX formula as MathML; as code where it cannot be read, or is too long or too deep to try."""
     source = f'<code class="formula">{escape(formula)}</code>'
@@ -96,12 +118,15 @@ def mathml(formula: str, *, block: bool) -> str:
 def changes(left: str, right: str) -> tuple[Ranges, Ranges]:
     """Where two texts differ: ranges [start, end) of characters of each, in order and apart; word by word.
 
-    Spaces do not count. Texts of more than `MAX_WORDS` words together are compared line by line.
+    Spaces do not count. Texts of more than `MAX_WORDS` words together are compared line by line, those of more than `MAX_LINES`
+    lines not at all.
     """
     pattern = r"\w+|[^\w\s]"
     words = [list(re.finditer(pattern, text)) for text in (left, right)]
     if sum(map(len, words)) > MAX_WORDS:
         words = [list(re.finditer(r"\S[^\n]*", text)) for text in (left, right)]
+        if sum(map(len, words)) > MAX_LINES:
+            return (), ()
     said = [[word.group().rstrip() for word in side] for side in words]
     matcher = difflib.SequenceMatcher(None, said[0], said[1])
     found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
@@ -130,8 +155,9 @@ def _markdown() -> MarkdownIt:
 
 def _coloured(code: str, language: str, _attributes: str) -> str:
     """Colours for a fenced block whose language is named; an empty answer leaves it plain."""
+    short = len(code) <= MAX_CODE and max(map(len, code.splitlines()), default=0) <= MAX_LINE
     try:
-        lexer = get_lexer_by_name(language) if language else None
+        lexer = get_lexer_by_name(language) if language and short else None
     except ClassNotFound:
         return ""
     return highlight(code, lexer, HtmlFormatter(nowrap=True)) if lexer else ""
@@ -187,7 +213,7 @@ def _block_formula(state: StateBlock, start_line: int, end_line: int, silent: bo
 def _render_formula(_self: RendererHTML, tokens: Sequence[Token], index: int, _options: OptionsDict, _env: EnvType) -> str:
     token = tokens[index]
     html = mathml(token.content, block=token.block)
-    return f'<div class="formula">{html}</div>' if token.map else html
+    return f'<div class="formula">{html}</div>\n' if token.map else html
 
 
 def _render_image(renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:

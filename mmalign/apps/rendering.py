@@ -22,7 +22,7 @@ from typing import Any
 
 from mmalign.annotation.protocol import Protocol, Verdict
 from mmalign.annotation.shown import Picture, Shown, ShownContent, ShownMessage
-from mmalign.apps.markup import Ranges, changes, html_of
+from mmalign.apps.markup import Ranges, changes, html_of, text_of
 
 MEDIA = "/media/"
 ASKED = ("choices", "strength", "aspects", "flags", "rationale", "min_dwell_ms", "calibration")
@@ -32,9 +32,10 @@ def shown(value: Shown, *, kind: str) -> dict[str, Any]:
     """One assignment for the page: `current` and `ahead` of its replies.
 
     `prompt` {turns, tools}; `candidates` [{media, turns, prompt}] from left to right, where `media` are pictures for the viewer
-    (projects of images) and `prompt` is only there where each candidate answers its own; `changes` of a pair of texts: for each
-    side ranges of characters of its texts, joined by a character, that the other side does not have; `earlier`: the verdict
-    that stands while it is revised. A turn is {role, name, parts, calls, thoughts}, a part {text, html} or {media}.
+    (projects of images) and `prompt` is only there where each candidate answers its own; `changes` {plain, rendered} of a pair
+    of texts: for each side ranges of characters of its texts, as written and as the `textContent` of what is rendered, joined
+    by a character, that the other side does not have; `earlier`: the verdict that stands while it is revised. A turn is {role,
+    name, parts, calls, thoughts}, a part {text, html} or {media}.
 
     Args:
         kind: of the project; `image` puts a candidate's pictures into the viewer, `text` beside its words.
@@ -58,7 +59,7 @@ def shown(value: Shown, *, kind: str) -> dict[str, Any]:
         "prompt": _prompt(value.prompt),
         "prefix": None if value.prefix is None else _text(value.prefix),
         "candidates": candidates,
-        "changes": _changes([_words(content) for content in value.candidates]),
+        "changes": _changes(value.candidates),
         "earlier": None if value.earlier is None else verdict(value.earlier),
     }
 
@@ -80,7 +81,7 @@ def guideline(text: str, version: int) -> dict[str, Any]:
 
 
 def _prompt(content: ShownContent) -> dict[str, Any]:
-    tools = [tool.get("function", tool) for tool in content.tools]
+    tools = [inner if isinstance(inner := tool.get("function"), Mapping) else tool for tool in content.tools]
     return {
         "turns": _turns(content, images=True),
         "tools": [{"name": str(tool.get("name", "tool")), "schema": json.dumps(tool, indent=2)} for tool in tools],
@@ -126,17 +127,18 @@ def _media(picture: Picture) -> dict[str, Any]:
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, str]:
-    function = call.get("function", call)
+    inner = call.get("function")
+    function = inner if isinstance(inner, Mapping) else call
     arguments = function.get("arguments", {})
     told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {"name": str(function.get("name", "")), "arguments": told}
+    return {"name": inner if isinstance(inner, str) else str(function.get("name", "")), "arguments": told}
 
 
-def _words(content: ShownContent) -> str:
-    parts = [part for turn in _turns(content, images=False) for part in turn["parts"]]
-    return "\n".join(part["text"] for part in parts if "text" in part)
-
-
-def _changes(texts: Sequence[str]) -> tuple[Ranges, Ranges] | None:
-    """Where a pair of texts differs; None for lists, and where one side says nothing."""
-    return changes(texts[0], texts[1]) if len(texts) == 2 and all(texts) else None
+def _changes(candidates: Sequence[ShownContent]) -> dict[str, tuple[Ranges, Ranges]] | None:
+    """Where a pair of texts differ, as written and as rendered; None for lists, and where one side says nothing."""
+    said = [[part for turn in _turns(one, images=False) for part in turn["parts"] if "text" in part] for one in candidates]
+    if len(said) != 2 or not all(said):
+        return None
+    plain = ["\n".join(part["text"] for part in side) for side in said]
+    rendered = ["\n".join(part["text"] if part["html"] is None else text_of(part["html"]) for part in side) for side in said]
+    return {"plain": changes(*plain), "rendered": changes(*rendered)}

@@ -85,7 +85,6 @@ function pressViewer(viewer, name) {
 }
 
 function pressTexts(judge, name) {
-  const mode = { p: "plain", d: "differences" }[name];
-  if (mode) judge.write(judge.mode === mode ? "rendered" : mode);
-  return Boolean(mode);
+  if (name === "p") return done(judge.write(judge.mode === "plain" ? "rendered" : "plain"));
+  return name === "d" && Boolean(judge.prepared.shown.changes) && done(judge.write(judge.mode, !judge.isMarked));
 }

@@ -1,7 +1,7 @@
 // The dialog: instructions, keys, an enlarged picture. While it is open no key judges.
 
 import { byId, el, key } from "./dom.js";
-import { words } from "./texts.js";
+import { reachable, words } from "./texts.js";
 
 /** Open the dialog; resolves when it is closed. */
 export function openDialog(title, content, { closing = "Close", isMain = false, isWide = false } = {}) {
@@ -14,6 +14,7 @@ export function openDialog(title, content, { closing = "Close", isMain = false, 
     el("div", { className: isWide ? "dialog-body wide" : "dialog-body", attrs: { tabindex: 0 } }, content),
   );
   dialog.showModal();
+  reachable(dialog);
   close.focus();
   return new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
 }

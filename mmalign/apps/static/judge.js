@@ -14,6 +14,7 @@ import { askToSignIn, banner, tellBroken, tellFinished, tellProgress, tellSaved 
 import { Outbox } from "./outbox.js";
 import { afresh, prepare } from "./panes.js";
 import { allSeen, drawTabs } from "./tabs.js";
+import { reachable } from "./texts.js";
 import { textTools, viewerTools } from "./tools.js";
 import { Viewer } from "./viewer.js";
 
@@ -27,7 +28,8 @@ class Judge {
   ahead = null;
   answers = null;
   viewer = null;
-  mode = "rendered";
+  mode = "rendered"; // or plain
+  isMarked = false; // where two texts differ
   guidelineVersion = 0;
   #turn = 0;
 
@@ -185,16 +187,17 @@ class Judge {
       this.write(this.mode);
     }
     this.#restore(shown);
+    reachable(byId("prompt"));
     drawLegend(this);
   }
 
-  /** Write texts in another way. */
-  write(mode) {
+  /** Write texts in another way: rendered or plain, where they differ marked or not. */
+  write(mode, isMarked = this.isMarked) {
     const { shown, panes } = this.prepared;
-    this.mode = mode;
-    const kept = mode === "differences" && !shown.changes ? "rendered" : mode;
-    for (const pane of panes) pane.write(kept);
-    textTools(kept, Boolean(shown.changes), (one) => this.write(one));
+    [this.mode, this.isMarked] = [mode, isMarked];
+    for (const pane of panes) pane.write(mode, isMarked && Boolean(shown.changes));
+    textTools({ mode, isMarked, hasChanges: Boolean(shown.changes) }, (...one) => this.write(...one));
+    for (const pane of panes) reachable(pane.figure);
   }
 
   get #draftKey() {

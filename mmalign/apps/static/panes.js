@@ -68,11 +68,11 @@ function paneOf(shown, candidate, place, flags, mode) {
     content.push(pane.frame);
     if (candidate.media.length > 1) content.push(film(candidate.media, pane, name));
   }
-  pane.write = (newMode) => {
+  pane.write = (newMode, isMarked) => {
     if (!candidate.turns.length) return;
     const turns = conversation(candidate.turns, {
       mode: newMode,
-      changes: shown.changes?.[place],
+      changes: isMarked ? shown.changes[newMode][place] : [],
       alt: `Picture of ${name}`,
       loads: pane.loads,
     });
@@ -83,7 +83,7 @@ function paneOf(shown, candidate, place, flags, mode) {
       className: pane.node ? "reading caption" : "reading",
       attrs: { tabindex: 0, role: "region", "aria-label": `${name} text` },
     });
-    pane.write(mode);
+    pane.write(mode, false);
     content.push(pane.reading);
   }
   const marks = flags.map((flag, number) =>

@@ -3,7 +3,7 @@
 import { byId, el, key } from "./dom.js";
 import { MODES } from "./texts.js";
 
-const MODE_NAMES = { rendered: "Rendered", plain: "Plain", differences: "Differences" };
+const MODE_NAMES = { rendered: "Rendered", plain: "Plain" };
 
 function tool(text, name, act, attrs = {}) {
   const button = el("button", { type: "button", attrs }, el("span", {}, text), name ? key(name) : null);
@@ -41,11 +41,11 @@ export function viewerTools(viewer, isPair) {
   };
 }
 
-/** Buttons for texts; `choose(mode)` is called on a press. */
-export function textTools(mode, hasChanges, choose) {
-  const keys = { rendered: null, plain: "P", differences: "D" };
-  const offered = MODES.filter((one) => one !== "differences" || hasChanges);
+/** Buttons for texts; `choose(mode, isMarked)` is called on a press. */
+export function textTools({ mode, isMarked, hasChanges }, choose) {
+  const press = (name, letter, act, isOn) => tool(name, letter, act, { "aria-pressed": String(isOn) });
   byId("view").replaceChildren(
-    ...offered.map((one) => tool(MODE_NAMES[one], keys[one], () => choose(one), { "aria-pressed": String(one === mode) })),
+    ...MODES.map((one) => press(MODE_NAMES[one], one === "plain" ? "P" : null, () => choose(one), one === mode)),
+    ...(hasChanges ? [press("Differences", "D", () => choose(mode, !isMarked), isMarked)] : []),
   );
 }
