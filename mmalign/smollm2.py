@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 from importlib.util import find_spec
@@ -54,17 +53,14 @@ def converted(cache: Path) -> Base:
 
 
 def _read(file: Path) -> tuple[Any, Any]:
-    """Tokenizer and model, the weights unpacked into a plain model: one that transformers read from GGUF cannot be saved."""
+    """Tokenizer and model, the weights unpacked."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    unpacked = GgufConfig(dequantize=True)
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float16, quantization_config=unpacked)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(read.config), dtype=torch.float16)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    return AutoTokenizer.from_pretrained(**place), model
+    from mmalign.language.opening import open_model
+
+    model = open_model(str(file.parent), gguf_file=file.name, dtype=torch.float16)
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name), model
 
 
 def common_words(folder: Path) -> frozenset[str]:

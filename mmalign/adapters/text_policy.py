@@ -344,9 +344,13 @@ class TextPolicy:
         whole = folder.absolute() if self.settings.lora is not None else folder.absolute() / FULL
         model, files = self.parts.stock
         name = files.removeprefix("Auto").lower()
-        return f'model = transformers.{model}.from_pretrained("{whole}")\n' + (
-            f'{name} = transformers.{files}.from_pretrained("{whole}")'
-        )
+        gguf = getattr(self.settings, "gguf_file", None)
+        if gguf is not None and self.layers:  # peft finds the base's folder, not the file in it
+            base = f'"{self.parts.base}", gguf_file="{gguf}"'
+            first = f'model = transformers.{model}.from_pretrained({base})\nmodel.load_adapter("{whole}")\n'
+        else:
+            first = f'model = transformers.{model}.from_pretrained("{whole}")\n'
+        return first + (f'{name} = transformers.{files}.from_pretrained("{whole}")')
 
 
 def asked_measures(asked: frozenset[str]) -> frozenset[str]:

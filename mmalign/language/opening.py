@@ -72,7 +72,7 @@ def open_model(
         trust_remote_code: run code that comes with the model.
         tiny: changes of the config of a tiny model.
         sees: a model of images and texts is wanted.
-        more: further arguments of `from_pretrained`, such as `gguf_file`.
+        more: further arguments of `from_pretrained`, such as `gguf_file`, whose weights are unpacked.
     Raises:
         UserError: no model there, one of another kind, or quantisation without a GPU or bitsandbytes.
     """
@@ -95,9 +95,12 @@ def open_model(
         more["attn_implementation"] = attention
     known = {"revision": revision, "trust_remote_code": trust_remote_code}
     read = {name: value for name, value in more.items() if name == "gguf_file"}
+    if read:
+        more["quantization_config"] = _unpacking()
     try:
         config = without_dropout(AutoConfig.from_pretrained(name, **known, **read))
         model = opener.from_pretrained(name, config=config, dtype=dtype, **known, **more)
+        model = _plain(model, attention) if read else model
     except (OSError, ValueError, ImportError) as fault:
         raise UserError(
             f"adapter.model: cannot open {name} as a {kind} ({_first_line(fault)}). Name a folder or a hub id."
@@ -280,7 +283,10 @@ def save_lora(model: Any, folder: Path, base: str) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+    with warnings.catch_warnings():
+        # Beside a GGUF file there is none, and no vocabulary is modified here.
+        warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+        weights = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
     weights = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     config = copy.copy(model.peft_config[ADAPTER_NAME])
     config.inference_mode = True
@@ -331,6 +337,25 @@ def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def _unpacking() -> Any:
+    """How weights of GGUF are read: as plain ones, which can be trained; older transformers know no other way."""
+    import transformers
+
+    known = getattr(transformers, "GgufConfig", None)
+    return None if known is None else known(dequantize=True)
+
+
+def _plain(read: Any, attention: str | None) -> Any:
+    """A model like one that transformers read from GGUF, with its weights: that one itself cannot be saved."""
+    config = copy.deepcopy(read.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    more = {} if attention is None else {"attn_implementation": attention}
+    model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict(), dtype=read.dtype, **more)
+    model.generation_config = read.generation_config
+    return model
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str] | None) -> None:
