@@ -212,4 +212,4 @@ def test_a_setting_that_turns_the_loss_round_is_told_with_the_config(tmp_path: P
 
 
 def test_the_text_of_nll_tells_of_how_many_examples_the_mean_length_is() -> None:
-    assert f"that of the first {SURVEYED} examples" in inspect.getdoc(LOSSES["nll"])
+    assert f"that of all examples, or of {SURVEYED} that are spread evenly over more" in inspect.getdoc(LOSSES["nll"])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mmalign.adapters.text import TextAdapter
+from mmalign.adapters.text_lengths import length_note, mean_length
 from mmalign.losses import nll, tpo
 from mmalign.records import Content, Example, Sample
 
@@ -48,6 +49,16 @@ def test_the_mean_length_is_that_of_the_data_so_that_nll_by_token_is_the_mean_ov
     torch.testing.assert_close(losses.mean(), -best.sum() / lengths.sum())
     parts = [nll(**{name: value[i : i + 1] for name, value in data.items()}, reduction="token").losses for i in range(3)]
     torch.testing.assert_close(torch.cat(parts), losses)
+
+
+def test_of_many_examples_those_that_are_looked_at_are_spread_over_the_data() -> None:
+    encoder = TextAdapter(model="tiny").open().reader.encoder
+    rows = [example(n, " a" * (1 + n), " b", " c") for n in range(40)]  # sorted by length, as files often are
+    lengths = [encoder(row.samples[:1]).lengths[0] for row in rows]
+    assert mean_length(encoder, rows) == sum(lengths) / 40
+    assert mean_length(encoder, rows, 10) == sum(lengths[::4]) / 10
+    assert "(of 10 examples, spread over the data)" in length_note(encoder, rows, 10)
+    assert "spread" not in length_note(encoder, rows)
 
 
 def test_tpo_imitates_the_gold_answer_by_token(prepared: dict[str, Tensor]) -> None:

@@ -19,13 +19,13 @@ AT_ONCE = 256  # examples in one call of the tokenizer
 
 
 def mean_length(encoder: Encodes, examples: Sequence[Example], most: int = SURVEYED) -> float:
-    """Mean number of tokens of the best answers, of at most the first `most` examples."""
+    """Mean number of tokens of the best answers: of all examples, or of `most` that are spread evenly over them."""
     lengths = [one.lengths[0] for one in _encoded(encoder, [e.samples[:1] for e in _looked_at(examples, most)])]
     return sum(lengths) / len(lengths)
 
 
 def length_note(encoder: Encodes, examples: Sequence[Example], most: int = SURVEYED) -> str:
-    """Lengths of prompts and answers, and how many are cut, of at most the first `most` examples."""
+    """Lengths of prompts and answers, and how many are cut, of all examples or of `most` that are spread evenly over them."""
     looked = _looked_at(examples, most)
     prompts: list[int] = []
     if looked[0].samples[0].completion.is_empty():  # of a source that has them written
@@ -47,7 +47,7 @@ def length_note(encoder: Encodes, examples: Sequence[Example], most: int = SURVE
             *(changed, len(answers)),
         )
     equal = f"; {alike} examples with equal answers once they are tokens" if alike else ""
-    of = "" if len(looked) == len(examples) else f" (of the first {len(looked)} examples)"
+    of = "" if len(looked) == len(examples) else f" (of {len(looked)} examples, spread over the data)"
     cut = (
         f"{cut_prompts} of {len(prompts)} prompts to {encoder.max_prompt_length}, "
         f"{cut_responses} answers to {encoder.max_response_length}"
@@ -67,7 +67,8 @@ def groups_of_like_length(examples: Sequence[Example], count: int) -> tuple[tupl
 
 
 def _looked_at(examples: Sequence[Example], most: int) -> list[Example]:
-    return [examples[i] for i in range(min(len(examples), most))]
+    count = min(len(examples), most)
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _encoded(encoder: Encodes, rows: Sequence[Sequence[Sample]]) -> Iterator[Encoded]:

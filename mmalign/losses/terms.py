@@ -49,7 +49,7 @@ def nll(
         policy: summed logps, best first; the other columns are not used.
         lengths: number of scored tokens of each candidate; needed for `sequence`.
         mean_length: mean over rows of the best candidate's number of tokens, one number for many rows; needed for `token`.
-            `adapter: text` gives that of the first 4096 examples.
+            `adapter: text` gives that of all examples, or of 4096 that are spread evenly over more.
         weight: factor of each row's loss.
         reduction: see above. Published weight of the term: 1 with `sequence` (RPO), 5e-5 with `sum` (0.005 * beta 0.01).
     Raises:
