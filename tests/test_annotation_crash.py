@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,22 @@ def test_processes_killed_at_any_moment_lose_and_double_nothing(
         store.release(project.id, person.id)
     after = {item.id: item.want - item.slots_left for item in store.items(project.id, media=False)}
     assert sum(after.values()) == len(votes) <= sum(held.values()) <= len(votes) + 4
+    store.close()
+
+
+def test_processes_at_once_overlap_exactly_as_wanted(new_url: Callable[[], str], tmp_path: Path) -> None:
+    url = new_url()
+    store = Store.open(url)
+    project, crowd = project_with(store, 24, overlap_share=0.3, overlap_votes=3, votes_per_item=2), people(store, 4)
+    files = [tmp_path / str(person.id) for person in crowd]
+    processes = [worker(url, project.id, p.id, "never", file) for p, file in zip(crowd, files, strict=True)]
+    assert [process.wait(timeout=300) for process in processes] == [0] * 4
+    votes = store.votes(project.id, latest=False)
+    wanted = {item.id: item.want for item in store.items(project.id, media=False)}
+    assert Counter(vote.item for vote in votes) == wanted and set(wanted.values()) == {2, 3}
+    assert len({(vote.annotator, vote.item) for vote in votes}) == len(votes) and not any(vote.surplus for vote in votes)
+    told = [line for file in files for line in file.read_text().splitlines() if line.startswith("stored")]
+    assert len(told) == len(votes) == store.progress(project.id).counted
     store.close()
 
 

@@ -317,15 +317,16 @@ def test_fifty_threads_lose_and_double_nothing(store: Store) -> None:
 def test_strings_that_no_database_holds_do_no_harm(store: Store) -> None:
     from mmalign.records import Comparison, Content
 
-    strange = "nul \0 and half a character \ud83d"
+    strange, nul = "nul \0 and half a character \ud83d", "nul \0"
     project = store.create_project("project", "text", Protocol(min_dwell_ms=0))
-    said = Comparison(id="row", prompt=Content(text=strange), candidates=(Content(text="a"), Content(text=strange)))
+    said = Comparison(id="row", prompt=Content(text=nul), candidates=(Content(text="a"), Content(text=nul)))
     assert store.add(project.id, [said]).added == 1
+    assert "half of a character" in store.add(project.id, [replace(said, prompt=Content(text=strange))]).faults[0].problem
     assert next(iter(store.items(project.id))).comparison == said
     assert "the id" in store.add(project.id, [replace(said, id=strange)]).faults[0].problem
     ann = store.add_account("Ann", "correct horse battery")
     shown = store.take(project.id, ann.id)
-    assert shown is not None and strange in [candidate.text for candidate in shown.candidates]
+    assert shown is not None and nul in [candidate.text for candidate in shown.candidates]
     for odd in (strange, "x" * 5000, ""):
         assert not store.displayed(odd, ann.id) and store.media(odd) is None and store.session(odd) is None
         assert store.vote(odd, 10**30, Verdict(choice=odd), ann.id).reason == "unknown"

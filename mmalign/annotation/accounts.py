@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from mmalign.annotation.database import Database
 from mmalign.annotation.events import log
@@ -28,6 +28,11 @@ FREE_FAILURES = {"pair": 5, "name": 20, "address": 20}  # of a name from one add
 LONGEST_WAIT_S = 900.0
 FORGET_S = 3600.0
 SEEN_EVERY_S = 60.0
+VISITOR = (  # every request asks for it
+    select(SESSION.c.token, SESSION.c.seen_at, ANNOTATOR.c.id, ANNOTATOR.c.name, ANNOTATOR.c.role, ANNOTATOR.c.active)
+    .join(ANNOTATOR, SESSION.c.annotator == ANNOTATOR.c.id)
+    .where(SESSION.c.token == bindparam("digest"), SESSION.c.expires_at > bindparam("now"))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +249,8 @@ def open_session(connection: Connection, account: int, now: float, session_s: fl
 def session(database: Database, token: str, now: float) -> Account | None:
     """Return whose session a token is; None when it has ended, or never was, or the account is closed."""
     with database.read() as connection:
-        row = connection.execute(select(SESSION).where(SESSION.c.token == _digest(token), SESSION.c.expires_at > now)).first()
-        account = None if row is None else by_id(connection, row.annotator)
+        row = connection.execute(VISITOR, {"digest": _digest(token), "now": now}).first()
+    account = _account(row)
     if row is None or account is None or not account.active:
         return None
     if now - row.seen_at > SEEN_EVERY_S:

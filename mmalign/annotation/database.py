@@ -182,6 +182,11 @@ def _tune(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        options = connection.get_execution_options()
-        connection.exec_driver_sql(f"PRAGMA synchronous={options.get('mmalign_synchronous', 'FULL')}")
-        connection.exec_driver_sql(options.get("mmalign_begins", "BEGIN"))
+        """Every request begins several: so without the driver's wrapping, and the level is only set where it changes."""
+        options, driver = connection.get_execution_options(), connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        level = options.get("mmalign_synchronous")
+        if level is not None and connection.info.get("synchronous", "FULL") != level:
+            driver.execute(f"PRAGMA synchronous={level}").close()
+            connection.info["synchronous"] = level
+        driver.execute(options.get("mmalign_begins", "BEGIN")).close()

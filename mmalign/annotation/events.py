@@ -10,6 +10,7 @@ from sqlalchemy import Connection, select
 from mmalign.annotation.schema import EVENT
 
 PAGE = 1000
+NEW = EVENT.insert()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def log(
 ) -> None:
     """Add an event, in the transaction of what it tells of."""
     connection.execute(
-        EVENT.insert(),
+        NEW,
         {
             "at": at,
             "kind": kind,

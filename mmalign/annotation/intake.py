@@ -121,15 +121,19 @@ def prepare(value: Comparison, *, kind: str, role: Role, limits: Limits, explana
         return {"sha256": file.sha256}
 
     try:
-        row = replaced(to_row(value), {"bytes", "path"}, place)
+        row = to_row(value)
+        if any(content.media() for content in value.contents()):
+            row = replaced(row, {"bytes", "path"}, place)
     except UserError as error:
         return Fault(where, str(error).removeprefix(f"{where}: "))
     seen = [row["prompt"], row["prompts"], row["prefix"], row["candidates"]]
-    if len({json.dumps(one, sort_keys=True) for one in row["candidates"]}) == 1 and value.prompts is None:
+    first, *others = row["candidates"]
+    if all(one == first for one in others) and value.prompts is None:
         return Fault(where, "got the same candidate again and again, want different ones. Remove the row.")
-    if not is_storable(json.dumps(seen, ensure_ascii=False)):
+    hashed = json.dumps(seen, sort_keys=True)
+    if "\\ud" in hashed and not is_storable(json.dumps(seen, ensure_ascii=False)):
         return Fault(where, "got half of a character (such as \\ud83d) in a text, want whole ones. Take it out.")
-    content_hash = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+    content_hash = hashlib.sha256(hashed.encode()).hexdigest()
     return Prepared(
         id=value.id,
         content_hash=content_hash,
@@ -204,9 +208,9 @@ def _kind_of(media: Media, data: bytes) -> tuple[str, tuple[int, int]]:
 def replaced(value: Any, keys: set[str], place: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Any:
     """Return JSON with every object of just these keys replaced."""
     if isinstance(value, dict):
-        if set(value) == keys:
+        if value.keys() == keys:
             return place(value)
-        return {name: replaced(one, keys, place) for name, one in value.items()}
+        return {name: replaced(one, keys, place) if isinstance(one, dict | list) else one for name, one in value.items()}
     return [replaced(one, keys, place) for one in value] if isinstance(value, list) else value
 
 
@@ -290,7 +294,7 @@ def _item(
     chance = hashlib.sha256(f"{project.salt}{one.content_hash}".encode()).digest()
     shared = int.from_bytes(chance[:8], "big") / 2**64 < protocol.overlap_share
     want = 0 if role != "ordinary" else protocol.overlap_votes if shared else protocol.votes_per_item
-    row = replaced(one.row, {"sha256"}, lambda entry: {"key": keys[entry["sha256"]]})
+    row = replaced(one.row, {"sha256"}, lambda entry: {"key": keys[entry["sha256"]]}) if one.files else one.row
     return {
         "project": project.id,
         "source": source,

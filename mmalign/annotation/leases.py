@@ -6,7 +6,7 @@ import re
 import secrets
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy import Connection, bindparam, insert, select, text, update
 
 from mmalign.annotation.events import log
 from mmalign.annotation.protocol import Protocol
@@ -15,26 +15,57 @@ from mmalign.annotation.schema import ASSIGNMENT, ITEM, PARTICIPATION, PROJECT
 from mmalign.annotation.shown import Shown, show
 
 LEASED = text("assignment.state = 'leased'")  # written out, or SQLite does not use the partial indexes
+# Statements of every request, made once: to build one costs more than to run it.
+OF_PERSON = (PARTICIPATION.c.project == bindparam("of_project"), PARTICIPATION.c.annotator == bindparam("of_annotator"))
+MINE = select(PARTICIPATION).where(*OF_PERSON)
+CHANGE_MINE = update(PARTICIPATION).where(*OF_PERSON)
+ASSIGNED = select(ASSIGNMENT).where(ASSIGNMENT.c.id == bindparam("of_id"))
+CHANGE_ASSIGNED = update(ASSIGNMENT).where(ASSIGNMENT.c.id == bindparam("of_id"))
+HELD = select(ASSIGNMENT).where(ASSIGNMENT.c.annotator == bindparam("of_annotator"), LEASED)
+LATE = (
+    select(ASSIGNMENT)
+    .where(ASSIGNMENT.c.project == bindparam("of_project"), LEASED, ASSIGNMENT.c.expires_at <= bindparam("now"))
+    .order_by(ASSIGNMENT.c.id)
+)
+ONCE = text("assignment.repeats IS NULL")
+BEFORE = select(ASSIGNMENT).where(
+    ASSIGNMENT.c.item == bindparam("of_item"), ASSIGNMENT.c.annotator == bindparam("of_annotator"), ONCE
+)
+AGAIN = select(ASSIGNMENT).where(ASSIGNMENT.c.repeats == bindparam("of_repeats"))
+NEW = insert(ASSIGNMENT)
+CANDIDATES = select(ITEM.c.k).where(ITEM.c.id == bindparam("item"))
+SLOTS = {
+    is_freed: update(ITEM)
+    .where(ITEM.c.id == bindparam("item"))
+    .values(slots_left=ITEM.c.slots_left - bindparam("by"), **({"freed": bindparam("number")} if is_freed else {}))
+    .returning(ITEM.c.slots_left)
+    for is_freed in (False, True)
+}
+SLOTS_LEFT = select(ITEM.c.slots_left).where(ITEM.c.id == bindparam("item"))
 KEY = re.compile(r"[A-Za-z0-9_-]{1,32}")  # what ids of assignments and keys of media look like
 RENEWED = 0.9  # a lease that is asked for again with less than this share left is renewed
 
 
 def participation(connection: Connection, project: int, annotator: int, now: float) -> Any:
     """Return the person's row in the project; the first time it is made."""
-    mine = select(PARTICIPATION).where(PARTICIPATION.c.project == project, PARTICIPATION.c.annotator == annotator)
-    found = connection.execute(mine).first()
+    mine = {"of_project": project, "of_annotator": annotator}
+    found = connection.execute(MINE, mine).first()
     if found is None:
         freed = connection.execute(select(PROJECT.c.freed).where(PROJECT.c.id == project)).scalar_one()
         row = {"project": project, "annotator": annotator, "freed_cursor": freed, "started_at": now}
         connection.execute(insert(PARTICIPATION).values(**row))
-        found = connection.execute(mine).one()
+        found = connection.execute(MINE, mine).one()
     return found
 
 
 def change_participation(connection: Connection, who: Any, **changes: Any) -> None:
     """Change the person's row in the project."""
-    mine = (PARTICIPATION.c.project == who.project, PARTICIPATION.c.annotator == who.annotator)
-    connection.execute(update(PARTICIPATION).where(*mine).values(**changes))
+    connection.execute(CHANGE_MINE, {"of_project": who.project, "of_annotator": who.annotator, **changes})
+
+
+def change_assignment(connection: Connection, assignment: str, **changes: Any) -> None:
+    """Change an assignment's row."""
+    connection.execute(CHANGE_ASSIGNED, {"of_id": assignment, **changes})
 
 
 def hand_out(connection: Connection, project: Any, annotator: int, now: float, rng: random.Random, count: int) -> list[Shown]:
@@ -69,13 +100,13 @@ def _renewed(connection: Connection, row: Any, now: float, lasts: float) -> Any:
     """Put off the end of a lease, unless it is far off (farther than it can be: the clock was set back); return its row."""
     if row.state != "leased" or RENEWED * lasts <= row.expires_at - now <= lasts:
         return row
-    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(expires_at=now + lasts))
+    change_assignment(connection, row.id, expires_at=now + lasts)
     return assignment_row(connection, row.id)
 
 
 def open_leases(connection: Connection, project: int, annotator: int) -> list[Any]:
     """Return what the person holds and has not judged, oldest first."""
-    rows = connection.execute(select(ASSIGNMENT).where(ASSIGNMENT.c.annotator == annotator, LEASED)).all()
+    rows = connection.execute(HELD, {"of_annotator": annotator}).all()
     # Filtered and sorted here: asked to, SQLite walks over all that the person ever judged instead.
     return sorted((row for row in rows if row.project == project), key=lambda row: row.number)
 
@@ -84,7 +115,7 @@ def assignment_row(connection: Connection, assignment: str) -> Any:
     """Return an assignment's row; None where there is none, or the id cannot be one."""
     if not KEY.fullmatch(assignment):
         return None
-    return connection.execute(select(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment)).first()
+    return connection.execute(ASSIGNED, {"of_id": assignment}).first()
 
 
 def renew(connection: Connection, project: Any, annotator: int, now: float) -> float | None:
@@ -120,8 +151,7 @@ def release_unseen(connection: Connection, project: int, now: float) -> int:
 
 def expire(connection: Connection, project: int, now: float) -> int:
     """Give back all that was held too long; return how many."""
-    late = (ASSIGNMENT.c.project == project, LEASED, ASSIGNMENT.c.expires_at <= now)
-    rows = connection.execute(select(ASSIGNMENT).where(*late).order_by(ASSIGNMENT.c.id)).all()
+    rows = connection.execute(LATE, {"of_project": project, "now": now}).all()
     for row in rows:
         _end(connection, row, "expired", now)
     return len(rows)
@@ -144,7 +174,7 @@ def display(connection: Connection, assignment: str, annotator: int, now: float)
         told = {"reason": "closed", "of": "displayed"}
         log(connection, now, "refused", project=row.project, annotator=annotator, assignment=row.id, **told)
         return False
-    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == assignment).values(displayed_at=now))
+    change_assignment(connection, row.id, displayed_at=now)
     log(connection, now, "displayed", project=row.project, annotator=annotator, assignment=assignment)
     return True
 
@@ -153,7 +183,7 @@ def clock_was_set_back(connection: Connection, row: Any, now: float) -> Any:
     """Return the row of an assignment that was on the screen later than now as if it were there since now, and note it."""
     if row.displayed_at is None or row.displayed_at <= now:
         return row
-    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(displayed_at=now))
+    change_assignment(connection, row.id, displayed_at=now)
     details = {"by_s": round(row.displayed_at - now, 3)}
     log(connection, now, "clock", project=row.project, annotator=row.annotator, assignment=row.id, **details)
     return assignment_row(connection, row.id)
@@ -165,13 +195,9 @@ def take_slot(connection: Connection, project: int, item: int, by: int) -> int:
     A freed slot gives the item a new number, so that it lies ahead of everybody's cursor again.
     """
     if by == 0:
-        return int(connection.execute(select(ITEM.c.slots_left).where(ITEM.c.id == item)).scalar_one())
-    changes: dict[str, Any] = {"slots_left": ITEM.c.slots_left - by}
-    if by < 0:
-        changes["freed"] = next_freed(connection, project)
-    return int(
-        connection.execute(update(ITEM).where(ITEM.c.id == item).values(changes).returning(ITEM.c.slots_left)).scalar_one()
-    )
+        return int(connection.execute(SLOTS_LEFT, {"item": item}).scalar_one())
+    freed = {"number": next_freed(connection, project)} if by < 0 else {}
+    return int(connection.execute(SLOTS[by < 0], {"item": item, "by": by, **freed}).scalar_one())
 
 
 def next_freed(connection: Connection, project: int, count: int = 1) -> int:
@@ -189,9 +215,10 @@ def _lease(connection: Connection, project: Any, who: Any, chosen: Next, now: fl
 
     What was on the person's screen before stays known as such: a vote on it may still be on its way.
     """
-    mine = (ASSIGNMENT.c.item == chosen.item, ASSIGNMENT.c.annotator == who.annotator)
-    same = ASSIGNMENT.c.repeats.is_(None) if chosen.repeats is None else ASSIGNMENT.c.repeats == chosen.repeats
-    before = connection.execute(select(ASSIGNMENT).where(*mine, same)).first()
+    if chosen.repeats is None:
+        before = connection.execute(BEFORE, {"of_item": chosen.item, "of_annotator": who.annotator}).first()
+    else:
+        before = connection.execute(AGAIN, {"of_repeats": chosen.repeats}).first()
     holds = chosen.kind in ("random", "active")
     values: dict[str, Any] = {
         "state": "leased",
@@ -206,16 +233,16 @@ def _lease(connection: Connection, project: Any, who: Any, chosen: Next, now: fl
         id = secrets.token_urlsafe(16)
         order = _order(connection, chosen, rng)
         fixed = {"id": id, "project": project.id, "item": chosen.item, "annotator": who.annotator, "repeats": chosen.repeats}
-        connection.execute(insert(ASSIGNMENT).values(**fixed, shown_order=json.dumps(order), **values))
+        connection.execute(NEW, {**fixed, "shown_order": json.dumps(order), **values})
     else:
         id = before.id
-        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == id).values(**values))
+        change_assignment(connection, id, **values)
     if holds:
         take_slot(connection, project.id, chosen.item, 1)
     if chosen.kind == "active":
         connection.execute(update(ITEM).where(ITEM.c.id == chosen.item).values(steered=True))
     if chosen.repeats is not None:
-        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == chosen.repeats).values(repeated=True))
+        change_assignment(connection, chosen.repeats, repeated=True)
     cursors = {"cursor": chosen.cursor, "freed_cursor": chosen.freed_cursor}
     change_participation(
         connection,
@@ -234,17 +261,17 @@ def _order(connection: Connection, chosen: Next, rng: random.Random) -> list[int
         earlier = connection.execute(select(ASSIGNMENT.c.shown_order).where(ASSIGNMENT.c.id == chosen.repeats)).scalar_one()
         turned: list[int] = json.loads(earlier)[::-1]
         return turned
-    k = connection.execute(select(ITEM.c.k).where(ITEM.c.id == chosen.item)).scalar_one()
+    k = connection.execute(CANDIDATES, {"item": chosen.item}).scalar_one()
     return rng.sample(range(k), k)
 
 
 def _end(connection: Connection, row: Any, state: str, now: float) -> None:
     """End a lease without a verdict."""
-    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(state=state, holds=False))
+    change_assignment(connection, row.id, state=state, holds=False)
     if row.holds:
         take_slot(connection, row.project, row.item, -1)
     if row.repeats is not None:
-        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.repeats).values(repeated=False))
+        change_assignment(connection, row.repeats, repeated=False)
     if row.kind == "calibration":
         who = participation(connection, row.project, row.annotator, now)
         change_participation(connection, who, calibration_taken=who.calibration_taken - 1)

@@ -5,13 +5,19 @@ import io
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from mmalign.annotation.blinding import blinded
 from mmalign.annotation.leases import KEY
 from mmalign.annotation.schema import BLOB, MEDIA
 from mmalign.errors import UserError
 from mmalign.records import Media
+
+ONE = (
+    select(MEDIA.c.path, MEDIA.c.mime, MEDIA.c.sha256, BLOB.c.data)
+    .outerjoin(BLOB, BLOB.c.media == MEDIA.c.key)
+    .where(MEDIA.c.key == bindparam("of_key"))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +46,10 @@ class Stored:
 
 def find(connection: Connection, key: str) -> Stored | None:
     """Return a medium by its key; None when there is none."""
-    row = connection.execute(select(MEDIA).where(MEDIA.c.key == key)).first() if KEY.fullmatch(key) else None
+    row = connection.execute(ONE, {"of_key": key}).first() if KEY.fullmatch(key) else None
     if row is None:
         return None
-    data = connection.execute(select(BLOB.c.data).where(BLOB.c.media == key)).scalar_one_or_none()
-    found = Media(path=row.path) if data is None else Media(data=bytes(data))
+    found = Media(path=row.path) if row.data is None else Media(data=bytes(row.data))
     return Stored(media=found, mime=row.mime, sha256=row.sha256)
 
 
@@ -59,7 +64,8 @@ def serve(stored: Stored) -> MediaFile:
         place = stored.media.place()
         raise UserError(f"{place}: the file was changed since it was added. Put the old one back, or add the row anew.")
     served = blinded(data) if stored.mime.startswith("video/") or not _is_converted(data) else _png(data)
-    return MediaFile(data=served, mime=stored.mime, etag=hashlib.sha256(served).hexdigest())
+    etag = stored.sha256 if served == data else hashlib.sha256(served).hexdigest()
+    return MediaFile(data=served, mime=stored.mime, etag=etag)
 
 
 def _is_converted(data: bytes) -> bool:

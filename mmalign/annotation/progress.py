@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
+from mmalign.annotation.leases import MINE
 from mmalign.annotation.projects import project_row
 from mmalign.annotation.protocol import Protocol
-from mmalign.annotation.schema import PARTICIPATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Progress:
 def read_progress(connection: Connection, project: int, annotator: int | None) -> Progress:
     """Return how far a project is, and a person in it."""
     row = project_row(connection, project)
-    mine = (PARTICIPATION.c.project == project, PARTICIPATION.c.annotator == annotator)
-    who = None if annotator is None else connection.execute(select(PARTICIPATION).where(*mine)).first()
+    mine = {"of_project": project, "of_annotator": annotator}
+    who = None if annotator is None else connection.execute(MINE, mine).first()
     return Progress(
         items=row.num_items,
         wanted=row.num_wanted,

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from mmalign.annotation.database import is_storable
 from mmalign.annotation.events import log
 from mmalign.annotation.protocol import Protocol
 from mmalign.annotation.schema import GUIDELINE, PROJECT
 from mmalign.errors import UserError
+
+ONE = select(PROJECT).where(PROJECT.c.id == bindparam("number"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ def project_row(connection: Connection, project: int) -> Any:
     Raises:
         UserError: there is none.
     """
-    row = connection.execute(select(PROJECT).where(PROJECT.c.id == project)).first()
+    row = connection.execute(ONE, {"number": project}).first()
     if row is None:
         raise UserError(f"project: got the number {project}, which no project has. Look at the list of projects.")
     return row

@@ -1,5 +1,6 @@
 """The protocol of a project: what may be answered, how often, and how an answer as shown becomes one in the data's order."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -96,6 +97,7 @@ class Protocol:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
+    @functools.lru_cache(maxsize=256)  # every request asks for its project's
     def from_json(cls, text: str) -> "Protocol":
         """Read what `to_json` wrote; settings that were not known then have their defaults."""
         known = {f.name for f in fields(cls)}

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, exists, select, text
+from sqlalchemy import Connection, and_, bindparam, exists, select, text
 
 from mmalign.annotation.protocol import Protocol
 from mmalign.annotation.schema import ASSIGNMENT, ITEM
@@ -59,30 +59,16 @@ def choose(connection: Connection, who: Any, protocol: Protocol, rng: random.Ran
     return ordinary
 
 
-def _not_mine(who: Any) -> Any:
-    """The person has neither judged the item nor holds it."""
-    mine = and_(
-        ASSIGNMENT.c.item == ITEM.c.id,
-        ASSIGNMENT.c.annotator == who.annotator,
-        ASSIGNMENT.c.repeats.is_(None),
-        ASSIGNMENT.c.state.in_(("leased", "voted")),
-    )
-    return ~exists().where(mine)
-
-
 def _ordinary(connection: Connection, who: Any, protocol: Protocol, rng: random.Random) -> Next | None:
+    person = {"project": who.project, "annotator": who.annotator}
     if rng.random() >= protocol.random_share:
-        query = select(ITEM.c.id).where(ITEM.c.project == who.project, PRIORITISED, _not_mine(who))
-        found = connection.execute(query.order_by(ITEM.c.priority.desc()).limit(1)).first()
+        found = connection.execute(BY_PRIORITY, person).first()
         if found is not None:
             return Next(item=found.id, kind="active")
-    free = select(ITEM.c.id, ITEM.c.position, ITEM.c.freed, ITEM.c.steered).where(
-        ITEM.c.project == who.project, FREE, _not_mine(who)
-    )
-    found = connection.execute(free.where(ITEM.c.freed > who.freed_cursor).order_by(ITEM.c.freed).limit(1)).first()
+    found = connection.execute(BY_FREED, {**person, "after": who.freed_cursor}).first()
     if found is not None:
         return Next(item=found.id, kind="active" if found.steered else "random", freed_cursor=found.freed)
-    found = connection.execute(free.where(ITEM.c.position > who.cursor).order_by(ITEM.c.position).limit(1)).first()
+    found = connection.execute(BY_POSITION, {**person, "after": who.cursor}).first()
     if found is not None:
         return Next(item=found.id, kind="active" if found.steered else "random", cursor=found.position)
     return None
@@ -91,9 +77,9 @@ def _ordinary(connection: Connection, who: Any, protocol: Protocol, rng: random.
 def _known(connection: Connection, who: Any, role: str, rng: random.Random) -> Next | None:
     """Return an item of known answer that the person has not met, from a random place on."""
     pivot = rng.randint(0, LARGEST_SHUFFLE)
-    met: Select[Any] = select(ITEM.c.id).where(ITEM.c.project == who.project, NOT_ORDINARY, ITEM.c.role == role, _not_mine(who))
-    for part in (ITEM.c.shuffle >= pivot, ITEM.c.shuffle < pivot):
-        found = connection.execute(met.where(part).order_by(ITEM.c.shuffle).limit(1)).first()
+    for query in KNOWN:
+        told = {"project": who.project, "annotator": who.annotator, "role": role, "pivot": pivot}
+        found = connection.execute(query, told).first()
         if found is not None:
             return Next(item=found.id, kind=role)
     return None
@@ -105,19 +91,50 @@ def _repeat(connection: Connection, who: Any, protocol: Protocol, rng: random.Ra
     if latest < 1:
         return None
     pivot = rng.randint(1, latest)
-    number = ASSIGNMENT.c.number
-    old = select(ASSIGNMENT.c.id, ASSIGNMENT.c.item).where(
-        ASSIGNMENT.c.project == who.project,
-        ASSIGNMENT.c.annotator == who.annotator,
-        ASSIGNMENT.c.kind.in_(("random", "active")),
-        ASSIGNMENT.c.state == "voted",
-        ASSIGNMENT.c.holds,  # not skipped
-        ~ASSIGNMENT.c.repeated,
-        number <= latest,
-    )
-    ways = (old.where(number >= pivot).order_by(number), old.where(number < pivot).order_by(number.desc()))
-    for query in ways:
-        found = connection.execute(query.limit(1)).first()
+    for query in JUDGED:
+        told = {"project": who.project, "annotator": who.annotator, "latest": latest, "pivot": pivot}
+        found = connection.execute(query, told).first()
         if found is not None:
             return Next(item=found.item, kind="repeat", repeats=found.id)
     return None
+
+
+# The statements, made once: to build one costs more than to run it.
+_MINE = and_(
+    ASSIGNMENT.c.item == ITEM.c.id,
+    ASSIGNMENT.c.annotator == bindparam("annotator"),
+    ASSIGNMENT.c.repeats.is_(None),
+    ASSIGNMENT.c.state.in_(("leased", "voted")),
+)
+_NOT_MINE = ~exists().where(_MINE)  # neither judged nor held
+_FREE = select(ITEM.c.id, ITEM.c.position, ITEM.c.freed, ITEM.c.steered).where(
+    ITEM.c.project == bindparam("project"), FREE, _NOT_MINE
+)
+BY_FREED = _FREE.where(ITEM.c.freed > bindparam("after")).order_by(ITEM.c.freed).limit(1)
+BY_POSITION = _FREE.where(ITEM.c.position > bindparam("after")).order_by(ITEM.c.position).limit(1)
+BY_PRIORITY = (
+    select(ITEM.c.id)
+    .where(ITEM.c.project == bindparam("project"), PRIORITISED, _NOT_MINE)
+    .order_by(ITEM.c.priority.desc())
+    .limit(1)
+)
+KNOWN = tuple(
+    select(ITEM.c.id)
+    .where(ITEM.c.project == bindparam("project"), NOT_ORDINARY, ITEM.c.role == bindparam("role"), _NOT_MINE, part)
+    .order_by(ITEM.c.shuffle)
+    .limit(1)
+    for part in (ITEM.c.shuffle >= bindparam("pivot"), ITEM.c.shuffle < bindparam("pivot"))
+)
+_OLD = select(ASSIGNMENT.c.id, ASSIGNMENT.c.item).where(
+    ASSIGNMENT.c.project == bindparam("project"),
+    ASSIGNMENT.c.annotator == bindparam("annotator"),
+    ASSIGNMENT.c.kind.in_(("random", "active")),
+    ASSIGNMENT.c.state == "voted",
+    ASSIGNMENT.c.holds,  # not skipped
+    ~ASSIGNMENT.c.repeated,
+    ASSIGNMENT.c.number <= bindparam("latest"),
+)
+JUDGED = (
+    _OLD.where(ASSIGNMENT.c.number >= bindparam("pivot")).order_by(ASSIGNMENT.c.number).limit(1),
+    _OLD.where(ASSIGNMENT.c.number < bindparam("pivot")).order_by(ASSIGNMENT.c.number.desc()).limit(1),
+)

@@ -5,12 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from mmalign.annotation.protocol import Verdict, as_shown
 from mmalign.annotation.schema import ITEM, MEDIA, VOTE
 
 THOUGHTS = ("thinking", "reasoning_content")
+JUDGED = select(ITEM.c.row, ITEM.c.role).where(ITEM.c.id == bindparam("item"))
+PICTURES = select(MEDIA).where(MEDIA.c.key.in_(bindparam("keys", expanding=True)))
+STANDS = select(VOTE.c.verdict).where(VOTE.c.assignment == bindparam("assignment"), VOTE.c.revision == bindparam("revision"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +104,10 @@ def show(connection: Connection, assignment: Any, guideline_version: int) -> Sho
 
     Names of speakers are told in prompts alone, and not of assistants: they could name a maker.
     """
-    item = connection.execute(select(ITEM.c.row, ITEM.c.role).where(ITEM.c.id == assignment.item)).one()
+    item = connection.execute(JUDGED, {"item": assignment.item}).one()
     row = json.loads(item.row)
     keys = sorted(set(_keys(row["prompt"], row["prompts"], row["candidates"])))
-    found = connection.execute(select(MEDIA).where(MEDIA.c.key.in_(keys))).all() if keys else []
+    found = connection.execute(PICTURES, {"keys": keys}).all() if keys else []
     media = {m.key: Picture(key=m.key, mime=m.mime, width=m.width, height=m.height) for m in found}
     order = tuple(json.loads(assignment.shown_order))
     prompts = row["prompts"]
@@ -126,8 +129,8 @@ def show(connection: Connection, assignment: Any, guideline_version: int) -> Sho
 
 def latest_verdict(connection: Connection, assignment: Any) -> Verdict:
     """Return the canonical verdict that stands for an assignment that was voted on."""
-    query = select(VOTE.c.verdict).where(VOTE.c.assignment == assignment.id, VOTE.c.revision == assignment.revision)
-    return Verdict.from_json(connection.execute(query).scalar_one())
+    which = {"assignment": assignment.id, "revision": assignment.revision}
+    return Verdict.from_json(connection.execute(STANDS, which).scalar_one())
 
 
 def _keys(prompt: Mapping[str, Any], prompts: Sequence[Any] | None, candidates: Sequence[Any]) -> Iterator[str]:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Integer, bindparam, insert, select, update
 
 from mmalign.annotation.events import log
 from mmalign.annotation.leases import (
     assignment_row,
+    change_assignment,
     change_participation,
     clock_was_set_back,
     expire,
@@ -19,6 +20,7 @@ from mmalign.annotation.leases import (
     participation,
     take_slot,
 )
+from mmalign.annotation.projects import project_row
 from mmalign.annotation.protocol import Protocol, Verdict, agrees, as_shown, canonical, fault_of, ranks_of
 from mmalign.annotation.schema import ANNOTATOR, ASSIGNMENT, ITEM, PROJECT, VOTE
 from mmalign.annotation.shown import Shown, latest_verdict, show
@@ -26,6 +28,12 @@ from mmalign.annotation.shown import Shown, latest_verdict, show
 PAGE = 1000
 LONGEST_DWELL_MS = 2**31 - 1  # 24 days; what the column holds
 LONGEST_VERSION = 40
+NEW = insert(VOTE)
+COUNTED = (
+    update(PROJECT)
+    .where(PROJECT.c.id == bindparam("number"))
+    .values(num_counted=PROJECT.c.num_counted + bindparam("by", type_=Integer))
+)
 REASONS = {
     "unknown": "there is no such item on your screen; load the page again",
     "not_yours": "this item was shown to somebody else",
@@ -163,7 +171,7 @@ def cast(connection: Connection, vote: Cast, now: float, rng: random.Random) -> 
         return _refused(connection, vote, None, now, "unknown")
     if row.annotator != vote.annotator:
         return _refused(connection, vote, row, now, "not_yours")
-    project = connection.execute(select(PROJECT).where(PROJECT.c.id == row.project)).one()
+    project = project_row(connection, row.project)
     if expire(connection, project.id, now):
         row = assignment_row(connection, vote.assignment)
     if 1 <= vote.revision <= row.revision:
@@ -227,31 +235,30 @@ def _store(connection: Connection, vote: Cast, row: Any, project: Any, given: Ve
     counts = row.kind in ("random", "active") and given.choice != "skip"
     left = take_slot(connection, project.id, row.item, counts - row.holds)
     who = participation(connection, project.id, vote.annotator, now)
-    connection.execute(
-        insert(VOTE).values(
-            assignment=row.id,
-            revision=vote.revision,
-            project=project.id,
-            verdict=given.to_json(),
-            shown=vote.verdict.to_json(),
-            late=late,
-            surplus=counts and left < 0,
-            dwell_ms=None if vote.dwell_ms is None else min(max(vote.dwell_ms, 0), LONGEST_DWELL_MS),
-            displayed_at=row.displayed_at,
-            submitted_at=now,
-            guideline_version=who.guideline_read or project.guideline_version,
-            app_version="".join(c for c in vote.app_version if c.isprintable())[:LONGEST_VERSION],
-        )
-    )
+    told = {
+        "assignment": row.id,
+        "revision": vote.revision,
+        "project": project.id,
+        "verdict": given.to_json(),
+        "shown": vote.verdict.to_json(),
+        "late": late,
+        "surplus": counts and left < 0,
+        "dwell_ms": None if vote.dwell_ms is None else min(max(vote.dwell_ms, 0), LONGEST_DWELL_MS),
+        "displayed_at": row.displayed_at,
+        "submitted_at": now,
+        "guideline_version": who.guideline_read or project.guideline_version,
+        "app_version": "".join(c for c in vote.app_version if c.isprintable())[:LONGEST_VERSION],
+    }
+    connection.execute(NEW, told)
     number = row.vote_number if row.revision else who.num_votes + 1
-    changes = {"state": "voted", "holds": counts, "revision": vote.revision, "vote_number": number}
-    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(**changes))
+    change_assignment(connection, row.id, state="voted", holds=counts, revision=vote.revision, vote_number=number)
     if row.repeats is not None:
-        connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.repeats).values(repeated=True))
+        change_assignment(connection, row.repeats, repeated=True)
     if who.reopened == row.id:
         change_participation(connection, who, reopened=None)
     counted = counts - (row.holds and row.state == "voted")
-    connection.execute(update(PROJECT).where(PROJECT.c.id == project.id).values(num_counted=PROJECT.c.num_counted + counted))
+    if counted:
+        connection.execute(COUNTED, {"number": project.id, "by": counted})
     details = {"revision": vote.revision, "late": late} | ({} if project.is_open else {"closed": True})
     log(connection, now, "voted", project=project.id, annotator=vote.annotator, assignment=row.id, **details)
 
@@ -304,7 +311,7 @@ def reopen(connection: Connection, project: Any, annotator: int, now: float, ass
     row = connection.execute(mine.order_by(ASSIGNMENT.c.vote_number.desc()).limit(1)).first()
     if row is None:
         return None
-    connection.execute(update(ASSIGNMENT).where(ASSIGNMENT.c.id == row.id).values(displayed_at=None))
+    change_assignment(connection, row.id, displayed_at=None)
     change_participation(connection, who, reopened=row.id)
     log(connection, now, "reopened", project=project.id, annotator=annotator, assignment=row.id, revision=row.revision)
     return show(connection, assignment_row(connection, row.id), project.guideline_version)
