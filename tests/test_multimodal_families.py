@@ -167,6 +167,22 @@ def test_rows_with_images_without_and_with_images_of_each_arm_are_one_context_ea
 
 
 @FAMILY
+def test_rows_are_encoded_together_as_each_is_alone(family: str) -> None:
+    rows = [
+        [sample("what?", "red", WIDE), sample("what?", "a blue one", WIDE)],
+        [sample("which?", "one", TALL, SQUARE), sample("what?", "one", WIDE)],
+        [sample("why?", "so")],
+    ]
+    together = encoder(family).all(rows)
+    assert together == [encoder(family)(row) for row in rows]
+    shown = [image for one in together for seen in one.media if seen is not None for image in seen.images]
+    same = [image for image in shown if image.key == shown[0].key]
+    assert len(same) >= 2 and all(image.tensors.keys() == same[0].tensors.keys() for image in same)
+    for image in same:
+        assert all(tensor.equal(same[0].tensors[name]) for name, tensor in image.tensors.items())
+
+
+@FAMILY
 def test_a_blind_row_has_neither_image_nor_placeholder(family: str) -> None:
     model, processor = parts(family)
     encoded = encoder(family)([sample("what?", "red")])

@@ -281,33 +281,29 @@ class Sight:
 
 
 def _rotary_positions(layout: Layout) -> Int[Tensor, "3 rows length"]:
-    """M-rope indices: those of the contexts, and from their maximum on those of the continuations, alike on all axes."""
-    positions = layout.positions.cpu().expand(3, *layout.positions.shape).clone()
+    """M-rope indices: those of the contexts, and from their maximum on those of the continuations, alike on all axes.
+
+    Made on the host of nothing that lies on the device, which is not waited for.
+    """
     media = layout.media or ()
     if not layout.segments:
-        for row, (seen, begin) in enumerate(zip(media, layout.begins, strict=True)):
-            if seen is not None and seen.positions is not None:
-                positions[:, row] = _continued(seen, positions.shape[2])
-                assert begin >= seen.positions.shape[1]
-        return positions.to(layout.ids.device, non_blocking=True)
+        rows = [_continued(seen, layout.ids.shape[1]) for seen in media]
+        return torch.stack(rows, 1).to(layout.ids.device, non_blocking=True)
+    parts = []
     for number, segment in enumerate(layout.segments):
         owner = number if segment.after is None else segment.after
-        seen = media[owner]
-        if seen is None or seen.positions is None:
-            continue
-        context = layout.segments[owner].stop - layout.segments[owner].start
-        size = segment.stop - segment.start
-        whole = _continued(seen, context + size)
-        positions[:, 0, segment.start : segment.stop] = whole[:, :size] if segment.after is None else whole[:, context:]
-    return positions.to(layout.ids.device, non_blocking=True)
+        before = 0 if segment.after is None else layout.segments[owner].stop - layout.segments[owner].start
+        parts.append(_continued(media[owner], before + segment.stop - segment.start)[:, before:])
+    return torch.cat(parts, 1)[:, None].to(layout.ids.device, non_blocking=True)
 
 
-def _continued(seen: Seen, length: int) -> Int[Tensor, "3 length"]:
-    """Indices of a context's tokens and of what follows it."""
-    assert seen.positions is not None and seen.next_position is not None
-    more = length - seen.positions.shape[1]
-    after = torch.arange(seen.next_position, seen.next_position + more).expand(3, -1)
-    return torch.cat([seen.positions, after.to(seen.positions.dtype)], 1)
+def _continued(seen: Seen | None, length: int) -> Int[Tensor, "3 length"]:
+    """Indices of a context's tokens and of what follows it; places in the sequence where it shows nothing."""
+    if seen is None or seen.positions is None or seen.next_position is None:
+        return torch.arange(length).expand(3, -1)
+    known = seen.positions.shape[1]
+    after = torch.arange(seen.next_position, seen.next_position + max(length - known, 0)).expand(3, -1)
+    return torch.cat([seen.positions[:, :length], after.to(seen.positions.dtype)], 1)
 
 
 def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
