@@ -221,10 +221,13 @@ def our_run(policy: TextPolicy, work: Path, *, num_examples: int, batch_size: in
         max_grad_norm=MAX_GRAD_NORM,
         mixed_precision="no",
     )
+    objective = Objective([term])
+    if objective.of_differences:  # as `experiment.open_policy` does
+        policy.oppose()
     run = Run(
         accelerator=start(training, work),
         policy=policy,
-        objective=Objective([term]),
+        objective=objective,
         training=training,
         order=Order(num_examples=num_examples, batch_size=batch_size, accumulation=accumulation, seed=SEED),
         output=work,
