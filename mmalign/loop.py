@@ -147,7 +147,7 @@ class Run:
             self._backward_in_parts(inputs, gradients, at_once, sync)
         logps = measured["policy"].detach()
         readings = {"logps": logps, **inputs.readings(logps)}
-        readings |= {name: values.detach() for name, values in measured.items() if name != "policy"}
+        readings |= {name: values.detach() for name, values in measured.items() if name != "policy" and values.ndim == 2}
         if reference is not None:
             known_of = {"logps": reference["policy"], **inputs.readings(reference["policy"])}
             readings |= {f"{name}/ref": value for name, value in known_of.items()}

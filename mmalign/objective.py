@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import UserError
-from mmalign.losses import LOSSES, MEASURES, OF_VARIANT, STATISTICS, PreferenceLoss, of_differences
+from mmalign.losses import LOSSES, MEASURES, OF_TOKENS, OF_VARIANT, STATISTICS, PreferenceLoss, of_differences
 
 REFERENCE = "reference_"  # before the name of a measure: the reference's
 Gather = Callable[[Tensor], Tensor]
@@ -177,10 +177,7 @@ class Objective:
         twice = {name: torch.tensor([value, value], dtype=torch.float32) for name, value in side.items()}
         for term in self.terms:
             names = {name.removeprefix(REFERENCE) for name in term.data if _measured(name)} - set(STATISTICS)
-            alike = {
-                name: torch.full((2, term.columns(name) or term.columns(REFERENCE + name) or num_candidates), -1.0)
-                for name in {"policy", *(names - {"reference"})}
-            }
+            alike = {name: self._alike(term, name, num_candidates) for name in {"policy", *(names - {"reference"})}}
             try:
                 result = term.loss(**trial._arguments(term, alike, alike, twice, _alone, {}))
             except ValueError as fault:
@@ -274,6 +271,12 @@ class Objective:
         """Go on from a checkpoint."""
         self.mean_abs_delta = float(state["mean_abs_delta"])
         self.memory = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["memory"].items()}
+
+    @staticmethod
+    def _alike(term: Term, name: str, num_candidates: int) -> Tensor:
+        """A measure of two rows, where policy and reference agree."""
+        k = term.columns(name) or term.columns(REFERENCE + name) or num_candidates
+        return torch.full((2, k, 4) if name in OF_TOKENS else (2, k), -1.0)
 
     @staticmethod
     def _made_up(term: Term, name: str, num_candidates: int) -> float | tuple[float, ...]:

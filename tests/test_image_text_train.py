@@ -99,6 +99,17 @@ def test_mdpo_as_released_shows_the_reference_another_crop(tmp_path: Path) -> No
     assert first("released", "blank") == pytest.approx(3 * math.log(2), abs=1e-5), "of which there is one draw"
 
 
+def test_opa_dpo_trains_as_released_and_one_candidate_at_a_time(tmp_path: Path) -> None:
+    changes, _ = LOSSES["opa_dpo"]
+    released = {**changes, "loss": {"name": "opa_dpo", "variant": "released"}}
+    whole = train_seen(tmp_path / "whole", **released, training=FLAT)
+    assert metrics_of(whole)[0]["loss"] == pytest.approx((2 + 2 * 0.2 + 4) * math.log(2), abs=1e-5)
+    parts = train_seen(tmp_path / "parts", **released, training={**FLAT, "candidate_microbatch": 1})
+    assert largest_difference(seen_weights(whole), seen_weights(parts)) <= 1e-6
+    plain = train_seen(tmp_path / "paper", **changes, loss={"name": "opa_dpo"}, training=FLAT)
+    assert largest_difference(seen_weights(whole), seen_weights(plain)) > 1e-5
+
+
 def test_re_align_trains_as_released_and_one_candidate_at_a_time(tmp_path: Path) -> None:
     released = {"loss": {"name": "re_align", "variant": "released"}, "adapter": {"degradation": {"name": "swap"}}}
     whole = train_seen(tmp_path / "whole", **released, training=FLAT)

@@ -477,6 +477,32 @@ def test_opa_dpo_as_released_means_over_padded_places_and_pushes_the_corrected_r
     assert (gradient[0, 0] < 0).all() and (gradient[0, 1] > 0).all()
 
 
+def test_opa_dpo_takes_the_released_loss_row_by_row() -> None:
+    draw = torch.Generator().manual_seed(4)
+    values = {name: -torch.rand(4, 3, 6, dtype=torch.float64, generator=draw) for name in ("tokens", "each_degraded_tokens")}
+    known = {f"reference_{name}": value - 0.1 * torch.rand_like(value) for name, value in values.items()}
+    sums = [value.sum(2) for value in (values["tokens"], known["reference_tokens"])]
+    masked = [value.sum(2) for value in (values["each_degraded_tokens"], known["reference_each_degraded_tokens"])]
+    found = opa_dpo(*sums, *masked, **values, **known, beta=0.3, image_weight=0.4, anchor_weight=0.7, variant="released")
+    told = (
+        values["tokens"],
+        known["reference_tokens"],
+        values["each_degraded_tokens"][:, :2],
+        known["reference_each_degraded_tokens"][:, :2],
+    )
+    whole = opa_dpo_tokens(*told, beta=0.3, image_weight=0.4, anchor_weight=0.7)
+    assert_equal(found.losses.mean(), whole)
+    assert_equal(found.rewards, 0.3 * (sums[0] - sums[1]))
+    objective = terms({"name": "opa_dpo", "variant": "released"})
+    assert objective.measures == {"each_degraded", "tokens", "each_degraded_tokens"}
+    assert terms({"name": "opa_dpo"}).measures == {"each_degraded"}
+    objective.try_settings()
+    with pytest.raises(UserError, match=r"loss\.opa_dpo\.margin: got 1\.0 with variant released, want 0"):
+        terms({"name": "opa_dpo", "variant": "released", "margin": 1.0}).try_settings()
+    with pytest.raises(ValueError, match=r"opa_dpo\.variant: got released without tokens"):
+        opa_dpo(*sums, *masked, variant="released")
+
+
 # What all of them are told
 
 

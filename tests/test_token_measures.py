@@ -122,6 +122,32 @@ def test_rivals_are_the_likeliest_other_tokens_in_the_places_of_an_answers_own(p
 
 
 @pytest.mark.parametrize("pack", [True, False])
+def test_single_tokens_are_measured_without_weights_and_padded_with_zeros(pack: bool) -> None:
+    model = tiny_causal("llama")
+    tokens = replace(a_batch(degraded=True), weights=tuple(torch.full((n,), 0.5) for n in (*LENGTHS, 4, 5, 3, 2)))
+    wanted, extras = frozenset({"tokens", "each_degraded_tokens"}), ("each_degraded", "each_degraded")
+    inputs = TokenInputs(tokens=tokens, num_candidates=2, batch=2, extras=extras, wanted=wanted, pack=pack)
+    network = TokenNetwork(copy.deepcopy(model))
+    out = inputs.measures(network)
+    want = torch.zeros(8, 5, dtype=torch.float64)
+    for n in range(8):
+        own = target_of(model, tokens, n, "logps")
+        want[n, : len(own)] = own
+    torch.testing.assert_close(out["tokens"], want[:4].view(2, 2, 5))
+    torch.testing.assert_close(out["each_degraded_tokens"], want[4:].view(2, 2, 5).transpose(0, 1))
+    torch.testing.assert_close(out["policy"], 0.5 * want[:4].sum(1).view(2, 2))
+    torch.testing.assert_close(inputs.refer(network)[0]["tokens"], out["tokens"].detach())
+    stakes = {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(n))
+        for n, (name, value) in enumerate(out.items())
+    }
+    whole = gradients(network.model, sum((out[name] * g).sum() for name, g in stakes.items()))
+    assert max(relative_errors(parts_of(inputs, network, stakes), whole).values()) < 1e-5
+    with pytest.raises(ValueError, match="want tokens alone"):
+        replace(inputs, wanted=wanted | {"entropy"})
+
+
+@pytest.mark.parametrize("pack", [True, False])
 def test_divergence_is_the_summed_kl_of_the_reference_from_the_policy(pack: bool) -> None:
     model, reference = tiny_causal("llama"), tiny_causal("llama")
     for parameter in reference.parameters():

@@ -15,7 +15,7 @@ from mmalign.adapters.text_policy import TextPolicy
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.tiny import TINY
-from mmalign.likelihoods.tokens import RIVALS
+from mmalign.likelihoods.tokens import RIVALS, TOKENS
 from mmalign.multimodal.degradations import check_degradation
 from mmalign.records import Media
 
@@ -133,6 +133,7 @@ class ImageTextAdapter:
             "crossed",
             "divergence",
             *RIVALS,
+            *TOKENS,
             *OF_DEGRADED,
         }
     )
@@ -234,7 +235,7 @@ class ImageTextAdapter:
         if self.cache is None:
             return
         names = {name.removeprefix("reference_") for name in asked}
-        never = sorted(names & {"divergence", "greedy", "anchored", *RIVALS})
+        never = sorted(names & {"divergence", "greedy", "anchored", *RIVALS, *TOKENS})
         if never:
             raise UserError(
                 f"adapter.cache: got one with a loss of {never[0]}, which is more than log-probabilities of the reference. Set "

@@ -20,7 +20,7 @@ from mmalign.errors import UserError
 from mmalign.language.network import TokenNetwork
 from mmalign.language.opening import ADAPTER_FILES, add_lora, check_vocabulary, frozen_copy, load_weights
 from mmalign.language.tiny import TINY
-from mmalign.likelihoods.tokens import GRADED, RIVALS
+from mmalign.likelihoods.tokens import GRADED, RIVALS, TOKENS
 from mmalign.multimodal.features import FeatureStore
 from mmalign.multimodal.network import Sight
 from mmalign.multimodal.opening import (
@@ -88,7 +88,7 @@ def image_text_parts(
             "training.moving_reference: got one with a loss of divergence, which is from the model as it was opened. Set it to "
             "null."
         )
-    wanted = asked_measures(asked) | (names & {"divergence", "anchored", *RIVALS})
+    wanted = asked_measures(asked) | (names & {"divergence", "anchored", *RIVALS, *TOKENS})
     return Parts(
         model=model,
         reference=reference,

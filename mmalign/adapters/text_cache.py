@@ -16,7 +16,7 @@ from torch import Tensor
 from mmalign.cache import TensorStore, content_key
 from mmalign.cache.part import Fields
 from mmalign.errors import UserError
-from mmalign.likelihoods import Layout, TokenInputs, Tokens
+from mmalign.likelihoods import TokenInputs, Tokens
 from mmalign.likelihoods.networks import Measures
 from mmalign.records import Example
 
@@ -86,7 +86,7 @@ class ReferenceBank:
                 tokens = inputs.tokens.select(chosen)
                 layout = tokens.packed() if inputs.pack else tokens.padded(pad=inputs.pad)
                 with torch.no_grad(), autocast():
-                    values = network(token_by_token(layout).to(inputs.device))["logps"].float().cpu()
+                    values = network(layout.token_by_token().to(inputs.device))["logps"].float().cpu()
                 self._write(tokens, values)
 
     def close(self) -> None:
@@ -138,12 +138,6 @@ class ReferenceBank:
             padded[: len(part)] = part
             records.update(zip(own, padded.view(-1, CHUNK), strict=True))
         self.store.add(list(records), {"logps": torch.stack(list(records.values()))})
-
-
-def token_by_token(layout: Layout) -> Layout:
-    """A layout in which every scored token has a sum of its own, without weights."""
-    count = len(layout.target)
-    return replace(layout, slot=torch.arange(count), weight=None, counts=(1,) * count)
 
 
 def _keys(tokens: Tokens, number: int) -> list[str]:

@@ -63,6 +63,11 @@ class Layout:
         """Number of sums."""
         return len(self.counts)
 
+    def token_by_token(self) -> Layout:
+        """The same, in which every scored token has a sum of its own, without weights."""
+        count = len(self.target)
+        return replace(self, slot=torch.arange(count, device=self.target.device), weight=None, counts=(1,) * count)
+
     def to(self, device: torch.device | str) -> Layout:
         """The same on a device; the only copies of a step, and none back. Media stay: a network moves what it needs of them."""
         moved: dict[str, Any] = {

@@ -24,6 +24,7 @@ PER_TOKEN = frozenset({"agreement", "entropy"})  # measures that are means over 
 GRADED = frozenset({"teacher_divergence", "advantage"})  # those that a teacher gives, with a gradient
 EACH = "each_"  # before the name of further completions of which every candidate has its own
 RIVALS = frozenset({"rival", "degraded_rival"})  # of candidates, and of the further completion degraded
+TOKENS = frozenset({"tokens", "each_degraded_tokens"})  # one value a token, padded with zeros: (batch, k, seq)
 ANCHORED_ON = "each_degraded"  # whose tokens' logits those of the candidates are compared with
 ROW, CONTEXT = "row", "context"
 
@@ -47,7 +48,8 @@ class TokenInputs:
             over a candidate's scored tokens whatever their weights, `teacher_divergence` and `advantage`; `divergence`, the
             sum over them of KL(reference || policy); `anchored`, see `anchored_sums`; and `rival` and `degraded_rival`, the
             logps where the likeliest other token, as this network finds it, stands for each one of a candidate's, or of the
-            further completion `degraded`.
+            further completion `degraded`; alone among these, `tokens` and `each_degraded_tokens`: the log-probabilities of the
+            scored tokens of every candidate, and of its further completion, without weights, padded with zeros.
         teacher: what the first two of a teacher are taken from; never trained.
         device: where the network is.
         pack: one row without padding, every context run once; else padded rows.
@@ -58,6 +60,7 @@ class TokenInputs:
             further completion `greedy`, the best candidate's tokens, is scored on in their place; see `echoed`.
         lesson: what the reference made of the scored tokens, for `divergence`; `refer` gives it.
         first: number of the first candidate, in parts.
+        longest: what `tokens` are padded to, in parts.
         opposed: the loss sees of two candidates only the difference of their log-ratios, whose gradients are then opposite:
             a trained output layer needs one accumulator for both; see `language.head.slot_sums`.
     """
@@ -76,6 +79,7 @@ class TokenInputs:
     noisy: Tokens | None = None
     lesson: Any = None
     first: int = 0
+    longest: int = 0
     opposed: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +90,8 @@ class TokenInputs:
             raise ValueError("wanted: got divergence with a teacher, whose lesson is another. Leave one of them out.")
         if "anchored" in self.wanted and self.extras.count(ANCHORED_ON) != self.num_candidates:
             raise ValueError(f"wanted: got anchored without the further completions {ANCHORED_ON} of all candidates.")
+        if self.wanted & TOKENS and self.wanted - TOKENS:
+            raise ValueError(f"wanted: got {', '.join(sorted(self.wanted))}, want tokens alone. Leave the others out.")
 
     def readings(self, logps: Float[Tensor, "batch k"]) -> dict[str, Float[Tensor, "batch k"]]:
         """Other names under which these logps are logged: none."""
@@ -101,6 +107,8 @@ class TokenInputs:
         Raises:
             ValueError: `divergence` is wanted, and `refer` was not called before.
         """
+        if self.wanted & TOKENS:
+            return self._of_tokens(network)
         layout = replace(self._layout(self.tokens), opposed=self._opposed())
         lesson = self.lesson if self.teacher is None or not self.wanted & GRADED else self.teacher(layout)
         if "divergence" in self.wanted and lesson is None:
@@ -198,6 +206,7 @@ class TokenInputs:
             mismatched=None,
             lesson=None if self.lesson is None else self.lesson.take(self._scored_of(chosen).to(self.device)),
             first=self.first + kept.start,
+            longest=self.longest or max(self._counts()),
         )
 
     def _asked(self) -> frozenset[str]:
@@ -232,9 +241,29 @@ class TokenInputs:
     def _candidates(self, values: Float[Tensor, " sequences"]) -> Float[Tensor, "batch k"]:
         return values[: self.batch * self.num_candidates].view(self.batch, self.num_candidates)
 
+    def _of_tokens(self, network: TokenNetwork) -> Measures:
+        """The measures where those of single tokens are wanted."""
+        layout = self._layout(self.tokens)
+        values = network(layout.token_by_token(), frozenset())["logps"]
+        counted = values if layout.weight is None else values * layout.weight.to(values)
+        out = dict(self.of_slots({"logps": values.new_zeros(layout.num_slots).index_add(0, layout.slot, counted)}))
+        counts = self._counts()
+        rows = torch.split(values[: sum(counts)], counts)
+        longest = self.longest or max(counts)
+        padded = torch.stack([torch.cat([own, own.new_zeros(longest - len(own))]) for own in rows])
+        k, starts = self.num_candidates, [self.batch * (self.num_candidates + n) for n in range(len(self.extras))]
+        out["tokens"] = padded[: self.batch * k].view(self.batch, k, longest)
+        degraded = [start for start, name in zip(starts, self.extras, strict=True) if name == ANCHORED_ON]
+        if degraded:
+            out["each_degraded_tokens"] = torch.stack([padded[start : start + self.batch] for start in degraded], 1)
+        return out
+
+    def _counts(self) -> list[int]:
+        return [int(count) for count in self.tokens.scored()]
+
     def _anchors(self, logits: Float[Tensor, " scored"]) -> Float[Tensor, "batch k"]:
         """What `anchored_sums` adds to the logps."""
-        counts = [int(count) for count in self.tokens.scored()]
+        counts = self._counts()
         own = torch.split(logits[: sum(counts)], counts)
         columns = [number for number, name in enumerate(self.extras) if name == ANCHORED_ON]
         rows = []

@@ -31,6 +31,7 @@ __all__ = [
     "LOSSES",
     "MEASURES",
     "OF_DIFFERENCES",
+    "OF_TOKENS",
     "OF_VARIANT",
     "STATISTICS",
     "PreferenceLoss",
@@ -143,11 +144,15 @@ MEASURES = frozenset(
         "anchored",
         "rival",
         "degraded_rival",
+        "tokens",
+        "each_degraded_tokens",
     }
 )
+OF_TOKENS = frozenset({"tokens", "each_degraded_tokens"})  # those of them that have one value a token
 
 # Measures that a loss asks for under one of its variants alone, by the loss and the variant.
 OF_VARIANT = {
+    "opa_dpo": {"released": frozenset(f"{of}{name}" for of in ("", "reference_") for name in OF_TOKENS)},
     "mdpo": {"released": frozenset({"reference_redrawn"})},
     "re_align": {"released": frozenset({"rival", "reference_rival", "degraded_rival", "reference_degraded_rival"})},
 }

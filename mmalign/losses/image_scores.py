@@ -208,11 +208,16 @@ def opa_dpo(
     each_degraded: Float[Tensor, "batch 3"],
     reference_each_degraded: Float[Tensor, "batch 3"],
     weight: PerRow | None = None,
+    tokens: Float[Tensor, "batch 3 seq"] | None = None,
+    reference_tokens: Float[Tensor, "batch 3 seq"] | None = None,
+    each_degraded_tokens: Float[Tensor, "batch 3 seq"] | None = None,
+    reference_each_degraded_tokens: Float[Tensor, "batch 3 seq"] | None = None,
     *,
     beta: float = 0.1,
     image_weight: float = 0.2,
     anchor_weight: float = 1.0,
     margin: float = 0.0,
+    variant: Literal["paper", "released"] = "paper",
 ) -> PreferenceLoss:
     """OPA-DPO: a standard and a corrected response against the model's own, both against themselves under a masked image.
 
@@ -223,7 +228,7 @@ def opa_dpo(
     (`adapter.token_weights`).
 
     Source: Yang et al. 2025 (OPA-DPO). The published code compares responses token by token, padding included, and anchors the
-        corrected response downwards: see `opa_dpo_tokens`, which repeats it.
+        corrected response downwards: `variant: released`, to compare with, is `opa_dpo_tokens` row by row.
     Args:
         policy, reference: logps of the standard response, the corrected one, and the original one that was corrected.
         each_degraded, reference_each_degraded: those under the degraded image; the third column is not used. Published: 30 % of
@@ -233,14 +238,21 @@ def opa_dpo(
         image_weight: share of the image terms. Published: 0.2.
         anchor_weight: share of the anchors. Published: 1.
         margin: of the anchors, reward units. Published: 0.
+        tokens, reference_tokens: `released` alone: log-probs of the tokens of the three responses, 0 where there is none.
+        each_degraded_tokens, reference_each_degraded_tokens: those under the degraded image.
+        variant: see above.
     Raises:
-        ValueError: beta is not positive, a weight negative, or margin not finite.
+        ValueError: beta is not positive, a weight negative, margin not finite, or released with a margin or without tokens.
     """
     check_beta("opa_dpo", beta)
     check_not_negative("opa_dpo", "image_weight", image_weight)
     check_not_negative("opa_dpo", "anchor_weight", anchor_weight)
     check_finite("opa_dpo", "margin", margin)
     rewards = beta * (policy - reference)
+    if variant == "released":
+        by_token = (tokens, reference_tokens, each_degraded_tokens, reference_each_degraded_tokens)
+        losses = _released_rows(by_token, beta, image_weight, anchor_weight, margin)
+        return PreferenceLoss(weighted(losses, weight), rewards.detach())
     masked = beta * (each_degraded - reference_each_degraded)
     good = rewards[:, :2]
     losses = log_loss(good - rewards[:, 2:]) + image_weight * log_loss(good - masked[:, :2])
@@ -276,16 +288,37 @@ def opa_dpo_tokens(
         relations: h, factors of the corrected response's tokens. None: 1.
         beta, image_weight, anchor_weight: as in `opa_dpo`.
     """
-    delta, masked = policy - reference, degraded - reference_degraded
+    factors = torch.ones_like(policy[:, :2]) if badness is None else badness.to(policy)
+    relation = torch.ones_like(policy[:, 0]) if relations is None else relations.to(policy)
+    shares = (beta, image_weight, anchor_weight)
+    return _places(policy - reference, degraded - reference_degraded, factors, relation, *shares).mean()
+
+
+def _places(
+    delta: Tensor, masked: Tensor, factors: Tensor, relation: Tensor, beta: float, image_weight: float, anchor_weight: float
+) -> Float[Tensor, "batch seq"]:
+    """The sum of all terms of OPA-DPO as released at each place of padded responses."""
     standard, corrected, original = delta.unbind(1)
-    factors = torch.ones_like(delta[:, :2]) if badness is None else badness.to(delta)
-    relation = torch.ones_like(corrected) if relations is None else relations.to(delta)
     pairs = (
         (1.0, standard, original),
         (1.0, factors[:, 0] * corrected, factors[:, 1] * original),
         (image_weight, standard, masked[:, 0]),
         (image_weight, relation * corrected, relation * masked[:, 1]),
     )
-    preferences = sum(share * log_loss(beta * (better - worse)).mean() for share, better, worse in pairs)
     anchors = 2 * log_loss(beta * standard) + 2 * log_loss(-beta * corrected)
-    return preferences + anchor_weight * anchors.mean()
+    preferences = [share * log_loss(beta * (better - worse)) for share, better, worse in pairs]
+    return torch.stack(preferences).sum(0) + anchor_weight * anchors
+
+
+def _released_rows(
+    by_token: tuple[Tensor | None, ...], beta: float, image_weight: float, anchor_weight: float, margin: float
+) -> PerRow:
+    """OPA-DPO as released, a mean over places in every row."""
+    policy, reference, degraded, reference_degraded = by_token
+    if policy is None or reference is None or degraded is None or reference_degraded is None:
+        raise ValueError("opa_dpo.variant: got released without tokens, want those of policy and reference.")
+    if margin:
+        raise ValueError(f"opa_dpo.margin: got {margin} with variant released, want 0.")
+    ones = torch.ones_like(policy)
+    delta, masked = policy - reference, degraded - reference_degraded
+    return _places(delta, masked, ones[:, :2], ones[:, 0], beta, image_weight, anchor_weight).mean(1)
