@@ -156,6 +156,7 @@ def _settings(config: AnnotateConfig) -> Settings:
         roots=roots,
         uploads=Path(f"{database}-uploads" if is_file else "judgements-uploads"),
         upload_mb=config.upload_mb,
+        warm=True,
     )
 
 

@@ -167,7 +167,6 @@ def test_differences_are_marked_in_rendered_texts_code_and_formulas(site: Site, 
     assert sorted(page.locator("#stage mark").all_inner_texts()) == ["END 🦊", "end", "note", "remark", "three", "two"]
     assert page.locator("#stage pre mark").count() == 2 and page.locator("#stage math.changed").count() == 2
     assert page.eval_on_selector_all("#stage .prose", "all => all.map(one => one.textContent)") == shown
-    assert ()
 
 
 def test_axe_finds_nothing_where_tables_code_and_formulas_are_wider_than_the_page(site: Site, judge: Any) -> None:

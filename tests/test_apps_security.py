@@ -1,12 +1,15 @@
 """What the annotation apps refuse: other sites, other hosts, other paths, too much, too often; and what they never tell."""
 
+import asyncio
 import json
 import logging
 import re
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from judging_sites import PASSWORD, URL, Browser, Site, images, stores_are_closed, texts
 
@@ -156,6 +159,69 @@ def test_annotators_get_no_page_of_administrators(tmp_path: Path) -> None:
     for path in ("/admin/", "/admin/config", "/admin/gradio_api/info", "/admin/monitoring/summary"):
         assert ann.get(path).status_code == 401
     assert ann.post("/admin/gradio_api/upload", {}).status_code == 401
+
+
+def test_reviewers_upload_nothing(tmp_path: Path) -> None:
+    rev = Site(tmp_path, team=True).browser("rev")
+    assert rev.post("/admin/gradio_api/upload", {}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "span", ["bytes=\xb2-", "bytes=-\xb3", f"bytes={'9' * 5000}-", "bytes=-", "bytes=5-2", "items=0-1", "bytes=0-1,3-4"]
+)
+def test_ranges_that_are_none_break_nothing(tmp_path: Path, span: str) -> None:
+    site = Site(tmp_path)
+    project, browser = site.project(images(tmp_path), kind="image"), site.browser()
+    source = browser.next(project)["current"]["candidates"][0]["media"][0]["src"]
+    reply = browser.client.get(source, headers={"range": span.encode("latin-1")})
+    assert reply.status_code == (416 if span == "bytes=5-2" else 200)
+
+
+def test_signing_in_again_ends_the_session_that_this_browser_had(tmp_path: Path) -> None:
+    site = Site(tmp_path, team=True)
+    browser = site.browser("ann")
+    former = browser.client.cookies["mmalign_session_7870"]
+    assert browser.post("/api/login", {"name": "ada", "password": PASSWORD}).status_code == 200
+    planted = site.browser()
+    planted.client.cookies.set("mmalign_session_7870", former)
+    assert planted.get("/api/session").status_code == 401
+    assert browser.get("/api/session").json()["name"] == "ada"
+
+
+def test_passwords_are_checked_two_at_a_time_whoever_asks(tmp_path: Path) -> None:
+    site, most, now = Site(tmp_path, team=True), [0], [0]
+    sign_in = site.store.sign_in
+
+    def counted(*given: Any, **named: Any) -> Any:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        now[0] -= 1
+        return sign_in(*given, **named)
+
+    site.store.sign_in = counted  # type: ignore[method-assign]
+
+    async def all_at_once() -> list[int]:
+        transport = httpx.ASGITransport(app=site.app)
+        async with httpx.AsyncClient(transport=transport, base_url=URL) as client:
+            body = {"name": "ada", "password": PASSWORD}
+            return [one.status_code for one in await asyncio.gather(*(client.post("/api/login", json=body) for _ in range(6)))]
+
+    assert asyncio.run(all_at_once()) == [200] * 6 and most == [2]
+
+
+def test_messages_of_the_admin_pages_hold_no_markup(tmp_path: Path) -> None:
+    import gradio
+
+    from mmalign.apps.admin import Desk
+
+    def fails(desk: Desk, who: Any) -> None:
+        raise UserError("account: got the name '<img src=x onerror=alert(1)>', which nobody has.")
+
+    site = Site(tmp_path)
+    with pytest.raises(gradio.Error) as fault:
+        Desk(store=site.store, settings=site.settings, project=None).handler(fails)(gradio.Request(username="me"))
+    assert "<" not in str(fault.value.message) and "&lt;img" in str(fault.value.message)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ are pictures fetched from their own route.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from mmalign.annotation.accounts import Account, Role
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KEPT_S = 3600  # an upload that nobody added
 Handler = Callable[..., Any]
 
 
@@ -46,7 +48,7 @@ class Desk:
             try:
                 return function(self, who, *values)
             except UserError as error:
-                raise gradio.Error(str(error), print_exception=False) from error
+                raise gradio.Error(escape(str(error)), print_exception=False) from error  # messages are shown as HTML
 
         return call
 
@@ -57,7 +59,10 @@ def build_pages(store: Store, settings: "Settings") -> "gradio.Blocks":
 
     from mmalign.apps import admin_dashboard, admin_data, admin_people, admin_projects
 
-    with gradio.Blocks(title="mmalign annotation", analytics_enabled=False, fill_width=True) as pages:
+    with gradio.Blocks(
+        title="mmalign annotation", analytics_enabled=False, fill_width=True, delete_cache=(KEPT_S, KEPT_S)
+    ) as pages:
+        gradio.Markdown("# Dashboard and settings")
         with gradio.Row(equal_height=True):
             project = gradio.Dropdown(choices=[], label="Project", interactive=True, scale=4)
             gradio.Button("Judge", link="/", scale=1)

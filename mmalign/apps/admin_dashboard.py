@@ -27,28 +27,45 @@ def add(desk: Desk) -> None:
         refresh = gradio.Button("Look again", size="sm")
         ask = gradio.Button("Ask for uncertain pairs", size="sm")
         files = gradio.Button("Download as files", size="sm", link="/")
-    told = gradio.Markdown()
+    told = gradio.Markdown("The project is being opened …")
     plots = gradio.Markdown()
     tables = [gradio.Dataframe(label=label, interactive=False, visible=False, wrap=True) for label in TABLES.values()]
     shown = [told, plots, files, *tables]
     look = desk.handler(_look)
-    for event in (refresh.click, desk.project.change):
-        event(look, [desk.project], shown, api_visibility="private")
+    refresh.click(look, [desk.project], shown, api_visibility="private")
+    glance = desk.project.change(desk.handler(_glance), [desk.project], shown, api_visibility="private", show_progress="hidden")
+    glance.then(look, [desk.project], shown, api_visibility="private", show_progress="minimal")
     ask.click(desk.handler(_ask, "admin"), [desk.project], [told], api_visibility="private")
+
+
+def _glance(desk: Desk, who: Account, project: int | None) -> list[Any]:
+    """What is known at once: how far the project is. The statistics of a large one take a while."""
+    import gradio
+
+    if project is None:
+        return ["No project yet: make one under Instructions and settings.", "", gradio.Button(), *(table([]) for _ in TABLES)]
+    waiting = "Agreement, biases and the ranking are being reckoned …"
+    button = gradio.Button(link=f"/api/projects/{project}/dashboard")
+    return [f"{_progress(desk, project)}.", waiting, button, *(table([]) for _ in TABLES)]
+
+
+def _progress(desk: Desk, project: int) -> str:
+    progress = desk.store.progress(project)
+    state = "open" if desk.store.project(project).is_open else "closed"
+    votes = f"**{progress.counted} of {progress.wanted} votes** ({progress.share:.0%}) on {progress.items} items"
+    return f"{votes}; the project is {state}"
 
 
 def _look(desk: Desk, who: Account, project: int | None) -> list[Any]:
     import gradio
 
     if project is None:
-        return ["No project yet: make one under Instructions and settings.", "", gradio.Button(), *(table([]) for _ in TABLES)]
-    progress = desk.store.progress(project)
+        return _glance(desk, who, project)
     whole = summary(desk.store, project)
-    state = "open" if desk.store.project(project).is_open else "closed"
-    told = (
-        f"**{progress.counted} of {progress.wanted} votes** ({progress.share:.0%}) on {progress.items} items; "
-        f"{whole.num_judged} judged, {whole.num_overlapping} by two people or more. The project is {state}."
-    )
+    told = f"{_progress(desk, project)}; {whole.num_judged} items judged, {whole.num_overlapping} by two people or more."
+    if not whole.num_votes:
+        nothing = f"No votes yet. Judge at [/judge/{project}](/judge/{project}), then look again."
+        return [told, nothing, *_glance(desk, who, project)[2:]]
     note = "" if whole.on_random is None else "\n\nItems were also chosen by their votes: report the random slice."
     plots = whole.plots()
     version = last_vote(desk.store, project)

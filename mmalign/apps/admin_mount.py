@@ -1,10 +1,13 @@
-"""Gradio below /admin: loaded when an administrator first asks for it, so that judging starts at once and costs no more."""
+"""Gradio below /admin: loaded once somebody who may see it has come, in the background, so that judging starts at once."""
 
 import asyncio
+import contextlib
+import importlib
 import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,34 +24,59 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NEEDED = ("gradio", "krippendorff", "scipy.stats", "sklearn.metrics", "choix", "openskill.models")  # by the first look
+UPLOAD = "/upload"
+Named = Callable[[Request], str | None]
+FIRST_PAIR_S = 2.0  # in which the judging page has the processor to itself
+
 
 class AdminPages:
     """ASGI application of the admin pages; every request, of assets and of uploads too, must be an administrator's.
 
     Args:
         build: makes the Blocks; runs in a thread, once.
-        administrator: the name of the administrator who sends a request, or None.
+        administrator: the name of who sends a request, if they may see the pages, or None.
+        uploader: the same, if they may upload.
         max_file_size: of an upload, in bytes.
     """
 
     def __init__(
-        self, build: "Callable[[], gradio.Blocks]", administrator: Callable[[Request], str | None], *, max_file_size: int
+        self, build: "Callable[[], gradio.Blocks]", administrator: Named, uploader: Named, *, max_file_size: int
     ) -> None:
         """Nothing is loaded yet."""
         self._build = build
         self._administrator = administrator
+        self._uploader = uploader
         self._max_file_size = max_file_size
         self._app: App | None = None
         self._starting = asyncio.Lock()
         self._stop = asyncio.Event()
         self._life: asyncio.Task[None] | None = None
         self._scratch: Path | None = None
+        self._loader: threading.Thread | None = None
+        self._hurry = threading.Event()
+
+    def warm(self) -> None:
+        """Begin to load what the pages need, once, in a thread that holds up nobody's exit; to be called in the event loop."""
+        if self._loader is None and self._app is None:
+            self._scratch = prepare_gradio()
+            self._loader = threading.Thread(target=self._load, name="loading the dashboard", daemon=True)
+            self._loader.start()
+
+    def _load(self) -> None:
+        self._hurry.wait(FIRST_PAIR_S)
+        for name in NEEDED:
+            with contextlib.suppress(ImportError):  # who uses it says so
+                importlib.import_module(name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request below /admin."""
         request = Request(scope)
         if await run_in_threadpool(self._administrator, request) is None:
             await _turned_away(request)(scope, receive, send)
+            return
+        if request.url.path.endswith(UPLOAD) and await run_in_threadpool(self._uploader, request) is None:
+            await JSONResponse({"detail": "administrators only"}, status_code=403)(scope, receive, send)
             return
         app = await self._ready()
         await app(scope, receive, send)
@@ -64,6 +92,7 @@ class AdminPages:
     async def _ready(self) -> App:
         async with self._starting:
             if self._app is None:
+                self.warm()
                 inner = await run_in_threadpool(self._mounted)
                 began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._life = asyncio.create_task(self._live(inner, began))
@@ -83,7 +112,9 @@ class AdminPages:
             began.set_exception(fault)
 
     def _mounted(self) -> App:
-        self._scratch = prepare_gradio()
+        self._hurry.set()
+        if self._loader is not None:
+            self._loader.join()
         import gradio
         from fastapi import FastAPI
 

@@ -1,5 +1,6 @@
 """Files by address: media by opaque key, the pages, their scripts and styles, plots and exports."""
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmalign.errors import UserError
 
 FILES = APIRouter()
 STATIC = Path(__file__).parent / "static"
+RANGE = re.compile(r"bytes ?= ?([0-9]{0,18})-([0-9]{0,18})")
 FOR_EVER = "private, max-age=31536000, immutable"
 SHOWN_MIMES = ("image/png", "image/jpeg", "image/webp", "image/gif", "video/mp4", "video/webm")
 
@@ -50,13 +52,13 @@ def _media_reply(found: MediaFile, request: Request) -> Response:
 
 def _span(wanted: str, size: int) -> tuple[int, int] | None:
     """Return the one range that a header asks for, end excluded; None: all of it. Browsers seek in videos so."""
-    unit, _, text = wanted.partition("=")
-    first, dash, last = text.partition("-")
-    if unit.strip() != "bytes" or not dash or "," in text or not (first.isdigit() or (not first and last.isdigit())):
+    found = RANGE.fullmatch(wanted)
+    if found is None or not any(found.groups()):
         return None
+    first, last = found.groups()
     if not first:
         return max(0, size - int(last)), size
-    return int(first), min(size, int(last) + 1) if last.isdigit() else size
+    return int(first), min(size, int(last) + 1) if last else size
 
 
 def _page(name: str, request: Request, door: Door) -> Response:
@@ -140,12 +142,12 @@ def export(
     from mmalign.annotation.export import Settings
     from mmalign.annotation.export import export as write_export
 
-    work = Path(tempfile.mkdtemp(prefix="mmalign-export-"))
     name = file_name(f"{store.project(project).name}-{format}")
-    settings = Settings(
-        format=format, container=container or None, min_votes=min_votes, min_agreement=min_agreement, names=names
-    )
+    work = Path(tempfile.mkdtemp(prefix="mmalign-export-"))
     try:
+        settings = Settings(
+            format=format, container=container or None, min_votes=min_votes, min_agreement=min_agreement, names=names
+        )
         done = write_export(store, project, work / name, settings)
         archive = packed(done.folder)
     except UserError as error:

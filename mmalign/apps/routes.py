@@ -3,12 +3,17 @@
 Routes that change something want the header X-CSRF-Token, which GET /api/session tells. A vote is answered when it is on disk.
 """
 
+from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, HTTPException
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mmalign.annotation.accounts import SignIn
 from mmalign.annotation.progress import Progress
 from mmalign.annotation.projects import Project
 from mmalign.annotation.shown import Shown
@@ -19,6 +24,7 @@ from mmalign.apps.bodies import AssignmentBody, GuidelineBody, PasswordBody, Sig
 from mmalign.apps.sign_in import Changes, Door, Number, Reads, TheDoor, TheStore, Visitor, address_of, csrf
 from mmalign.errors import UserError
 
+HASHES_AT_ONCE = 2  # of passwords
 SESSION = APIRouter(prefix="/api")
 JUDGING = APIRouter(prefix="/api/projects")
 
@@ -34,9 +40,12 @@ def session(request: Request, door: TheDoor) -> Response:
 
 
 @SESSION.post("/login")
-def login(request: Request, body: SignInBody, door: TheDoor) -> Response:
+async def login(request: Request, body: SignInBody, door: TheDoor) -> Response:
     """Open a session for a name and a password; who fails often has to wait."""
-    answer = door.store.sign_in(body.name, body.password, address=address_of(request))
+    answer = await _signed_in(door, body.name, body.password, request)
+    former = door.token_of(request)
+    if answer.status == "ok" and former:  # this browser's earlier session would go on unseen
+        await run_in_threadpool(door.store.sign_out, former)
     if answer.status == "wait":
         seconds = max(1, round(answer.wait_s))
         told = {"detail": f"too many tries; wait {seconds} seconds", "wait_s": seconds}
@@ -57,14 +66,27 @@ def logout(known: Changes, door: TheDoor) -> Response:
     return response
 
 
+async def _signed_in(door: Door, name: str, password: str, request: Request) -> SignIn:
+    """Check a password where it holds up nobody: the hash takes its time and 32 MiB, and threads are for those who judge."""
+    return await run_sync(partial(door.store.sign_in, name, password, address=address_of(request)), limiter=_limiter(door))
+
+
+def _limiter(door: Door) -> CapacityLimiter:
+    """Return the gate of the hashes of one server; it belongs to the event loop that first asks."""
+    if door.hashing is None:
+        door.hashing = CapacityLimiter(HASHES_AT_ONCE)
+    return door.hashing
+
+
 @SESSION.post("/password")
-def password(request: Request, known: Changes, body: PasswordBody, door: TheDoor) -> Response:
+async def password(request: Request, known: Changes, body: PasswordBody, door: TheDoor) -> Response:
     """Change one's own password; all other sessions end."""
-    answer = door.store.sign_in(known.account.name, body.old, address=address_of(request))
+    answer = await _signed_in(door, known.account.name, body.old, request)
     if answer.status != "ok":
         raise HTTPException(429 if answer.status == "wait" else 403, "the old password is wrong")
-    door.store.change_account(known.account.id, password=body.new)
-    token = door.store.open_session(known.account.id)
+    change = partial(door.store.change_account, known.account.id, password=body.new)
+    await run_sync(change, limiter=_limiter(door))
+    token = await run_in_threadpool(door.store.open_session, known.account.id)
     response = JSONResponse(_told(Visitor(account=known.account, token=token), door))
     door.give(response, token)
     return response

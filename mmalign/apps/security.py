@@ -42,6 +42,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=(), payment=()",
 }
+LENGTH = re.compile(r"[0-9]{1,18}")
 SCRIPT_TAG = re.compile(rb"<script(?=[\s>])")
 
 
@@ -92,7 +93,7 @@ class Guard:
         reply = _Reply(send, scope["path"], nonce)
         refusal = self._refusal(scope)
         if refusal:
-            logger.info("refused %s %s: %s", scope["method"], scope["path"], refusal[1])
+            logger.info("refused %s %r: %s", scope["method"], scope["path"], refusal[1])
             await _refuse(reply.send, *refusal)
             return
         limit = self._limit(scope)
@@ -116,7 +117,7 @@ class Guard:
             return 403, "the request comes from another site"
         limit = self._limit(scope)
         length = headers.get("content-length", "0")
-        if not length.isdigit():
+        if not LENGTH.fullmatch(length):
             return 400, "got a content-length that is no number"
         if int(length) > limit:
             return 413, f"got a body of {length} bytes, want at most {limit}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UPLOADS = "mmalign-uploads"
+SESSION_PATH = "/api/session"  # what every page asks first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Settings:
         roots: folders that an administrator may import from; None: any.
         uploads: where uploaded data are kept.
         upload_mb: largest upload.
+        warm: load the dashboard in the background as soon as a reviewer has come, not when they ask for it.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +57,7 @@ class Settings:
     roots: tuple[Path, ...] | None = None
     uploads: Path = field(default_factory=lambda: Path(UPLOADS))
     upload_mb: int = 512
+    warm: bool = False
 
     def limits(self) -> Limits:
         """Return what requests must pass."""
@@ -107,7 +111,8 @@ def create_app(store: Store, settings: Settings) -> App:
 
         return build_pages(store, settings)
 
-    admin = AdminPages(build, door.name_of("reviewer"), max_file_size=settings.upload_mb * 2**20)
+    reviewer = door.name_of("reviewer")
+    admin = AdminPages(build, reviewer, door.name_of("admin"), max_file_size=settings.upload_mb * 2**20)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -125,6 +130,9 @@ def create_app(store: Store, settings: Settings) -> App:
     async def inner(scope: Scope, receive: Receive, send: Send) -> None:
         below = scope["type"] == "http" and (scope["path"] == ADMIN or scope["path"].startswith(f"{ADMIN}/"))
         await (admin if below else api)(scope, receive, send)
+        begins = settings.warm and scope["type"] == "http" and scope["path"] == SESSION_PATH
+        if begins and await run_in_threadpool(reviewer, Request(scope)) is not None:
+            admin.warm()
 
     return Guard(inner, limits=settings.limits())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, cast
 
+from anyio import CapacityLimiter
 from fastapi import Depends, HTTPException
 from fastapi import Path as PathParameter
 from starlette.requests import Request
@@ -45,12 +46,18 @@ class Door:
         self.store = store
         self.own = own
         self.https = https
+        self.hashing: CapacityLimiter | None = None
         self.cookie = f"{'__Host-' if https else ''}mmalign_session_{port}"
+
+    def token_of(self, request: Request) -> str:
+        """Return the token that the browser sends, which need not be of a session; empty where it sends none."""
+        token = request.cookies.get(self.cookie, "")
+        return token if len(token) <= LONGEST_TOKEN else ""
 
     def visitor(self, request: Request) -> Visitor | None:
         """Return who sends the request; None: nobody that is known."""
-        token = request.cookies.get(self.cookie, "")
-        if not token or len(token) > LONGEST_TOKEN:
+        token = self.token_of(request)
+        if not token:
             return None
         account = self.store.session(token)
         if account is None or (self.own is None and account.name == OWN):  # a team has nobody who need not sign in

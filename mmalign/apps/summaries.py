@@ -70,8 +70,12 @@ def plot(project: Number, name: str, known: Reviews, store: TheStore) -> Respons
 @SUMMARIES.get("/{project}/dashboard")
 def files(project: Number, known: Reviews, store: TheStore) -> Response:
     """Send the dashboard as a zipped folder: JSON, tables as CSV, plots as SVG."""
+    whole, name = summary(store, project), file_name(f"{store.project(project).name}-dashboard")
     work = Path(tempfile.mkdtemp(prefix="mmalign-dashboard-"))
-    folder = save(summary(store, project), work / file_name(f"{store.project(project).name}-dashboard"))
+    try:
+        archive = packed(save(whole, work / name))
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     cleaning = BackgroundTask(shutil.rmtree, work, ignore_errors=True)
-    archive = packed(folder)
     return FileResponse(archive, filename=archive.name, media_type="application/zip", background=cleaning)
