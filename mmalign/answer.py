@@ -78,7 +78,7 @@ class AnswerConfig:
     )
     system_prompt: str | None = field(default=None, metadata={"help": "put before conversations that have no system message"})
     prompts: str | tuple[str, ...] | None = field(
-        default=None, metadata={"help": "a .txt, a .jsonl of texts or messages, or a list of prompts"}
+        default=None, metadata={"help": "a .txt, a .jsonl of texts or messages, which may show images, or a list of prompts"}
     )
     data: Annotated[Choice, Table("mmalign.importers:IMPORTERS")] | None = field(
         default=None, metadata={"help": "an importer, whose rows' distinct prompts are answered"}

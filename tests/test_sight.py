@@ -329,7 +329,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def marks(run: Path, tmp_path: Path, *words: str, path: Path | None = None) -> dict[str, Any]:
     output = tmp_path / "sight.json"
-    settings = [f"exam.run={run}", f"exam.path={path or rows_file()}", "exam.max_new_tokens=5", "exam.device=cpu"]
+    rows = ["exam.data.name=comparisons", f"exam.data.path={rows_file()}"] if path is None else [f"exam.path={path}"]
+    settings = [f"exam.run={run}", *rows, "exam.max_new_tokens=5", "exam.device=cpu"]
     assert mmalign(["exam", "exam.name=sight", *settings, *words, f"output={output}"]) == 0
     found: dict[str, Any] = json.loads(output.read_text())["marks"]
     return found
@@ -352,15 +353,22 @@ def test_the_command_tells_what_images_do_to_a_run_beside_its_base(
     seeing = measures["rewards/accuracies_rejected"]["tuned"]
     assert fit.num_draws == 1 and fit.accuracy.num_pairs == 8 and seeing["number"] == 7
     assert abs(fit.accuracy.rate * 8 - seeing["value"] * 7) <= 1, "the row of text alone is the pair more"
-    again = marks(runs[kind] / "checkpoint-3", tmp_path, "exam.batch_size=2")["measures"]
+
+
+def test_the_last_checkpoint_of_a_run_is_measured_as_its_result_whatever_the_batches(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    few = ["exam.max_new_tokens=0", "exam.limit=3"]
+    whole = marks(runs["lora"], tmp_path, *few)["measures"]
+    again = marks(runs["lora"] / "checkpoint-3", tmp_path, *few, "exam.batch_size=2")["measures"]
     for name in ("blind_gap", "image_sensitivity", "rewards/margins_rejected"):
-        for one in ("base", "tuned"):
-            if measures[name][one] is not None:
-                assert again[name][one]["value"] == pytest.approx(measures[name][one]["value"], abs=2e-5)
+        assert again[name]["tuned"]["value"] == pytest.approx(whole[name]["tuned"]["value"], abs=2e-5)
+    assert again["blind_gap"]["base"]["value"] == pytest.approx(whole["blind_gap"]["base"]["value"], abs=2e-5)
 
 
 def test_base_and_tuned_are_told_apart_and_a_limit_and_no_answers_are_kept_to(runs: dict[str, Path], tmp_path: Path) -> None:
-    found = {kind: marks(run, tmp_path, "exam.max_new_tokens=0", "exam.limit=4") for kind, run in runs.items()}
+    some = ["exam.max_new_tokens=0", "exam.limit=4"]
+    found = {kind: marks(run, tmp_path, *some, path=rows_file()) for kind, run in runs.items()}
     assert {one["num_rows"] for one in found.values()} == {4}
     gaps = {kind: one["measures"]["blind_gap"] for kind, one in found.items()}
     assert gaps["lora"]["base"]["value"] == pytest.approx(gaps["full"]["base"]["value"], abs=1e-4), "the base is the same"
