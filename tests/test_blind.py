@@ -317,6 +317,8 @@ def test_refusals_and_answers_that_see_nothing_are_told_by_keywords() -> None:
         refuses("As an AI model, no")
         and not refuses("A sorry sight", ("i'm sorry",))
         and sees_nothing("Please upload the image")
+        and sees_nothing("As a language model I don\u2019t see  any image.")
+        and not sees_nothing("You can see the image of a dog, which I view images of daily.")
     )
 
 

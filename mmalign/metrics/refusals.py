@@ -23,12 +23,12 @@ REFUSALS = (
     "against my",
 )
 UNSEEN = (
-    "see the image",
-    "see any image",
-    "see an image",
-    "see images",
-    "view the image",
-    "view images",
+    *(
+        f"{unable} {look} {what}"
+        for unable in ("can't", "cannot", "can not", "unable to", "not able to", "don't", "do not", "didn't", "did not")
+        for look in ("see", "view", "access", "look at")
+        for what in ("the image", "any image", "an image", "images", "this image", "the picture", "any picture", "pictures")
+    ),
     "no image",
     "image is not",
     "image was not",
