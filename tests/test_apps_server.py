@@ -226,6 +226,17 @@ def test_the_judgements_are_exported_as_a_zipped_folder_with_its_card(tmp_path: 
     assert "format" in site.browser("rev").get(f"/api/projects/{project}/export?format=none").json()["detail"]
 
 
+def test_who_follows_a_link_to_what_cannot_be_gets_a_page_with_a_way_back(tmp_path: Path) -> None:
+    browser = Site(tmp_path).browser()
+    page = browser.get("/api/projects/7/export", accept="text/html,*/*")
+    assert page.status_code == 404 and page.headers["content-type"] == "text/html; charset=utf-8"
+    assert 'href="/admin/"' in page.text and "no project has" in page.text
+    bad = browser.get("/api/projects/1/export?min_votes=<script>", accept="text/html")
+    assert bad.status_code == 422 and "<script>" not in bad.text.replace('<script src="/static/theme.js">', "")
+    assert browser.get("/nothing/<b>", accept="text/html").status_code == 404
+    assert browser.get("/nothing").json() == {"detail": "Not Found"}
+
+
 def test_the_dashboard_counts_each_new_vote(tmp_path: Path) -> None:
     site = Site(tmp_path, team=True)
     project = site.project(texts())

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from mmalign.annotation.accounts import Account
 from mmalign.annotation.store import Store
 from mmalign.apps.admin_mount import AdminPages
 from mmalign.apps.files import FILES, Assets
+from mmalign.apps.refusals import HANDLERS
 from mmalign.apps.routes import JUDGING, SESSION
 from mmalign.apps.security import ADMIN, LOOPBACK, App, Guard, Limits, Receive, Scope, Send
 from mmalign.apps.sign_in import OWN, Door
@@ -124,8 +123,8 @@ def create_app(store: Store, settings: Settings) -> App:
     for routes in (SESSION, JUDGING, FILES, SUMMARIES):
         api.include_router(routes)
     api.mount("/static", Assets())
-    api.add_exception_handler(UserError, _told)
-    api.add_exception_handler(RequestValidationError, _malformed)
+    for fault, reply in HANDLERS.items():
+        api.add_exception_handler(fault, reply)
 
     async def inner(scope: Scope, receive: Receive, send: Send) -> None:
         below = scope["type"] == "http" and (scope["path"] == ADMIN or scope["path"].startswith(f"{ADMIN}/"))
@@ -135,17 +134,6 @@ def create_app(store: Store, settings: Settings) -> App:
             admin.warm()
 
     return Guard(inner, limits=settings.limits())
-
-
-async def _told(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=404 if str(error).startswith("project:") else 409)
-
-
-async def _malformed(request: Request, error: Exception) -> JSONResponse:
-    """Say where a body is wrong, and nothing of what it holds: it may be a password."""
-    assert isinstance(error, RequestValidationError)
-    told = [f"{'.'.join(str(part) for part in one['loc'][1:])}: {one['msg']}" for one in error.errors()]
-    return JSONResponse({"detail": "; ".join(told)}, status_code=422)
 
 
 def serve(app: App, settings: Settings, listener: socket.socket | None = None) -> None:
