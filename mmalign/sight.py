@@ -87,13 +87,14 @@ def sight(
     keywords = REFUSALS if phrases is None else tuple(words_of(phrases))
     plan = _planned(read_rows(path, data), by, limit, keywords, seed, safe_images)
     with _opened(Path(run).expanduser(), torch_device(device)) as policy:
-        cases = list(_measured(policy, plan, batch_size, max_new_tokens))
+        cut: list[int] = []
+        cases = list(_measured(policy, plan, batch_size, max_new_tokens, cut))
     return Sight(
         lines=tuple(sight_lines(cases, keywords)),
         data=data_lines(cases),
         num_rows=len(cases),
         left_out=dict(plan.left_out),
-        notes=plan.notes,
+        notes=(*plan.notes, *(["some answers of the data are cut at the run's max_response_length"] if any(cut) else [])),
     )
 
 
@@ -264,8 +265,8 @@ def _opened(run: Path, device: torch.device) -> Iterator[Any]:
         yield policy
 
 
-def _measured(policy: Any, plan: _Plan, batch_size: int, max_new_tokens: int) -> Iterator[Case]:
-    """Rows of one form at a time, each read and encoded once for both models."""
+def _measured(policy: Any, plan: _Plan, batch_size: int, max_new_tokens: int, cut: list[int]) -> Iterator[Case]:
+    """Rows of one form at a time, each read and encoded once for both models; what is cut of each is appended to `cut`."""
     from tqdm import tqdm
 
     forms: dict[Any, list[Entry]] = {}
@@ -274,6 +275,7 @@ def _measured(policy: Any, plan: _Plan, batch_size: int, max_new_tokens: int) ->
     batches = [some[n : n + batch_size] for some in forms.values() for n in range(0, len(some), batch_size)]
     for batch in tqdm(batches, desc="sight", unit="batch"):
         shown = [_shown(policy, plan, entry, max_new_tokens) for entry in batch]
+        cut += [one.encoded.cut_responses for one in shown if one.encoded is not None]
         tuned = _sides(policy, policy.network, shown, max_new_tokens)
         with policy.reference() as network:
             base = _sides(policy, network, shown, max_new_tokens)

@@ -322,7 +322,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         return {
-            "lora": train_seen(folder / "lora", training=loud),
+            "lora": train_seen(folder / "lora", adapter={"max_response_length": 8}, training=loud),
             "full": train_seen(folder / "full", adapter={"lora": None}, training=loud),
         }
 
@@ -343,6 +343,8 @@ def test_the_command_tells_what_images_do_to_a_run_beside_its_base(
     found = marks(runs[kind], tmp_path)
     measures = found["measures"]
     assert found["num_rows"] == 7 and found["left_out"] == {"no image in the prompt": 1}
+    cut = ["some answers of the data are cut at the run's max_response_length"]
+    assert found["notes"] == (cut if kind == "lora" else [])
     told = capsys.readouterr().out
     assert "blind_gap, nats" in told and "not measured: refusal_rate/chosen_declines (no chosen answer declines)" in told
     for name in ("blind_gap", "image_sensitivity", "rewards/accuracies_blind", "blind_agreement/swapped", "answer_length"):
