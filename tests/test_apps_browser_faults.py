@@ -143,6 +143,22 @@ def test_votes_wait_in_the_tab_while_the_network_is_gone_even_through_a_reload(s
     assert [first.shown.choice, second.shown.choice] == ["left", "right"]
 
 
+def test_votes_of_a_tab_that_was_closed_without_network_are_sent_by_the_next_one(site: Site, judge: Any) -> None:
+    project = site.project(image_pairs(4))
+    page = judge(project)
+    page.route("**/api/**", lambda route: route.abort())
+    press(page, "1")
+    page.get_by_text("1 judgement kept here").wait_for()
+    page.keyboard.press("2")
+    page.get_by_text("2 judgements kept here").wait_for()
+    context = page.context
+    page.close()
+    site.votes(project, 0)
+    page = judge(project, context=context)
+    assert [vote.shown.choice for vote in site.votes(project, 2)] == ["left", "right"]
+    assert page.evaluate("Object.keys(localStorage).filter(name => name.includes('outbox'))") == []
+
+
 def test_a_refused_vote_is_told_and_its_pair_comes_back(site: Site, judge: Any) -> None:
     project = site.project(image_pairs(3), choices=("left", "right"))
     page = judge(project)

@@ -29,19 +29,19 @@ export class Api {
     return this.#ask(`${this.base}/guideline`, {});
   }
 
-  /** POST JSON; a token that has aged is fetched anew, once. */
-  async post(action, body, { keepalive = false } = {}) {
+  /** POST JSON; a token that has aged is fetched anew, once. `isLast`: the page is left, and the browser sends it all the same. */
+  async post(action, body, { isLast = false } = {}) {
     const send = () =>
       this.#ask(`${this.base}/${action}`, {
         method: "POST",
-        keepalive,
+        keepalive: isLast,
         headers: { "Content-Type": "application/json", "X-CSRF-Token": this.csrf },
         body: JSON.stringify(body),
       });
     try {
       return await send();
     } catch (fault) {
-      if (!(fault instanceof Refused) || fault.status !== 403 || keepalive) throw fault;
+      if (!(fault instanceof Refused) || fault.status !== 403 || isLast) throw fault;
       await this.session();
       return send();
     }

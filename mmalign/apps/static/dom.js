@@ -63,6 +63,17 @@ export function recall(storage, name) {
   }
 }
 
+/** The names in a storage that begin so, in order; none where it is forbidden. */
+export function namesOf(storage, prefix) {
+  try {
+    return Object.keys(window[storage])
+      .filter((name) => name.startsWith(prefix))
+      .sort();
+  } catch {
+    return [];
+  }
+}
+
 /** Keep a text in a storage, by its name; null forgets it. Where that is forbidden or full, it lasts as long as the page. */
 export function remember(storage, name, text) {
   try {

@@ -350,7 +350,7 @@ class Judge {
 
   /** The page is left: what is held may go to others; coming back gives the same again. */
   leave() {
-    if (this.prepared) this.api.post("release", {}, { keepalive: true }).catch(() => {});
+    if (this.prepared) this.api.post("release", {}, { isLast: true }).catch(() => {});
   }
 }
 

@@ -27,7 +27,7 @@ export function tellSaved({ numVotes, failing }) {
 
 export function askToSignIn() {
   const link = el("a", { href: `/login?next=${encodeURIComponent(location.pathname)}` }, "Sign in again");
-  banner(["You have been signed out. What you judged is kept in this tab. ", link]);
+  banner(["You have been signed out. What you judged is kept in this browser. ", link]);
 }
 
 /** In place of what cannot be decoded; `retry` loads it once more. */

@@ -1,13 +1,17 @@
 // What must reach the server: one message after the other, each until it is answered, through lost networks and restarts.
 //
-// A message is kept in memory and in the tab's sessionStorage until its reply is here. A vote bears the assignment and the
-// revision that were on screen, so that sending it twice stores it once.
+// A message is kept in memory and in the browser's localStorage until its reply is here: it outlives the tab, and whatever page
+// of the same person comes next sends it. A vote bears the assignment and the revision that were on screen, so that sending it
+// twice, from two tabs even, stores it once.
 
 import { Refused, SignedOut, Unreachable } from "./api.js";
-import { pause, recall, remember } from "./dom.js";
+import { namesOf, pause, recall, remember } from "./dom.js";
 
 const FIRST_WAIT_MS = 250;
 const LONGEST_WAIT_MS = 4000;
+
+/** A name for this tab's own messages; a tab that is loaded again takes over what it left, as it does of others. */
+const ownName = () => `${Date.now()}-${Math.random().toString(36).slice(2)}`;
 
 export class Outbox {
   #waiting = [];
@@ -16,15 +20,24 @@ export class Outbox {
 
   /** `name` tells apart projects and people; `send(action, body)` posts; `answered(message, reply)` may throw nothing. */
   constructor({ name, send, answered, refused, changed }) {
-    this.storageKey = `mmalign-outbox:${name}`;
+    this.prefix = `mmalign-outbox:${name}:`;
+    this.storageKey = this.prefix + ownName();
     this.send = send;
     this.answered = answered;
     this.refused = refused;
     this.changed = changed;
     this.failing = null;
-    this.#waiting = JSON.parse(recall("sessionStorage", this.storageKey) ?? "[]");
-    for (const message of this.#waiting) message.resent = true;
+    this.#inherit();
     addEventListener("online", () => this.retry());
+  }
+
+  /** Take over what other tabs left, and what this one had before it was loaded again; a tab that lives sends its own too. */
+  #inherit() {
+    const left = namesOf("localStorage", this.prefix);
+    this.#waiting = left.flatMap((name) => JSON.parse(recall("localStorage", name) ?? "[]"));
+    for (const message of this.#waiting) message.resent = true;
+    if (this.#waiting.length) remember("localStorage", this.storageKey, JSON.stringify(this.#waiting));
+    for (const name of left) if (name !== this.storageKey) remember("localStorage", name, null);
   }
 
   /** How many votes the server has not confirmed. */
@@ -104,7 +117,7 @@ export class Outbox {
   }
 
   #keep() {
-    remember("sessionStorage", this.storageKey, this.#waiting.length ? JSON.stringify(this.#waiting) : null);
+    remember("localStorage", this.storageKey, this.#waiting.length ? JSON.stringify(this.#waiting) : null);
     this.changed();
   }
 }
