@@ -323,26 +323,41 @@ def _sweep(
     with torch.autocast(hidden.device.type, enabled=False):
         words = weight.to(job.dtype)
         for tile in job.tiles():
-            logits, slope = tile_logits(tensors, job, words, tile)
-            logp = torch.log_softmax(logits, 1)
-            tokens[0, tile] = logp.gather(1, job.target[tile, None])[:, 0].double()
-            if gradients is None and not wanted:
-                continue
-            p = torch.exp(logp, out=logits)
-            if "agreement" in wanted:
-                tokens[1, tile] = tokens[0, tile] - 2 * torch.linalg.vector_norm(p, dim=1).double().log()
-            if "entropy" in wanted:
-                tokens[2, tile] = torch.special.entr(p, out=logp).sum(1).double()
-            del logp
-            if gradients is not None:
-                p.scatter_add_(1, job.target[tile, None], p.new_full((len(p), 1), -1.0))
-                if slope is not None:
-                    p.mul_(slope.square_().neg_().add_(1))
-                add_gradients(gradients, tensors, job, tile, p, words, factor)
+            _sweep_tile(tensors, job, words, tile, factor, gradients, wanted, tokens)
     weights = 1 if job.factor is None else job.factor.double()
     tokens[0] *= weights
     sums = tokens.new_zeros(3, len(job.counts)).index_add_(1, job.slot, tokens).to(job.exact)
     return sums[0], sums[1], sums[2]
+
+
+def _sweep_tile(
+    tensors: Any,
+    job: Job,
+    words: Tensor,
+    tile: slice,
+    factor: Tensor | None,
+    gradients: Gradients | None,
+    wanted: frozenset[str],
+    tokens: Tensor,
+) -> None:
+    """One tile of `_sweep`, into `tokens` and `gradients`; its logits are gone when the next tile's are made."""
+    logits, slope = tile_logits(tensors, job, words, tile)
+    in_place = logits.device.type == "cpu"  # torch reads each row before it writes it there
+    logp = torch.log_softmax(logits, 1, out=logits) if in_place else torch.log_softmax(logits, 1)
+    tokens[0, tile] = logp.gather(1, job.target[tile, None])[:, 0].double()
+    if gradients is None and not wanted:
+        return
+    p = torch.exp(logp, out=logits)
+    if "agreement" in wanted:
+        tokens[1, tile] = tokens[0, tile] - 2 * torch.linalg.vector_norm(p, dim=1).double().log()
+    if "entropy" in wanted:
+        tokens[2, tile] = torch.special.entr(p, out=None if in_place else logp).sum(1).double()
+    del logp
+    if gradients is not None:
+        p.scatter_add_(1, job.target[tile, None], p.new_full((len(p), 1), -1.0))
+        if slope is not None:
+            p.mul_(slope.square_().neg_().add_(1))
+        add_gradients(gradients, tensors, job, tile, p, words, factor)
 
 
 def tile_logits(tensors: Any, job: Job, words: Tensor, tile: slice) -> tuple[Tensor, Tensor | None]:
