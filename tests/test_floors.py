@@ -100,7 +100,7 @@ SIDEWAYS = {
     "curation": {"importers", "language"},
     "digits_flow": {"digits"},
     "prose": {"digits"},
-    "smollm2": {"digits", "prose"},
+    "smollm2": {"digits", "language", "prose"},
     "language": {"checkpoints"},
     "multimodal": {"checkpoints", "language"},
     "models": {"checkpoints", "families"},
