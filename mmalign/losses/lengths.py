@@ -17,6 +17,7 @@ from mmalign.losses.links import (
     check_not_negative,
     less_margin,
     logistic,
+    logistic_loss,
     per_token,
     weighted,
 )
@@ -49,8 +50,7 @@ def ln_dpo(
     check_label_smoothing("ln_dpo", label_smoothing)
     check_divergence("ln_dpo", divergence, divergence_alpha)
     scores = per_token(transform(policy - reference, divergence, divergence_alpha), lengths)
-    losses = logistic(less_margin(beta * (scores[:, 0] - scores[:, 1]), margin), prob, label_smoothing)
-    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
+    return logistic_loss(scores, prob, weight, margin, beta, label_smoothing)
 
 
 def ld_dpo(
@@ -94,8 +94,7 @@ def ld_dpo(
             raise ValueError(f"ld_dpo.{setting}: got {value}, want 0 to 1.")
     ratios = torch.lerp(shared, policy, alpha) - torch.lerp(reference_shared, reference, of_reference)
     scores = transform(ratios, divergence, divergence_alpha)
-    losses = logistic(less_margin(beta * (scores[:, 0] - scores[:, 1]), margin), prob, label_smoothing)
-    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
+    return logistic_loss(scores, prob, weight, margin, beta, label_smoothing)
 
 
 def davir_dpo(
@@ -121,8 +120,7 @@ def davir_dpo(
     check_beta("davir_dpo", beta)
     check_label_smoothing("davir_dpo", label_smoothing)
     scores = (policy - reference) / reference.abs().clamp(min=torch.finfo(torch.float32).eps)
-    losses = logistic(less_margin(beta * (scores[:, 0] - scores[:, 1]), margin), prob, label_smoothing)
-    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
+    return logistic_loss(scores, prob, weight, margin, beta, label_smoothing)
 
 
 def length_dpo(

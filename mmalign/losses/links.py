@@ -106,3 +106,16 @@ def logistic(
 def weighted(losses: Float[Tensor, " batch"], weight: Float[Tensor, " batch"] | None) -> Float[Tensor, " batch"]:
     """Losses times their per-example weight; no weight means one."""
     return losses if weight is None else losses * weight.to(losses)
+
+
+def logistic_loss(
+    scores: Float[Tensor, "batch 2"],
+    prob: Float[Tensor, " batch"] | None,
+    weight: Float[Tensor, " batch"] | None,
+    margin: Float[Tensor, " batch"] | None,
+    beta: float,
+    label_smoothing: float,
+) -> PreferenceLoss:
+    """DPO's own loss on any score of the two candidates: -log sigma(beta * (s_first - s_second) - margin)."""
+    losses = logistic(less_margin(beta * (scores[:, 0] - scores[:, 1]), margin), prob, label_smoothing)
+    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())

@@ -20,7 +20,7 @@ from mmalign.losses.links import (
     check_label_smoothing,
     check_not_negative,
     less_margin,
-    logistic,
+    logistic_loss,
     per_token,
     two_sided,
     weighted,
@@ -65,9 +65,7 @@ def dpo(
     scores = transform(policy - reference, divergence, divergence_alpha)
     if beta_scale is not None:
         scores = beta_scale.to(scores)[:, None] * scores
-    logit = less_margin(beta * (scores[:, 0] - scores[:, 1]), margin)
-    losses = logistic(logit, prob, label_smoothing)
-    return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
+    return logistic_loss(scores, prob, weight, margin, beta, label_smoothing)
 
 
 def robust(
