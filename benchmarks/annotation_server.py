@@ -101,7 +101,7 @@ class Server:
         command = [sys.executable, "-m", "mmalign.annotate", "images", "--store", str(self.store), "--port", str(self.port)]
         environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*command, "--share-with-team"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+            [*command, "--share-with", "team"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
         )
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from mmalign.annotation.before_after import comparisons_of
 from mmalign.annotation.projects import Project
@@ -44,7 +44,7 @@ class AnnotateConfig:
         protocol: how a new project is judged.
         host: address to listen at. Others than this machine reach it only with accounts.
         port: 0 takes any that is free.
-        share_with_team: people sign in with accounts; the first administrator's password is asked for.
+        share_with: `team`: people sign in with accounts; the first administrator's password is asked for.
         accounts: YAML file `{name: {role: admin, password: ...}}`, readable by you alone; names that are new are added.
         names: host names that browsers may call the server by.
         https: browsers come by HTTPS, through a proxy that ends it.
@@ -64,7 +64,7 @@ class AnnotateConfig:
     protocol: Protocol = field(default_factory=Protocol)
     host: str = "127.0.0.1"
     port: int = 7870
-    share_with_team: bool = False
+    share_with: Literal["team"] | None = None
     accounts: Path | None = None
     names: tuple[str, ...] = ()
     https: bool = False
@@ -140,7 +140,7 @@ def _built(choice: Choice) -> Iterator[Any]:
 
 
 def _settings(config: AnnotateConfig) -> Settings:
-    team = config.share_with_team or config.accounts is not None
+    team = config.share_with is not None or config.accounts is not None
     roots = config.roots
     if roots is None and team:
         place = Path(config.path).expanduser() if config.path else None

@@ -126,7 +126,7 @@ print([name for name in ("torch", "transformers", "diffusers", "gradio", "matplo
         (["text", "rows.jsonl", "--host", "0.0.0.0"], "host: got '0.0.0.0' without accounts"),
         (["text", "rows.jsonl", "--port", "70000"], "port: got 70000"),
         (["text", "rows.jsonl", "--accounts", "none.yaml"], "accounts: none.yaml cannot be read"),
-        (["text", "rows.jsonl", "--share-with-team"], "accounts: got no administrator"),
+        (["text", "rows.jsonl", "--share-with", "team"], "accounts: got no administrator"),
         (["text"], "store: got no project"),
         (["text", "--gold", "rows.jsonl"], "data: got none"),
         (["text", "rows.jsonl", "--guideline", "none.md"], "guideline: none.md cannot be read"),
@@ -172,7 +172,7 @@ def test_a_project_is_judged_by_the_protocol_it_was_begun_with(
 
 
 def test_settings_are_read_from_the_command_line() -> None:
-    overrides = ['what=["images", "folder"]', "protocol.strength=true", 'protocol.aspects=["fidelity"]', "share_with_team=true"]
+    overrides = ['what=["images", "folder"]', "protocol.strength=true", 'protocol.aspects=["fidelity"]', "share_with=team"]
     config = read_config(AnnotateConfig, None, overrides)
     assert config.path == "folder" and config.protocol.strength and config.protocol.aspects == ("fidelity",)
 

@@ -50,7 +50,7 @@ def add_accounts(desk: Desk) -> None:
     if desk.store.database.is_sqlite:
         gradio.Button("Download a backup of the whole store", size="sm", link="/api/backup")
     if not desk.settings.accounts:
-        gradio.Markdown("This server has one person, on its own machine. For accounts start it with `--share-with-team`.")
+        gradio.Markdown("This server has one person, on its own machine. For accounts start it with `--share-with team`.")
         return
     people = gradio.Dataframe(label="Accounts", interactive=False)
     with gradio.Row():
