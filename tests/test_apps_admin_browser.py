@@ -1,22 +1,22 @@
 """The pages of administrators in a real browser: they work under their content security policy, and data on them stay data."""
 
 import json
-import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from judging_pages import CHROMIUM, NO_BROWSER, violations
 from judging_processes import running
 from judging_sites import PASSWORD, texts
 
 from mmalign.annotation.protocol import Protocol, Verdict
 from mmalign.annotation.store import Store
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(
-        CHROMIUM is None,
+        NO_BROWSER,
         reason="NO BROWSER: the pages of administrators are NOT tested. Install chromium (Debian: apt-get install chromium).",
     ),
 ]
@@ -43,7 +43,8 @@ def judged_project(database: Path) -> None:
         for _ in range(3):
             shown = store.take(project.id, account.id)
             assert shown is not None and store.displayed(shown.assignment, account.id)
-            assert store.vote(shown.assignment, 1, Verdict(choice="left"), account.id).status == "stored"
+            first = Verdict(choice="left" if "number 0" in str(shown.candidates[0].text) else "right")
+            assert store.vote(shown.assignment, 1, first, account.id).status == "stored"
     store.close()
 
 
@@ -70,13 +71,20 @@ def test_an_administrator_signs_in_sees_the_votes_makes_a_project_and_uploads_da
         page.get_by_label("Password").fill(PASSWORD)
         with page.expect_navigation(url=f"{url}/admin/", wait_until="load"):
             page.get_by_role("button", name="Sign in").click()
-        page.get_by_text("6 of 9 votes").wait_for()
+        page.get_by_text("6 of 9 votes").wait_for()  # at once; statistics follow
         plot = page.get_by_role("img", name="Agreement", exact=True)
         plot.wait_for()
         page.wait_for_function("() => [...document.images].every((one) => one.complete && one.naturalWidth > 0)")
+        faults += violations(page)
+        for tab, button, member in (("Dashboard", "Download as files", "dashboard.json"), ("Export", "Download", "README.md")):
+            page.get_by_role("tab", name=tab).click()
+            with page.expect_download() as download:
+                page.get_by_role("link", name=button, exact=True).click()
+            with zipfile.ZipFile(download.value.path()) as archive:
+                assert any(name.endswith(f"/{member}") for name in archive.namelist())
         page.get_by_role("tab", name="Instructions and settings").click()
         page.get_by_role("button", name="New project").click()
-        page.get_by_label("Name").fill("fresh")
+        page.get_by_role("textbox", name="Name", exact=True).fill("fresh")
         page.get_by_role("radio", name="text").check()
         page.get_by_role("button", name="Make the project").click()
         page.get_by_role("tab", name="Data").click()

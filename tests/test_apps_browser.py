@@ -36,6 +36,17 @@ def test_buttons_judge_too_and_the_page_tells_when_nothing_is_left(site: Site, j
     assert "Both bad" in page.locator("#banner").inner_text()
 
 
+def test_a_project_that_is_closed_says_so_and_goes_on_when_it_is_opened(site: Site, judge: Any) -> None:
+    project = site.project(image_pairs(2))
+    site.store.set_open(project, False)
+    page = judge(project, wait=False)
+    page.get_by_role("heading", name="This project is closed").wait_for()
+    assert page.get_by_role("link", name="All projects").get_attribute("href") == "/"
+    site.store.set_open(project, True)
+    page.keyboard.press("Enter")
+    ready(page)
+
+
 def test_a_double_press_in_one_tick_or_after_120_ms_is_one_vote(site: Site, judge: Any) -> None:
     project = site.project(image_pairs(4))
     page = judge(project)

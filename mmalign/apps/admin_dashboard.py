@@ -71,7 +71,7 @@ def _look(desk: Desk, who: Account, project: int | None) -> list[Any]:
     version = last_vote(desk.store, project)
     found = [name for name in PLOTS if name in plots]
     pictures = "\n\n".join(
-        f"### {PLOTS[name]}\n\n![{PLOTS[name]}](/api/projects/{project}/plots/{name}.svg?v={version})" for name in found
+        f"## {PLOTS[name]}\n\n![{PLOTS[name]}](/api/projects/{project}/plots/{name}.svg?v={version})" for name in found
     )
     tables = whole.tables()
     button = gradio.Button(link=f"/api/projects/{project}/dashboard")

@@ -87,14 +87,14 @@ class Judge {
   }
 
   /** Go by a reply of the server: what is current, what comes after it. */
-  async #adopt({ current, ahead, progress }) {
+  async #adopt({ current, ahead, progress, project }) {
     if (progress) this.#count(progress);
     const now = this.prepared?.shown;
     const isSame = (one) => one && now && one.assignment === now.assignment && one.revision === now.revision;
     const waits = ["loading", "sending", "finished"].includes(this.phase);
     if (!waits && isSame(current)) return this.#prefetch(ahead);
     if (!waits && isSame(ahead)) return this.#prefetch(current);
-    if (!current) return this.#finish();
+    if (!current) return this.#finish(project?.open !== false);
     const prepared = this.#prepared(current);
     this.show(prepared);
     await prepared.ready; // the network first brings what is to be seen first
@@ -322,14 +322,14 @@ class Judge {
     }
   }
 
-  #finish() {
+  #finish(isOpen) {
     this.#turn += 1;
     this.phase = "finished";
     this.prepared = null;
     this.viewer?.close();
     this.viewer = null;
     delete document.body.dataset.shown;
-    tellFinished(() => this.refresh());
+    tellFinished(isOpen, () => this.refresh());
   }
 
   /** Show instructions that are new to this browser, before anything is judged by them. */

@@ -41,18 +41,23 @@ export function tellBroken(places, panes, retry) {
   announce("A picture could not be loaded.");
 }
 
-/** The page without anything to judge. */
-export function tellFinished(lookAgain) {
+/** The page without anything to judge: all is judged, or the project is closed. */
+export function tellFinished(isOpen, lookAgain) {
   document.querySelector(".tabs")?.remove();
   byId("prompt").hidden = true;
   for (const id of ["view", "details", "choices", "legend"]) byId(id).replaceChildren();
   const again = el("button", { type: "button", className: "main" }, "Look again");
   again.addEventListener("click", lookAgain);
-  const words = "Thank you. There may be more when items are added, or given back by others.";
+  const title = isOpen ? "Nothing left to judge" : "This project is closed";
+  const words = isOpen
+    ? "Thank you. There may be more when items are added, or given back by others."
+    : "Nothing is handed out until it is opened again. What you judged is kept.";
+  const others = el("a", { className: "button", href: "/" }, "All projects");
   byId("stage").className = "stage";
   byId("stage").replaceChildren(
-    el("div", { className: "finished" }, el("h2", {}, "Nothing left to judge"), el("p", { className: "soft" }, words), again),
+    el("div", { className: "finished" }, el("h2", {}, title), el("p", { className: "soft" }, words), again, " ", others),
   );
+  again.focus();
   banner([]);
-  announce("Nothing left to judge.");
+  announce(`${title}.`);
 }
