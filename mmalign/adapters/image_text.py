@@ -11,10 +11,10 @@ import torch
 
 from mmalign.adapters.image_text_opening import image_text_parts
 from mmalign.adapters.options import Lora
+from mmalign.adapters.text_checks import check_settings, check_texts
 from mmalign.adapters.text_policy import TextPolicy
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
-from mmalign.language.tiny import TINY
 from mmalign.likelihoods.tokens import RIVALS, TOKENS
 from mmalign.multimodal.degradations import check_degradation
 from mmalign.records import Media
@@ -145,24 +145,11 @@ class ImageTextAdapter:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
-        for name in ("max_prompt_length", "max_response_length"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name}: got {value}, want 2 or more, or null for no limit.")
+        check_settings(self)
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"num_frames: got {self.num_frames}, want 1 or more, or null for all.")
         if self.degradation is not None:
             check_degradation(self.degradation.build)
-        if self.group_by_length < 1:
-            raise ValueError(f"group_by_length: got {self.group_by_length}, want 1 or more.")
-        if self.quantization is not None and self.lora is None:
-            raise ValueError("quantization: got it without lora, and quantised weights cannot be trained. Set lora.")
-        if self.dtype != "auto" and self.lora is None:
-            raise ValueError(f"dtype: got {self.dtype} without lora, and a full fine-tune keeps float32. Set it to auto.")
-        if self.model == TINY and self.quantization is not None:
-            raise ValueError("model: got tiny with quantization, which wants a real one.")
-        if self.tiny is not None and self.model != TINY:
-            raise ValueError(f"tiny: got changes for model {self.model}, which are for model: tiny.")
         if self.features is not None and (self.tower or self.trains_projector):
             raise ValueError(
                 "features: got a folder while tower or projector are trained, whose features change. Set it to null, or train "
@@ -186,14 +173,8 @@ class ImageTextAdapter:
         """Prompts may have any number of images, and none."""
 
     def check_examples(self, kinds: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
-        """Refuse examples whose candidates have images; `kinds` as `records.Examples` has them.
-
-        Raises:
-            UserError: names the first such row.
-        """
-        for (_, images), where in kinds.items():
-            if any(images):
-                raise UserError(f"{where}: got candidates with images, want texts. Choose adapter: diffusion.")
+        """Refuse examples whose candidates have images; see `check_texts`."""
+        check_texts(kinds)
 
     def open(
         self,

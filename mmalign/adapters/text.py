@@ -11,12 +11,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from mmalign.adapters.options import Lora
+from mmalign.adapters.text_checks import check_blind, check_settings, check_texts
 from mmalign.adapters.text_opening import text_parts
 from mmalign.adapters.text_policy import TextPolicy
 from mmalign.adapters.text_teacher import REMEDIES, TeacherModel
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
-from mmalign.language.tiny import TINY
 from mmalign.likelihoods.tokens import GRADED
 from mmalign.losses import OF_DIFFERENCES, of_differences
 from mmalign.records import Media
@@ -124,20 +124,7 @@ class TextAdapter:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
-        for name in ("max_prompt_length", "max_response_length"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name}: got {value}, want 2 or more, or null for no limit.")
-        if self.group_by_length < 1:
-            raise ValueError(f"group_by_length: got {self.group_by_length}, want 1 or more.")
-        if self.quantization is not None and self.lora is None:
-            raise ValueError("quantization: got it without lora, and quantised weights cannot be trained. Set lora.")
-        if self.dtype != "auto" and self.lora is None:
-            raise ValueError(f"dtype: got {self.dtype} without lora, and a full fine-tune keeps float32. Set it to auto.")
-        if self.model == TINY and (self.quantization is not None or self.gguf_file is not None):
-            raise ValueError("model: got tiny with quantization or gguf_file, which want a real one.")
-        if self.tiny is not None and self.model != TINY:
-            raise ValueError(f"tiny: got changes for model {self.model}, which are for model: tiny.")
+        check_settings(self)
 
     def check_losses(self, losses: Sequence[Choice], num_candidates: int) -> None:
         """Refuse `score: difference` with a loss whose value the tokens that answers share would change, and an idle teacher.
@@ -159,24 +146,12 @@ class TextAdapter:
                 )
 
     def check_sources(self, numbers: Mapping[int, str]) -> None:
-        """Refuse prompts with images; `numbers` as `records.Examples.sources` has them.
-
-        Raises:
-            UserError: names the first such row.
-        """
-        for number, where in numbers.items():
-            if number:
-                raise UserError(f"{where}: got a prompt with {number} images, which adapter: text does not see.")
+        """Refuse prompts with images; see `check_blind`."""
+        check_blind(numbers, "text")
 
     def check_examples(self, kinds: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
-        """Refuse examples whose candidates have images; `kinds` as `records.Examples` has them.
-
-        Raises:
-            UserError: names the first such row.
-        """
-        for (_, images), where in kinds.items():
-            if any(images):
-                raise UserError(f"{where}: got candidates with images, want texts. Choose adapter: diffusion.")
+        """Refuse examples whose candidates have images; see `check_texts`."""
+        check_texts(kinds)
 
     def open(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.adapters.options import Lora
+from mmalign.adapters.text_checks import check_blind, check_settings, check_texts
 from mmalign.adapters.text_lengths import groups_of_like_length, length_note
 from mmalign.adapters.text_opening import DTYPES, text_or_file
 from mmalign.adapters.text_policy import FULL
@@ -111,14 +112,7 @@ class TextRewardAdapter:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
-        for name in ("max_prompt_length", "max_response_length"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name}: got {value}, want 2 or more, or null for no limit.")
-        if self.group_by_length < 1:
-            raise ValueError(f"group_by_length: got {self.group_by_length}, want 1 or more.")
-        if self.tiny is not None and self.model != TINY:
-            raise ValueError(f"tiny: got changes for model {self.model}, which are for model: tiny.")
+        check_settings(self)
 
     def num_scores(self, num_candidates: int) -> int:
         """How many scores the losses see of a row: one for each candidate, or one for a pair.
@@ -148,24 +142,12 @@ class TextRewardAdapter:
                 raise UserError(f"loss: got {other} with adapter.head {self.head.name}, want {wanted}, or the other head.")
 
     def check_sources(self, numbers: Mapping[int, str]) -> None:
-        """Refuse prompts with images; `numbers` as `records.Examples.sources` has them.
-
-        Raises:
-            UserError: names the first such row.
-        """
-        for number, where in numbers.items():
-            if number:
-                raise UserError(f"{where}: got a prompt with {number} images, which adapter: text_reward does not see.")
+        """Refuse prompts with images; see `check_blind`."""
+        check_blind(numbers, "text_reward")
 
     def check_examples(self, kinds: Mapping[tuple[int, tuple[int, ...]], str]) -> None:
-        """Refuse examples whose candidates have images; `kinds` as `records.Examples` has them.
-
-        Raises:
-            UserError: names the first such row.
-        """
-        for (_, images), where in kinds.items():
-            if any(images):
-                raise UserError(f"{where}: got candidates with images, want texts. Choose another adapter.")
+        """Refuse examples whose candidates have images; see `check_texts`."""
+        check_texts(kinds)
 
     def open(
         self,
