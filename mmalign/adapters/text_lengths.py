@@ -48,11 +48,10 @@ def length_note(encoder: Encodes, examples: Sequence[Example], most: int = SURVE
         )
     equal = f"; {alike} examples with equal answers once they are tokens" if alike else ""
     of = "" if len(looked) == len(examples) else f" (of {len(looked)} examples, spread over the data)"
-    cut = (
-        f"{cut_prompts} of {len(prompts)} prompts to {encoder.max_prompt_length}, "
-        f"{cut_responses} answers to {encoder.max_response_length}"
-    )
-    return f"tokens     prompts {_spread(prompts)}, answers {_spread(answers)}; cut: {cut}{equal}{of}"
+    most_prompt, most_answer = encoder.max_prompt_length, encoder.max_response_length
+    cut_prompt = "no prompt" if most_prompt is None else f"{cut_prompts} of {len(prompts)} prompts to {most_prompt}"
+    cut_answer = "no answer" if most_answer is None else f"{cut_responses} answers to {most_answer}"
+    return f"tokens     prompts {_spread(prompts)}, answers {_spread(answers)}; cut: {cut_prompt}, {cut_answer}{equal}{of}"
 
 
 def groups_of_like_length(examples: Sequence[Example], count: int) -> tuple[tuple[int, ...], ...]:
