@@ -9,6 +9,7 @@ import pytest
 from judging_sites import MAKERS, OPEN, Site, images, png, stores_are_closed, texts
 
 from mmalign.annotation.store import Store
+from mmalign.records import Comparison, Content, Media, Message, comparison
 
 __all__ = ["stores_are_closed"]
 
@@ -224,6 +225,30 @@ def test_the_judgements_are_exported_as_a_zipped_folder_with_its_card(tmp_path: 
     assert "project-0-trl/README.md" in names and len(rows) == 1 and {"chosen", "rejected"} <= json.loads(rows[0]).keys()
     assert ann.get(f"/api/projects/{project}/export").status_code == 403
     assert "format" in site.browser("rev").get(f"/api/projects/{project}/export?format=none").json()["detail"]
+
+
+def test_conversations_with_a_picture_in_one_message_are_exported_and_read_again(tmp_path: Path) -> None:
+    from mmalign.importers.trl import trl
+
+    said = (Message(role="user", text="Look", images=(Media(data=png(1)),)), Message(role="assistant", text="A cat."))
+    prompt = Content(messages=(*said, Message(role="user", text="Why?")))
+    row = Comparison(id="r", prompt=prompt, candidates=(Content(text="because"), Content(text="no idea")))
+    site = Site(tmp_path)
+    project, browser = site.project([row]), site.browser()
+    browser.vote(project, browser.show(project))
+    reply = browser.get(f"/api/projects/{project}/export")
+    assert reply.status_code == 200, reply.text
+    with zipfile.ZipFile(io.BytesIO(reply.content)) as archive:
+        archive.extractall(tmp_path / "out")
+    [file] = (tmp_path / "out").rglob("*.parquet")
+    [entry] = trl(path=str(file)).dataset
+    read = comparison(entry)
+    assert [(one.role, one.text, len(one.images)) for one in read.prompt.messages] == [
+        ("user", "Look", 1),
+        ("assistant", "A cat.", 0),
+        ("user", "Why?", 0),
+    ]
+    assert {one.words().strip() for one in read.candidates} == {"because", "no idea"}
 
 
 def test_who_follows_a_link_to_what_cannot_be_gets_a_page_with_a_way_back(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def laid_out(sample: Sample, answers: Mapping[str, Content]) -> dict[str, Any]:
     contents = (sample.prompt, *answers.values())
     if any(content.messages for content in contents):
         prefix = [{"role": "assistant", "content": sample.prefix}] if sample.prefix else []
-        row: dict[str, Any] = {"prompt": [*_messages(sample.prompt, "user"), *prefix]}
-        row |= {name: _messages(content, "assistant") for name, content in answers.items()}
+        row: dict[str, Any] = {"prompt": _alike([*_messages(sample.prompt, "user"), *prefix])}
+        row |= {name: _alike(_messages(content, "assistant")) for name, content in answers.items()}
     else:
         row = {"prompt": _text(sample, sample.prompt) + (sample.prefix or "")}
         row |= {name: _text(sample, content) for name, content in answers.items()}
@@ -107,6 +107,16 @@ def _messages(content: Content, role: str) -> list[dict[str, Any]]:
         return [{"role": role, "content": content.text or ""}]
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in content.images]
     return [{"role": role, "content": [*parts, {"type": "text", "text": content.text or ""}]}]
+
+
+def _alike(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with every text in parts where one of them has parts: a column of a table holds one type."""
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return messages
+    return [
+        {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one.get("content"), str) else one
+        for one in messages
+    ]
 
 
 def _text(sample: Sample, content: Content) -> str:
