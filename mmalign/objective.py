@@ -140,7 +140,7 @@ class Objective:
             UserError: a needed name is missing, the number of candidates is not the loss's, or nothing is there for an
                 automatic beta to follow.
         """
-        passed_over = sorted({"prob", "margin", "weight"} & set(side) - self.data)
+        passed_over = sorted({"prob", "margin", "weight", "beta_scale"} & set(side) - self.data)
         if passed_over:
             names = ", ".join(term.name for term in self.terms)
             raise UserError(

@@ -10,7 +10,21 @@ from mmalign.errors import UserError
 from mmalign.importers import extract_prompt, to_trl, trl, unpair
 from mmalign.importers.trl import GIVEN
 from mmalign.importers.trl_format import chatml, trl_row
-from mmalign.records import Comparison, Content, Dropped, Examples, Media, Message, comparison, joint, pair, step, unpaired
+from mmalign.records import (
+    Comparison,
+    Content,
+    Dropped,
+    Examples,
+    Media,
+    Message,
+    comparison,
+    joint,
+    pair,
+    read,
+    step,
+    unpaired,
+    write,
+)
 
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
 GOOD, BAD = {"role": "assistant", "content": "Hello!"}, {"role": "assistant", "content": "Go away"}
@@ -154,6 +168,29 @@ def test_the_columns_beside_a_pair_are_kept(tmp_path):
     assert value.scores == {"score": (9.0, 4.5)} and value.prefix == "Step 1." and value.prompt.tools == (TOOL,)
     assert told(value.extras["rationale"]) == "why"
     assert pair(value, margin="gap", by="score")[0].side == {"margin": 4.5, "weight": 0.5}
+
+
+def test_a_beta_of_its_own_goes_from_a_row_to_the_loss(tmp_path):
+    import torch
+
+    from mmalign.adapters.side import side_tensors
+    from mmalign.losses import LOSSES, dpo
+    from mmalign.objective import Objective, Term
+
+    plain = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    rows, _ = imported(tmp_path, {**plain, "beta_scale": 3.0}, plain)
+    examples = [pair(row)[0] for row in rows]
+    assert [example.side for example in examples] == [{"beta_scale": 3.0}, {}]
+    scale = side_tensors([dict(example.side) for example in examples])["beta_scale"]
+    policy, reference = torch.tensor([[1.0, -1.0]] * 2), torch.zeros(2, 2)
+    objective = Objective([Term(name="dpo", loss=dpo, settings={"beta": 0.5})])
+    losses = objective({"policy": policy}, {"policy": reference}, {"beta_scale": scale}).losses
+    for found, beta in zip(losses, (1.5, 0.5), strict=True):
+        assert found.item() == pytest.approx(dpo(policy[:1], reference[:1], beta=beta).losses.item(), rel=1e-6)
+    assert all(comparison(row) in rows for row in read(write(rows, tmp_path / "kept.parquet")))
+    assert all(comparison(row) in rows for row in read(write(rows, tmp_path / "kept.jsonl")))
+    with pytest.raises(UserError, match=r"the data have beta_scale .* which ipo would pass over"):
+        Objective([Term(name="ipo", loss=LOSSES["ipo"], settings={})]).check({"beta_scale": 1.0}, 2)
 
 
 def test_unpaired_rows_carry_their_label(tmp_path):

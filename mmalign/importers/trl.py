@@ -20,11 +20,12 @@ from mmalign.records.conversations import without_nulls
 
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 GIVEN = "chat_template_kwargs"
+NUMBERS = ("margin", "weight", "beta_scale")
 EXTRAS = ("rationale", "exploration", "gold")
 READ = (
     *("id", "prompt", "chosen", "rejected", "completion", "completions", "label", "labels", "messages", "conversations"),
-    *("system", "tools", GIVEN, "image", "images", "prefix", "prob", "margin", "weight", "scores", "ranks"),
-    LINE,
+    *("system", "tools", GIVEN, "image", "images", "prefix", "prob", "margin", "weight", "scores"),
+    *("ranks", "beta_scale", LINE),
     *EXTRAS,
     *(name for names in SCORES for name in names),
 )
@@ -54,8 +55,8 @@ def trl(
 
     Messages are {role, content}, or {from, value} with the names human and gpt. Images: `image`, `images`, or inside the
     parts of messages. Further columns: tools, chat_template_kwargs (given to the template of this row, before what the
-    adapter gives all rows), system, prob, margin, weight, chosen_score and rejected_score (the judge `score`), rationale,
-    exploration, gold, id. Others are not read, which is told.
+    adapter gives all rows), system, prob, margin, weight, beta_scale (a factor of beta), chosen_score and rejected_score (the
+    judge `score`), rationale, exploration, gold, id. Others are not read, which is told.
 
     Args:
         path: hub id, JSONL, JSON, Parquet or CSV file, or a folder of them or of `save_to_disk`.
@@ -205,7 +206,9 @@ class _Reader:
         system = self.row.get("system")
         said = [value for value in (prompt, *answers) if not _is_picture(value)]
         talks = bool(system) or any(isinstance(value, list | Mapping) for value in said)
-        numbers: dict[str, Any] = {name: _number(self.row, name) for name in ("margin", "weight") if name in self.row}
+        numbers: dict[str, Any] = {
+            name: _number(self.row, name) for name in ("margin", "weight", "beta_scale") if name in self.row
+        }
         prefix = self.row.get("prefix")
         return Comparison(
             id=str(self.row.get("id", "")),

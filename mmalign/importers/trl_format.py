@@ -71,7 +71,9 @@ def trl_row(example: Example) -> dict[str, Any]:
         raise UserError(f"{example.id}: got {len(example.samples)} samples, want a pair with one prompt. Use the view pair.")
     chosen, rejected = example.samples
     row = laid_out(chosen, {"chosen": chosen.completion, "rejected": rejected.completion})
-    side: dict[str, Any] = {name: example.side[name] for name in ("prob", "margin", "weight") if name in example.side}
+    side: dict[str, Any] = {
+        name: example.side[name] for name in ("prob", "margin", "weight", "beta_scale") if name in example.side
+    }
     scores = example.side.get("scores")
     if isinstance(scores, tuple):
         side |= {"chosen_score": scores[0], "rejected_score": scores[1]}

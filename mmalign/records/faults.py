@@ -75,8 +75,10 @@ def _fault_of_order(value: Comparison, k: int) -> list[str]:
 
 
 def _faults_of_side(value: Comparison) -> list[str]:
+    scale = value.beta_scale
+    wrong = scale is not None and not (math.isfinite(scale) and scale > 0)
     return [
         f"got {name} {number}, want a finite number that is not negative."
         for name, number in (("weight", value.weight), ("margin", value.margin))
         if number is not None and not (math.isfinite(number) and number >= 0)
-    ]
+    ] + ([f"got beta_scale {scale}, want a finite number above zero."] if wrong else [])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".apng", ".mp4", ".mov", ".webm", ".mkv", ".avi")
-SIDE_KEYS = ("id", "scores", "ranks", "prob", "weight", "margin", "provenance")
+SIDE_KEYS = ("id", "scores", "ranks", "prob", "weight", "margin", "beta_scale", "provenance")
 ENTRY_KEYS = (*SIDE_KEYS, "prompt", "candidates", "prompts", "prefix", "extras")
 CONTENT_KEYS = ("text", "image", "images", "messages", "tools", "template_kwargs")
 # The spellings that imagefolder metadata has in the wild; the better image of a pair stands first.
@@ -292,7 +292,8 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
     """Turn a line of our JSONL into a row of our schema.
 
     `{"prompt": "a cat", "candidates": [{"image": "a.png"}, {"image": "b.png"}], "ranks": [1, 2]}`; further keys: id, scores
-    ({judge: [...]}), prob, weight, margin, provenance, prompts (one a candidate), prefix (a text), extras ({name: content}).
+    ({judge: [...]}), prob, weight, margin, beta_scale, provenance, prompts (one a candidate), prefix (a text), extras ({name:
+    content}).
 
     A prompt or candidate is a text, a list of messages, or an object with text, image, images, messages, tools,
     template_kwargs. A message is {role, content}, its content a text or a list of parts, {"type": "text", "text": ...} or
@@ -310,7 +311,7 @@ def row_of(entry: dict[str, Any], where: str, default_id: str, resolve: Callable
             "candidates": [_content(c, resolve) for c in _list(entry, "candidates")],
             "scores": [{"judge": str(judge), "values": [float(v) for v in _list(scores, judge)]} for judge in scores],
             "ranks": None if entry.get("ranks") is None else [float(r) for r in _list(entry, "ranks")],
-            **{k: None if entry.get(k) is None else float(entry[k]) for k in ("prob", "weight", "margin")},
+            **{k: None if entry.get(k) is None else float(entry[k]) for k in ("prob", "weight", "margin", "beta_scale")},
             "provenance": [json.dumps(p, sort_keys=True) for p in _list(entry, "provenance")],
             "prompts": None if entry.get("prompts") is None else [_content(p, resolve) for p in _list(entry, "prompts")],
             "prefix": _text(entry.get("prefix")),

@@ -118,6 +118,7 @@ class Comparison:
         prob: P(candidate 0 beats candidate 1), pairs only; 0.5 is a tie.
         weight: weight of the row in the loss. None is 1.
         margin: by how much the better one is better, in reward units. None is 0.
+        beta_scale: factor of the loss's beta for this row. None is 1.
         provenance: one dict a candidate (model, seed, guidance_scale ...), or empty.
         prompts: one prompt a candidate where each answers its own (joint pairs); None: all answer `prompt`.
         prefix: text that every candidate goes on from, as verified steps of a solution; given, never scored.
@@ -133,6 +134,7 @@ class Comparison:
     prob: float | None = None
     weight: float | None = None
     margin: float | None = None
+    beta_scale: float | None = None
     provenance: tuple[dict[str, Any], ...] = ()
     prompts: tuple[Content, ...] | None = None
     prefix: str | None = None

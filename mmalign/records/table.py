@@ -37,6 +37,7 @@ def features(*, conversations: bool = True) -> "datasets.Features":
             "prob": Value("float64"),
             "weight": Value("float64"),
             "margin": Value("float64"),
+            "beta_scale": Value("float64"),
             "provenance": List(Value("string")),  # one JSON object a candidate
             "prompts": List(content_features()),
             "prefix": Value("string"),
@@ -46,7 +47,7 @@ def features(*, conversations: bool = True) -> "datasets.Features":
     )
 
 
-SIMPLE = ("id", "scores", "ranks", "prob", "weight", "margin", "provenance", "prefix", "where")  # hold no media
+SIMPLE = ("id", "scores", "ranks", "prob", "weight", "margin", "beta_scale", "provenance", "prefix", "where")  # hold no media
 COLUMNS = ("id", "prompt", "candidates", *SIMPLE[1:-1], "prompts", "extras", "where")
 
 
@@ -61,6 +62,7 @@ def to_row(comparison: Comparison) -> dict[str, Any]:
         "prob": comparison.prob,
         "weight": comparison.weight,
         "margin": comparison.margin,
+        "beta_scale": comparison.beta_scale,
         "provenance": [json.dumps(p, sort_keys=True) for p in comparison.provenance],
         "prompts": None if comparison.prompts is None else [content_row(p) for p in comparison.prompts],
         "prefix": comparison.prefix,
@@ -94,6 +96,7 @@ def comparison(row: Mapping[str, Any], where: str = "", least: int = 2) -> Compa
         prob=row.get("prob"),
         weight=row.get("weight"),
         margin=row.get("margin"),
+        beta_scale=row.get("beta_scale"),
         provenance=tuple(_provenance(p, where) for p in row.get("provenance") or ()),
         prompts=None if prompts is None else tuple(content_of(p, f"{where}: prompt {n}") for n, p in enumerate(prompts, 1)),
         prefix=row.get("prefix"),

@@ -11,7 +11,7 @@ from mmalign.records.rows import Comparison, Content, Dropped, Example, Sample
 from mmalign.records.verdicts import Pairs, paired, phi_of, scores_of, thinned, too_few, values_of
 
 # What an absent side value means, for batches in which only some rows have it.
-SIDE_DEFAULTS = {"prob": 1.0, "weight": 1.0, "margin": 0.0}
+SIDE_DEFAULTS = {"prob": 1.0, "weight": 1.0, "margin": 0.0, "beta_scale": 1.0}
 Ties = Literal["drop", "soft"]
 Side = dict[str, float | tuple[float, ...]]
 
@@ -423,10 +423,11 @@ def _example(row: Comparison, order: Sequence[int], side: Side, suffix: str = ""
     def sample(prompt: Content, completion: Content, ends_turn: bool = True) -> Sample:
         return Sample(prompt=prompt, completion=completion, prefix=row.prefix, ends_turn=ends_turn)
 
+    own = {"weight": row.weight, "beta_scale": row.beta_scale}
     return Example(
         id=row.id + suffix,
         samples=tuple(sample(row.prompt_of(i), row.candidates[i], ends_turn) for i in order),
-        side=side if row.weight is None else {**side, "weight": row.weight},
+        side=side | {name: value for name, value in own.items() if value is not None},
         extras={name: sample(row.prompt, content) for name, content in row.extras.items()},
     )
 

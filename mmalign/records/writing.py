@@ -232,7 +232,9 @@ def _line(row: Comparison, content: Callable[[Content, str], Any]) -> str:
 
 
 def _side(row: Comparison) -> dict[str, Any]:
-    optional = {name: getattr(row, name) for name in ("scores", "ranks", "prob", "weight", "margin", "provenance")}
+    optional = {
+        name: getattr(row, name) for name in ("scores", "ranks", "prob", "weight", "margin", "beta_scale", "provenance")
+    }
     return {name: value for name, value in optional.items() if value is not None and value != () and value != {}}
 
 
