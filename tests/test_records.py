@@ -258,7 +258,7 @@ def test_min_gap_with_ranks_is_refused():
         pair(row(ranks=(1.0, 2.0)), min_gap=0.1)
 
 
-@pytest.mark.parametrize("view", sorted(VIEWS.keys() - {"prompts", "blind", "crossed", "retrieved"}))
+@pytest.mark.parametrize("view", sorted(VIEWS.keys() - {"prompts", "blind", "clips", "crossed", "retrieved"}))
 def test_a_row_without_verdict_is_dropped_by_every_view_that_needs_one(view):
     assert VIEWS[view](row()) == Dropped("not judged")
 

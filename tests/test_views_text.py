@@ -7,7 +7,7 @@ from mmalign.records import VIEWS, Comparison, Content, Dropped, Message, joint,
 
 TEXTS = ("aa", "bb", "cc", "dd")
 
-OF_SIGHT = {"blind", "crossed", "retrieved"}  # test_views_sight.py
+OF_SIGHT = {"blind", "clips", "crossed", "retrieved"}  # test_views_sight.py
 
 
 def row(k=4, **known):
