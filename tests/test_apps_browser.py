@@ -374,8 +374,11 @@ def test_data_is_shown_as_text_and_never_run(site: Site, judge: Any) -> None:
         assert attacks[0] in page.locator("#stage").inner_text()
     press(page, "1")
     press(page, "1")
-    page.keyboard.press("p")
+    page.keyboard.press("d")
     assert whole in page.locator(".reading").first.inner_text()
+    for mode in ("d", "p"):
+        page.keyboard.press(mode)
+    assert page.locator(".reading mark").count() == 1, "rendered, with the word that differs"
     page.wait_for_timeout(50)
     assert page.evaluate("globalThis.ran") is None
     assert page.locator("#work img, #work script, #work svg").count() == 0
