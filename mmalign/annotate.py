@@ -94,6 +94,9 @@ def main(config: AnnotateConfig) -> None:
     data = _data(config)
     settings = _settings(config)
     check_reach(settings)
+    file = _file(config)
+    if not data and file is not None and not Path(file).expanduser().exists():
+        raise UserError(f"store: there is no {config.store!r}, want data to judge. Name them after {config.what[0]}.")
     with _bound(settings.host, settings.port) as listener:
         settings = replace(settings, port=listener.getsockname()[1])
         store = Store.open(config.store)
@@ -139,14 +142,19 @@ def _built(choice: Choice) -> Iterator[Any]:
     return rows_of(choice.build())
 
 
+def _file(config: AnnotateConfig) -> str | None:
+    """The store's file; None: it is on a server."""
+    store = config.store
+    return store.removeprefix("sqlite:///") if "://" not in store or store.startswith("sqlite:///") else None
+
+
 def _settings(config: AnnotateConfig) -> Settings:
     team = config.share_with is not None or config.accounts is not None
     roots = config.roots
     if roots is None and team:
         place = Path(config.path).expanduser() if config.path else None
         roots = () if place is None or not place.exists() else (place if place.is_dir() else place.parent,)
-    is_file = "://" not in config.store or config.store.startswith("sqlite:///")
-    database = config.store.removeprefix("sqlite:///")
+    database = _file(config)
     return Settings(
         host=config.host,
         port=config.port,
@@ -154,7 +162,7 @@ def _settings(config: AnnotateConfig) -> Settings:
         names=config.names,
         https=config.https,
         roots=roots,
-        uploads=Path(f"{database}-uploads" if is_file else "judgements-uploads"),
+        uploads=Path("judgements-uploads" if database is None else f"{database}-uploads"),
         upload_mb=config.upload_mb,
         warm=True,
     )

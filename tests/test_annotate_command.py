@@ -127,7 +127,7 @@ print([name for name in ("torch", "transformers", "diffusers", "gradio", "matplo
         (["text", "rows.jsonl", "--port", "70000"], "port: got 70000"),
         (["text", "rows.jsonl", "--accounts", "none.yaml"], "accounts: none.yaml cannot be read"),
         (["text", "rows.jsonl", "--share-with", "team"], "accounts: got no administrator"),
-        (["text"], "store: got no project"),
+        (["text"], "store: there is no"),
         (["text", "--gold", "rows.jsonl"], "data: got none"),
         (["text", "rows.jsonl", "--guideline", "none.md"], "guideline: none.md cannot be read"),
         (["text", "rows.jsonl", "--store", "mysql://me:hidden@x/y"], "want SQLite or PostgreSQL"),

@@ -130,7 +130,7 @@ def test_passwords_and_tokens_are_nowhere_in_the_store_nor_in_a_log(store: Store
 
 def test_a_password_is_hashed_with_a_salt_of_its_own() -> None:
     one, two = hash_password(PASSWORD), hash_password(PASSWORD)
-    assert one != two and one.startswith("scrypt$32768$8$1$")
+    assert one != two and one.startswith("scrypt$32768$8$3$")
     assert fits(PASSWORD, one) and fits(PASSWORD, two) and not fits(PASSWORD + " ", one)
 
 

@@ -144,13 +144,13 @@ def _collected(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
     many = f"{protocol.votes_per_item} people an item" if protocol.votes_per_item > 1 else "one person an item"
     if protocol.overlap_share:
         many += f", {protocol.overlap_votes} for a random {protocol.overlap_share:.0%} of them"
-    checks = f"{protocol.gold_share:.0%} of what was shown had a known answer" if protocol.gold_share else ""
-    if protocol.repeat_share:
-        checks += f"{' and ' if checks else ''}{protocol.repeat_share:.0%} came back with the sides swapped"
+    checks = [f"{protocol.gold_share:.0%} items of known answer, where there are any"] if protocol.gold_share else []
+    checks += [f"{protocol.repeat_share:.0%} items that come back with the sides swapped"] if protocol.repeat_share else []
+    mixed = f" To be mixed in were {' and '.join(checks)}; votes on these do not count here." if checks else ""
     return (
         "## How it was collected\n\n"
         "Candidates were shown without the names of their makers, in an order drawn anew for every showing. Asked were: "
-        f"{'; '.join(asked)}. Wanted were {many}.{f' {checks}; these do not count here.' if checks else ''} "
+        f"{'; '.join(asked)}. Wanted were {many}.{mixed} "
         f"Guideline version {facts.guideline_version}.{dwell} People are numbered, not named.\n"
     )
 

@@ -201,6 +201,8 @@ def _set(tree: Tree, path: KeyPath, value: Any) -> str | None:
             tree.overridden.add(true_path)
             return None
         child = node[slot] if isinstance(node, list) else node.get(slot)
+        if child is True:  # a bare switch, then settings of what it switches on
+            child = {}
         if child is None:
             tree.overridden.add(true_path)
         elif not isinstance(child, (dict, list, str)):
