@@ -1,7 +1,6 @@
 """From a real browser to trained weights: images are judged by keyboard, exported by the page's own link, and trained on."""
 
 import io
-import shutil
 import socket
 import threading
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from annotation_votes import images, protocol
+from judging_pages import BROWSER, CHROMIUM
 from runs import final_weights, train
 
 from mmalign.annotation.store import Store
@@ -18,15 +18,7 @@ from mmalign.apps.server import Settings, create_app
 from mmalign.importers import trl
 from mmalign.records import comparison
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None,
-        reason="NO BROWSER: judging, export and training in a row are NOT tested. Install chromium (apt-get install chromium).",
-    ),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = BROWSER
 KEYS = ("ArrowLeft", "ArrowRight", "ArrowLeft", "t", "ArrowRight")
 
 
