@@ -138,3 +138,24 @@ def test_joint_rows_and_long_answers_come_back_token_by_token(pack: bool, tmp_pa
 def test_a_cache_of_references_is_refused_where_the_reference_moves(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter\.cache: got .* a moving reference, which cannot use it\. Set cache to null"):
         train_text(tmp_path / "run", adapter={"cache": str(cache)}, training={"moving_reference": {"every": 2}})
+
+
+def test_sums_of_long_answers_are_rounded_once(tmp_path: Path) -> None:
+    from mmalign.adapters.text import TextAdapter
+    from mmalign.records import Content, Example, Sample
+
+    texts = [" the cat sat on the mat and" * 120, " two dogs ran after it and" * 120]
+    samples = tuple(Sample(prompt=Content(text="tell me"), completion=Content(text=text)) for text in texts)
+    example = Example(id="long", samples=samples)
+    settings = TextAdapter(
+        model=str(model_folder()), cache=str(tmp_path / "cache"), max_prompt_length=None, max_response_length=None
+    )
+    filling = settings.open(needs_reference=True, caching=0)
+    filling.cache.fill_references(filling, [example], 2, torch.no_grad)
+    filling.cache.close()
+    policy = settings.open(needs_reference=True)
+    inputs = policy.prepare(policy.collate([policy.item(example, 0)])).inputs
+    kept, slot = policy.cache._read(inputs.tokens).double(), inputs.tokens.packed().slot
+    want = torch.zeros(2, dtype=torch.float64).index_add(0, slot, kept)
+    assert want.min() < -2048  # the distance of float32 numbers is .00024 there
+    assert torch.equal(policy.cache.measures(inputs)["policy"][0], want.float())

@@ -61,10 +61,11 @@ class ReferenceBank:
         """
         layout = inputs.tokens.packed()
         values = self._read(inputs.tokens)
-        sums = torch.zeros(layout.num_slots)
-        weight = 1.0 if layout.weight is None else layout.weight
-        sums.index_add_(0, layout.slot, values * weight)
-        measured = replace(inputs, wanted=inputs.wanted & {"shared", "joint"}).of_slots({"logps": sums})
+        # Added one by one in float32, a thousand nats would be off by a thousandth.
+        sums = torch.zeros(layout.num_slots, dtype=torch.float64)
+        weight = 1.0 if layout.weight is None else layout.weight.double()
+        sums.index_add_(0, layout.slot, values.double() * weight)
+        measured = replace(inputs, wanted=inputs.wanted & {"shared", "joint"}).of_slots({"logps": sums.float()})
         return {name: value.to(inputs.device, non_blocking=True) for name, value in measured.items()}
 
     def counts(self) -> dict[str, int]:
