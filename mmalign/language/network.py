@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,7 @@ from mmalign.errors import UserError
 from mmalign.language import packed
 from mmalign.language.distillation import Lesson, distilled_sums
 from mmalign.language.head import Head, likeliest, slot_sums, target_logits
+from mmalign.language.last_layer import spare
 from mmalign.likelihoods import Layout, Tokens
 from mmalign.likelihoods.tokens import GRADED, PER_TOKEN
 
@@ -165,10 +167,14 @@ class TokenNetwork(nn.Module):
         """
         if layout.segments and not self.packs:
             raise ValueError(f"layout: got a packed one, want padded rows: {self.why_not}.")
-        return self.hidden(layout).flatten(0, 1).index_select(0, layout.at)
+        return self._hidden(layout).flatten(0, 1).index_select(0, layout.at)
 
     def hidden(self, layout: Layout) -> Float[Tensor, "rows length dim"]:
-        """Last hidden states of all tokens.
+        """Last hidden states of all tokens."""
+        return self._hidden(replace(layout, needed=None))
+
+    def _hidden(self, layout: Layout) -> Float[Tensor, "rows length dim"]:
+        """Last hidden states, of those tokens at least that are needed.
 
         No mask is needed for rows padded on the right: no token attends to what follows it.
         """
@@ -195,7 +201,7 @@ class TokenNetwork(nn.Module):
             blocks: dict[str, Any] = {}
             if self.sight is not None:
                 blocks = {"blocks": self.sight.blocks(layout), "within_windows": self.sight.within_windows}
-            arguments = packed.row_arguments(layout, self.kernel, **blocks)
+            arguments = packed.row_arguments(layout, self.kernel, needed=layout.needed, **blocks)
         if "position_ids" in self._takes:
             arguments["position_ids"] = layout.positions
         arguments["input_ids"] = layout.ids
@@ -266,18 +272,22 @@ class TokenNetwork(nn.Module):
             return reason
         before = self.model.config.get_text_config()._attn_implementation
         self._attend(packed.register())
-        reason = self._compare()
-        if reason:
+        reason, attention = self._compare()
+        if reason or attention is None:
             self._attend(before)
-        return reason
+            return reason
+        spared = spare(self.model, attention)
+        if spared is not None and self._compare()[0]:
+            spared.remove()
+        return ""
 
     def _attend(self, implementation: str) -> None:
         """Set the attention of the language model; that of a vision tower stays as it is."""
         parts = self.model.config.sub_configs
         self.model.set_attn_implementation({"text_config": implementation} if "text_config" in parts else implementation)
 
-    def _compare(self) -> str:
-        """Why the probe's packed row does not give what its padded rows do; or ""."""
+    def _compare(self) -> tuple[str, nn.Module | None]:
+        """Why the probe's packed row does not give what its padded rows do, or ""; and the attention that was called last."""
         tokens = self._probe()
         self.why_not = ""
         with _at_rest(self.model):
@@ -287,15 +297,16 @@ class TokenNetwork(nn.Module):
             try:
                 self._entry(arguments)(use_cache=False, **arguments)
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
-                return f"its layers do not take a packed row ({str(error).splitlines()[0][:200]})"
-            reason = _strange_windows(arguments[packed.NAME].windows, self.model.config.get_text_config())
+                return f"its layers do not take a packed row ({str(error).splitlines()[0][:200]})", None
+            row: packed.Row = arguments[packed.NAME]
+            reason = _strange_windows(row.windows, self.model.config.get_text_config())
             if reason:
-                return reason
+                return reason, None
             together = self(layout)["logps"]
         off = float((together - padded).abs().max())
         if not off <= self._tolerance():
-            return f"{type(self.model).__name__} makes of a packed row what is {off:.3g} nats off"
-        return ""
+            return f"{type(self.model).__name__} makes of a packed row what is {off:.3g} nats off", None
+        return "", row.last
 
     def _probe(self) -> Tokens:
         vocab = self.model.config.get_text_config().vocab_size

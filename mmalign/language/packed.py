@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -28,20 +28,25 @@ class Row:
             FlexAttention, on CUDA.
         blocks: of contexts by number, (start, stop) of tokens that also see each other forwards: an image's, or a prefix.
         within_windows: whether a sliding window bounds what they see of each other.
+        needed: places of the tokens whose last states are asked for; None: all. See `last_layer`.
     """
 
     segments: tuple[Segment, ...]
     kernel: Literal["sdpa", "flex"] = "sdpa"
     blocks: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     within_windows: bool = False
+    needed: Int[Tensor, " needed"] | None = None
     windows: list[int | None] = field(default_factory=list)
+    last: torch.nn.Module | None = None  # the attention layer that was called last
     lengths: list[int] = field(init=False)
+    num_tokens: int = field(init=False)
     groups: list[tuple[int | None, list[int]]] = field(init=False)  # a context, and segments of one length that continue it
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Find the calls of attention."""
         self.lengths = [segment.stop - segment.start for segment in self.segments]
+        self.num_tokens = sum(self.lengths)
         self.groups = [(None, [number]) for number, segment in enumerate(self.segments) if segment.after is None]
         alike: dict[tuple[int, int], list[int]] = {}
         for number, segment in enumerate(self.segments):
@@ -77,7 +82,7 @@ class Row:
 
         key = ("block", window, device)
         if key not in self._masks:
-            length = sum(self.lengths)
+            length = self.num_tokens
             seen = _mask_function(self.segments, length, window, device, self.blocks, self.within_windows)
             self._masks[key] = create_block_mask(seen, None, None, length, length, device=device)
         return self._masks[key]
@@ -150,6 +155,7 @@ def attention(
     if strange or not (causal or row.blocks):
         raise ValueError(f"packed attention: got {strange[0] if strange else 'a layer that is not causal'}, want neither.")
     row.windows.append(sliding_window)
+    row.last = module
     if row.kernel == "flex":
         out = _flex(row, query, key, value, sliding_window, scaling, softcap)
     else:

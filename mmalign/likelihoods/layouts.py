@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+FEW = 0.9  # of a row's tokens: what is asked for of more of them is not worth picking out
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -42,6 +44,7 @@ class Layout:
         counts: number of scored tokens of each sum, known without asking the device.
         media: what is shown beside the tokens: packed, of each context; padded, of each row; None: nothing anywhere.
         begins: padded: where the continuation of each row begins; empty when packed.
+        needed: packed: the places in `at`, each once, where they are few; None: not told.
         opposed: pairs of sums, all of them, whose gradients are known to be opposite: the loss sees only their difference.
     """
 
@@ -56,6 +59,7 @@ class Layout:
     counts: tuple[int, ...]
     media: tuple[Any | None, ...] | None = None
     begins: tuple[int, ...] = ()
+    needed: Int[Tensor, " needed"] | None = None
     opposed: tuple[tuple[int, int], ...] | None = None
 
     @property
@@ -72,7 +76,7 @@ class Layout:
         """The same on a device; the only copies of a step, and none back. Media stay: a network moves what it needs of them."""
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True)
-            for name in ("ids", "positions", "mask", "at", "target", "slot", "weight")
+            for name in ("ids", "positions", "mask", "at", "target", "slot", "weight", "needed")
             for value in (getattr(self, name),)
         }
         return replace(self, **moved)
@@ -162,7 +166,8 @@ class Tokens:
             length += run
         at_context = [torch.arange(start, start + len(c) - 1) for start, c in zip(starts, self.contexts, strict=True)]
         layout = self._layout(torch.cat(ids)[None], torch.cat(positions)[None], None, tuple(segments), at, at_context)
-        return replace(layout, media=self.media)
+        needed = torch.zeros(length, dtype=torch.bool).index_fill(0, layout.at, True).nonzero()[:, 0]
+        return replace(layout, media=self.media, needed=needed if len(needed) < FEW * length else None)
 
     def padded(self, *, multiple: int = 1, pad: int = 0) -> Layout:
         """A right-padded row for each continuation, its context before it.
