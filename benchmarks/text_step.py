@@ -68,7 +68,7 @@ MEMORY_GOALS = {"32k": 0.6, "128k": 0.7}
 PARTS = ("step", "head", "tokenising")
 HEADS = {
     "step": "one optimiser step of DPO",
-    "memory": "live bytes of a micro-step at longer texts",
+    "memory": "live bytes of a micro-step",
     "head": "the output layer alone, forward and backward",
     "tokenising": "tokenising pairs",
 }
@@ -81,6 +81,9 @@ DISCLOSED = (
     "FLOP limit is what may be hoped for on a GPU, not the CPU's ratio",
     "random weights and texts, float32, one thread, no gradient checkpointing on either side (TRL's default is on)",
     "fixed lengths have no padding on either side; `varied lengths` has TRL's random padding against packed rows",
+    "glibc's allocator is left as it comes: it gives large blocks back to the system and takes them anew, page by page, which "
+    "TRL pays more for. With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` it keeps them, as CUDA's allocator does; "
+    "`allocator` tells what was set",
     "loading, collating and tokenising are outside the clock; our `prepare`, which lays out the tokens, is inside it, and so "
     "are the metrics of both sides. What transformers' Trainer does around `training_step` is not",
     "a cached reference is paid for by one pass over the data: it pays where it is used again (epochs, sweeps). TRL has the "
@@ -111,19 +114,15 @@ class Side:
         varied = case.ratio == VARIED
         batch_size, accumulation = (size.batch_size, size.accumulation) if varied else (1, 1)
         examples = pairs(size, case)
-        long = [] if varied else pairs(size, case, size.long)
         cache = filled_cache(folder, examples, work / "cache")
         policy = open_ours(folder, lora=case.lora)
         move_away(policy)
-        trainer = open_trainer(folder, [*examples, *long], work / "trl", lora=case.lora)
+        trainer = open_trainer(folder, examples, work / "trl", lora=case.lora)
         copy_weights(policy, trainer)
         run = our_run(policy, work / "run", num_examples=len(examples), batch_size=batch_size, accumulation=accumulation)
-        ours, ours_long = our_batches(policy, examples, batch_size), our_batches(policy, long, 1)
-        check_tokens(trainer, [*ours, *ours_long])
-        rows = list(trainer.train_dataset)
-        theirs, theirs_long = (
-            trl_batches(trainer, part, batch_size) for part in (rows[: len(examples)], rows[len(examples) :])
-        )
+        ours = our_batches(policy, examples, batch_size)
+        check_tokens(trainer, ours)
+        theirs = trl_batches(trainer, list(trainer.train_dataset), batch_size)
         beta = BETA * peer_beta_factor
 
         def trl(batches: Any, *, compact: bool = True, cached: bool = False) -> TrlStep:
@@ -137,7 +136,6 @@ class Side:
             SHIPPED: trl(theirs, compact=False),
             PEER_CACHED: trl(theirs, cached=True),
         }
-        self.long = {PEER: trl(theirs_long), OURS: OurTextStep(run, ours_long, cache=None)} if long else {}
         self.num_batches = len(ours)
 
     def check(self) -> dict[str, dict[str, Any]]:
@@ -183,9 +181,11 @@ class Side:
             )
         return rows
 
-    def memory_rows(self) -> list[dict[str, Any]]:
-        """Live bytes at longer texts, where gradients do not hide what the step needs."""
-        found = {name: counts(variant)[1]["step_peak_bytes"] for name, variant in self.long.items()}
+    def memory_rows(self, checked: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Live bytes of the last micro-step of the gate, and what of them are not gradients."""
+        if self.case.ratio == VARIED:
+            return []
+        found = {name: checked[name]["step_peak_bytes"] for name in (PEER, OURS)}
         gradients = sum(4 * parameter.numel() for parameter in self.variants[PEER].trained().values())  # type: ignore[union-attr]
         return [
             {"suite": "memory", "mode": self.case.name, "peer": PEER, "variant": name, "step_peak_bytes": peak}
@@ -247,7 +247,7 @@ def case_rows(case: Case, size: Size, rounds: int, *, peer_beta_factor: float = 
         folder = save_model(size, size.vocabs[case.vocab], work / "model")
         side = Side(case, size, folder, work, peer_beta_factor=peer_beta_factor)
         checked = side.check()
-        rows = [*side.memory_rows(), *side.rows(checked, rounds)]
+        rows = [*side.memory_rows(checked), *side.rows(checked, rounds)]
     del side
     gc.collect()
     return rows
@@ -262,6 +262,7 @@ def document(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, Any]:
         "clock": "process CPU time, one thread, A..Z then Z..A a round, median of the rounds' ratios",
         "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, shared: `load` is the load average before and after a case",
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "disclosed": list(DISCLOSED),
         "rows": list(rows),
     }

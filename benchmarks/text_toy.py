@@ -25,7 +25,6 @@ class Size:
             are not tied.
         vocabs: sizes of the vocabulary. The texts use 257 entries; what the output layer costs does not depend on which.
         lengths: by ratio prompt : answer, tokens of the prompt and of each answer.
-        long: how many times these lengths are those at which memory is counted once more.
         varied: median tokens of prompt and answer where lengths vary (log-normal, sigma 0.8, at most 4 medians).
         batch_size, accumulation: pairs a micro-batch, and micro-batches a step, where lengths vary; elsewhere 1 and 1.
         documents: texts that are tokenised.
@@ -39,7 +38,6 @@ class Size:
     vocabs: dict[str, int]
     lengths: dict[str, tuple[int, int]]
     varied: tuple[int, int]
-    long: int = 2
     batch_size: int = 4
     accumulation: int = 4
     documents: int = 256
@@ -66,7 +64,7 @@ SIZES = {
         heads=6,
         inner=1024,
         vocabs={"32k": 32_000, "128k": 128_000},
-        lengths={"1:1": (128, 128), "4:1": (256, 64), "8:1": (512, 64)},
+        lengths={"1:1": (256, 256), "4:1": (512, 128), "8:1": (1024, 128)},
         varied=(96, 48),
     ),
 }
@@ -120,17 +118,12 @@ def save_model(size: Size, vocab: int, folder: Path) -> Path:
     return folder
 
 
-def pairs(size: Size, case: Case, times: int = 1) -> list[Example]:
-    """Pairs of random texts, for one step: one of fixed length, or several of drawn lengths.
-
-    Args:
-        size, case: of the comparison.
-        times: how many times as long.
-    """
+def pairs(size: Size, case: Case) -> list[Example]:
+    """Pairs of random texts, for one step: one of fixed length, or several of drawn lengths."""
     rng = np.random.default_rng(0)
     if case.ratio != VARIED:
         prompt, answer = size.lengths[case.ratio]
-        lengths = [(times * prompt, times * answer, times * answer)]
+        lengths = [(prompt, answer, answer)]
     else:
         medians = np.array([size.varied[0], size.varied[1], size.varied[1]])
         draws = np.exp(rng.normal(0, 0.8, (size.batch_size * size.accumulation, 3)))
