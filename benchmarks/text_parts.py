@@ -68,8 +68,9 @@ class OutputLayer:
         return torch.stack([part.sum() for part in logps.chunk(2)])
 
     def ours(self) -> Tensor:
-        """mmalign's."""
-        return slot_sums(self.hidden, Head(weight=self.weight), self.target, self.slot, self.counts)["logps"]
+        """mmalign's, as a run of DPO has it: the gradients of the two sums are known to be opposite."""
+        head = Head(weight=self.weight)
+        return slot_sums(self.hidden, head, self.target, self.slot, self.counts, opposed=((0, 1),))["logps"]
 
     def naive(self) -> Tensor:
         """The logits of all these positions, their log-softmax, and autograd."""
