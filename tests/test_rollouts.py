@@ -12,7 +12,7 @@ from PIL import Image
 from runs import config_of, forget_accelerate, metrics_of, train, tree
 from test_resume import contents, numbers
 from test_step_reward import LATENT
-from test_step_scorers import latent_folder, policy_of, step_aware_folder
+from test_step_scorers import latent_folder, policy_of, small_decoder_folder, step_aware_folder
 from torch import Tensor
 
 from mmalign.errors import UserError
@@ -153,6 +153,20 @@ def test_pairs_do_not_depend_on_how_many_prompts_are_sampled_at_once(tmp_path: P
     assert first.stream.notes == pytest.approx(second.stream.notes, rel=1e-5)
 
 
+@pytest.mark.parametrize("sampling_batch", [1, 2, 3])
+def test_the_branches_of_a_prompt_are_decoded_and_judged_together_and_those_of_another_apart(
+    tmp_path: Path, sampling_batch: int
+) -> None:
+    scorer = {"name": "step_aware", "path": str(step_aware_folder(tmp_path))}
+    opened = Opened(tmp_path, sampling_batch=sampling_batch, scorer=scorer)
+    rows: dict[str, list[int]] = {"decoded": [], "judged": []}
+    judge = opened.stream.scorer.network.clip.visual_projection
+    for name, part in (("decoded", opened.policy.pipe.vae.decoder), ("judged", judge)):
+        part.register_forward_hook(lambda module, given, output, name=name: rows[name].append(len(output)))
+    opened.round()
+    assert rows["decoded"] == rows["judged"] == [3] * (3 * 4)  # 3 prompts, 4 steps, 3 successors
+
+
 def test_every_round_and_place_has_its_own_noise_and_prompts_go_round(tmp_path: Path) -> None:
     opened = Opened(tmp_path, prompts_per_round=8, num_steps=2)
     first = list(opened.round())
@@ -240,6 +254,15 @@ def test_step_aware_and_latent_judges_work_in_a_run(tmp_path: Path) -> None:
     for name, folder in folders.items():
         source = rollouts(scorer={"name": name, "path": str(folder)}, threshold=[0.0, 0.001])
         assert len(metrics_of(train(tmp_path / "runs" / name, **SPO, source=source))) == 2
+
+
+def test_a_small_decoder_works_in_a_run_and_one_for_other_latents_is_refused_before_a_file_is_written(tmp_path: Path) -> None:
+    scorer = {"name": "image", "scorer": "brightness", "decoder": str(small_decoder_folder(tmp_path / "small"))}
+    assert len(metrics_of(train(tmp_path / "fine", **SPO, source=rollouts(scorer=scorer)))) == 2
+    scorer["decoder"] = str(small_decoder_folder(tmp_path / "wide", latent_channels=16))
+    with pytest.raises(UserError, match=r"source\.scorer\.decoder: got .*wide for latents of 16 channels, want 4"):
+        train(tmp_path / "out", **SPO, source=rollouts(scorer=scorer))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_resumed_with_a_pool_that_is_not_empty_ends_bit_for_bit_the_same(tmp_path: Path) -> None:

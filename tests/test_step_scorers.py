@@ -42,6 +42,18 @@ def latent_folder(tmp_path: Path, policy: Any) -> Path:
     return save_latent_reward(policy.network, tmp_path / "latent")
 
 
+def small_decoder_folder(folder: Path, **changes: Any) -> Path:
+    """A random `AutoencoderTiny` with the sides of the tiny VAE."""
+    from diffusers import AutoencoderTiny
+
+    wide = {name: (8, 8, 8) for name in ("encoder_block_out_channels", "decoder_block_out_channels")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = AutoencoderTiny(**wide, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), **changes)
+    small.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[StepModel, StepScorer, Any]:
     """The model that is sampled, a scorer of it, and a function that builds it with other settings."""
@@ -162,6 +174,37 @@ def test_an_image_scorer_is_given_pixels_where_it_takes_them_and_8_bit_images_el
     plain = STEP_SCORERS["image"](images, scorer=choice_of("brightness"))(prompts=PROMPTS, **state)
     luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     torch.testing.assert_close(plain, (images.decode(state["clean"]) * luma).sum(1).mean((1, 2)), rtol=0, atol=4e-3)
+
+
+def test_a_small_decoder_stands_for_the_vae_in_what_is_scored(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    images, state = policy_of(tmp_path, STEP_AWARE).images, states()
+    folder = small_decoder_folder(tmp_path / "small")
+    calls: list[int] = []
+    images.pipe.vae.decoder.register_forward_hook(lambda module, given, output: calls.append(len(output)))
+    with torch.no_grad():
+        pixels = (AutoencoderTiny.from_pretrained(folder).eval().decode(state["clean"]).sample / 2 + 0.5).clamp(0, 1)
+    counted = Choice(name="mean", target=CountedPixels)
+    found = STEP_SCORERS["image"](images, scorer=counted, decoder=str(folder))(prompts=PROMPTS, **state)
+    torch.testing.assert_close(found, pixels.mean((1, 2, 3)))
+    model = step_aware_folder(tmp_path)
+    found = STEP_SCORERS["step_aware"](images, path=str(model), decoder=str(folder))(prompts=PROMPTS, **state)
+    network, reads = open_step_aware(str(model))
+    with torch.no_grad():
+        seen = network.image_features(reads.pixels(pixels, resize="shortest"), state["timestep"])
+        expected = network.score(seen, network.text_features(reads.tokens(PROMPTS)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert not calls, "the model's own VAE decodes nothing"
+
+
+def test_a_small_decoder_that_is_none_is_refused(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path, STEP_AWARE)
+    (tmp_path / "empty").mkdir()
+    policy.images.pipe.vae.save_pretrained(tmp_path / "vae")
+    for folder, told in (("vae", r"which is a AutoencoderKL, want an AutoencoderTiny"), ("empty", "diffusers cannot load")):
+        with pytest.raises(UserError, match=rf"source\.scorer\.decoder: got .*{folder}.*{told}"):
+            STEP_SCORERS["image"](policy.images, scorer=choice_of("brightness"), decoder=str(tmp_path / folder))
 
 
 def move(denoiser: Any) -> None:

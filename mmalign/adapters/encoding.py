@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Encoding:
-    """VAE and text encoders of an opened pipeline. Nothing is encoded in batches, so that none changes the numbers."""
+    """VAE and text encoders of an opened pipeline. Nothing is encoded in batches, so that none changes the numbers.
+
+    What is decoded together is for the caller to choose: rows that always stand together.
+    """
 
     def __init__(
         self, family: Family, pipe: Any, *, device: torch.device, size: tuple[int, int], frames: int | None = None
@@ -50,8 +53,8 @@ class Encoding:
         return {"mean": torch.cat([mean for mean, _ in parts]), "std": torch.cat([std for _, std in parts])}
 
     def decode(self, latents: Float[Tensor, "n c *latent"]) -> Float[Tensor, "n 3 *dims"]:
-        """Pixels in [0, 1] of scaled latents."""
-        return torch.cat([decode_latents(self.pipe, one[None]) for one in latents])
+        """Pixels in [0, 1] of scaled latents, in one pass."""
+        return decode_latents(self.pipe, latents)
 
     def encode_prompts(self, prompts: Sequence[Prompt], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The condition of each prompt; `sources` are 8-bit pixels by key."""

@@ -88,7 +88,8 @@ class StepAwareReward:
     def inputs(self, noised: Noised, prompts: Sequence[str]) -> ScoringInputs:
         """The guesses as the CLIP sees them, their timesteps, and the tokens of the prompts."""
         guesses = self.images.guesses(noised, guidance_scale=self.settings.guidance_scale)
-        decoded = self.images.decode(guesses.flatten(0, 1))
+        alone = [self.images.decode(one[None]) for one in guesses.flatten(0, 1)]  # so that no batch changes the numbers
+        decoded = torch.cat(alone)
         pixels = self.reads.pixels(decoded, resize=self.settings.resize)
         return ScoringInputs(
             each={"pixels": pixels.view(*guesses.shape[:2], *pixels.shape[1:]), "timestep": noised.timestep},

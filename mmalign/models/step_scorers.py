@@ -18,15 +18,21 @@ from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.models.latent_reward import LatentReward, open_latent_reward
 from mmalign.models.lora import lora_off
+from mmalign.models.small_decoder import open_small_decoder
 from mmalign.models.step_aware import ClipInputs, StepAwareCLIP, open_step_aware
 from mmalign.scorers import SCORERS, DifferentiableScorer, Scorer, judged_kind
 
 KEPT_PROMPTS = 256
+Decode = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
 class StepScorer(Protocol):
-    """What a source of rollouts asks of a judge; no gradient."""
+    """What a source of rollouts asks of a judge; no gradient.
+
+    It is asked of the branches of one prompt at a time, which it may look at together: whatever prompts are sampled beside it,
+    the numbers are the same.
+    """
 
     @property
     def needs_guess(self) -> bool:
@@ -59,8 +65,12 @@ class StepModel(Protocol):
     schedule: Any
     device: torch.device
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of one image."""
+
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Pixels in [0, 1]."""
+        """Pixels in [0, 1], of all rows in one pass."""
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """All that the denoiser is told of an image of each prompt, by its keywords."""
@@ -99,6 +109,7 @@ class StepAwareScorer:
     """SPO's step-aware preference model on the decoded guess; see `step_aware`."""
 
     model: StepModel
+    decode: Decode
     network: StepAwareCLIP
     reads: ClipInputs
     resize: Literal["shortest", "squash"]
@@ -119,7 +130,7 @@ class StepAwareScorer:
         text = self.text(prompts)["features"]
 
         def score(part: slice) -> Tensor:
-            pixels = self.reads.pixels(self.model.decode(clean[part]).float(), resize=self.resize)
+            pixels = self.reads.pixels(self.decode(clean[part]).float(), resize=self.resize)
             image = self.network.image_features(pixels.to(self.model.device), timestep[part].to(self.model.device))
             return self.network.score(image, text[part])
 
@@ -134,6 +145,7 @@ def step_aware(
     processor: str | None = None,
     resize: Literal["shortest", "squash"] = "shortest",
     batch_size: int = 8,
+    decoder: str | None = None,
 ) -> StepAwareScorer:
     """The step-aware preference model of SPO, on what the decoded guess shows.
 
@@ -145,9 +157,10 @@ def step_aware(
         path: the folder `reward` of a trained step-aware model; or a CLIP, which then knows no time (the paper's ablation).
         published, processor: as in `open_step_aware`, for the authors' own weights.
         resize: of pixels that are no square.
-        batch_size: guesses decoded and scored at a time.
+        batch_size: at most so many guesses of a prompt are decoded and scored at a time; see `image`.
+        decoder: see `image`.
     Raises:
-        UserError: no such model, or weights that do not fit, listed.
+        UserError: no such model or decoder, or weights that do not fit, listed.
     """
     network, reads = open_step_aware(path, processor=processor, published=published)
     network = network.to(model.device).requires_grad_(False).eval()
@@ -156,7 +169,13 @@ def step_aware(
         return {"features": network.text_features(reads.tokens(prompts).to(model.device))}
 
     return StepAwareScorer(
-        model=model, network=network, reads=reads, resize=resize, batch_size=batch_size, text=Kept(compute=features)
+        model=model,
+        decode=_decode_of(model, decoder),
+        network=network,
+        reads=reads,
+        resize=resize,
+        batch_size=batch_size,
+        text=Kept(compute=features),
     )
 
 
@@ -165,6 +184,7 @@ class ImageScorer:
     """A plain scorer of images on the decoded guess; see `image`."""
 
     model: StepModel
+    decode: Decode
     scorer: Scorer
     batch_size: int
     needs_guess: bool = True
@@ -181,7 +201,7 @@ class ImageScorer:
         """The scorer's own score of what the guess shows; the timestep is not looked at."""
 
         def score(part: slice) -> Tensor:
-            pixels, some = self.model.decode(clean[part]).float(), list(prompts[part])
+            pixels, some = self.decode(clean[part]).float(), list(prompts[part])
             if isinstance(self.scorer, DifferentiableScorer):
                 return self.scorer.score_pixels(some, pixels).to(self.model.device)
             return self.scorer(some, [_image(one) for one in pixels]).to(self.model.device)
@@ -189,7 +209,9 @@ class ImageScorer:
         return _by_parts(score, len(prompts), self.batch_size)
 
 
-def image(model: StepModel, *, scorer: Annotated[Choice, Table(SCORERS)], batch_size: int = 8) -> ImageScorer:
+def image(
+    model: StepModel, *, scorer: Annotated[Choice, Table(SCORERS)], batch_size: int = 8, decoder: str | None = None
+) -> ImageScorer:
     """Any scorer of finished images, on what the decoded guess shows.
 
     Pixels are given as they are to scorers that take them, and as 8-bit images to the others.
@@ -198,14 +220,19 @@ def image(model: StepModel, *, scorer: Annotated[Choice, Table(SCORERS)], batch_
     Args:
         model: what is sampled.
         scorer: a name in SCORERS, with its settings.
-        batch_size: guesses decoded and scored at a time.
+        batch_size: at most so many guesses of a prompt are decoded and scored at a time; 1 saves memory. The most that
+            decoding adds, with the VAE of SD 1.x or SDXL: 4 of 512 pixels 1.5 GB in float16 and 3 GB in float32 (one: .4 and
+            .75), 2 of 1024 pixels 4.4 GB and 6 GB (one: 2.2 and 3).
+        decoder: None: the model's own VAE, as published, where decoding is 36 % of an iteration's FLOPs on SD 1.5. Else folder
+            or hub id of an `AutoencoderTiny` for these latents (`madebyollin/taesd` ...), which costs a twentieth: what is
+            scored then is an approximation, and other pairs come of it.
     Raises:
-        UserError: a scorer of texts.
+        UserError: a scorer of texts, or no such decoder.
     """
     judge = scorer.build()
     if judged_kind(judge) != "images":
         raise UserError(f"source.scorer.scorer: got {judge.name}, which judges {judged_kind(judge)}, want a scorer of images.")
-    return ImageScorer(model=model, scorer=judge, batch_size=batch_size)
+    return ImageScorer(model=model, decode=_decode_of(model, decoder), scorer=judge, batch_size=batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +277,7 @@ def latent(model: StepModel, *, path: str, batch_size: int = 16) -> LatentScorer
         model: what is sampled; its UNet without LoRA is what the features are read from, unless the reward model has a tuned
             one. A UNet that is trained whole is copied up to its middle.
         path: the folder `reward` of a trained latent reward model.
-        batch_size: latents scored at a time.
+        batch_size: at most so many latents of a prompt are scored at a time.
     Raises:
         UserError: no such model, one of another family, or weights that do not fit, listed.
     """
@@ -265,6 +292,12 @@ def latent(model: StepModel, *, path: str, batch_size: int = 16) -> LatentScorer
         batch_size=batch_size,
         condition=Kept(compute=model.conditions),
     )
+
+
+def _decode_of(model: StepModel, decoder: str | None) -> Decode:
+    if decoder is None:
+        return model.decode
+    return open_small_decoder(decoder, channels=model.latent_shape[0], device=model.device)
 
 
 def _by_parts(score: Callable[[slice], Tensor], count: int, size: int) -> Float[Tensor, " n"]:

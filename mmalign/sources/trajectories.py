@@ -182,7 +182,8 @@ def judged_pairs(
     """Sample all prompts at once; returns the valid pairs, and the scores of all candidates of each prompt.
 
     What the network said of the branch that goes on serves its next step: no state is forwarded twice. Where the scorer needs
-    no guess, only the branch that goes on is forwarded.
+    no guess, only the branch that goes on is forwarded. The branches of a prompt are judged together, those of another apart,
+    so that no other prompt changes a score.
 
     Args:
         policy: the network with guidance.
@@ -207,13 +208,12 @@ def judged_pairs(
         states = _branches(policy, schedule, grid, part, noisy, output, generators, settings.num_candidates)
         ends = states[-1]
         outputs, clean, timestep = _end(policy, schedule, grid, part[-1], ends, guess=scorer.needs_guess)
-        rows = len(prompts) * settings.num_candidates
-        judged = scorer(
-            prompts=[prompt for prompt in prompts for _ in range(settings.num_candidates)],
-            noisy=ends.flatten(0, 1),
-            clean=clean.flatten(0, 1),
-            timestep=timestep.expand(rows),
-        ).reshape(len(prompts), -1)
+        judged = torch.stack(
+            [
+                scorer(prompts=[prompt] * len(here), noisy=here, clean=guess, timestep=timestep.expand(len(here)))
+                for prompt, here, guess in zip(prompts, ends, clean, strict=True)
+            ]
+        )
         best, worst, valid = select(judged, threshold_at(settings.threshold, grid, part[0]))
         scores.append(judged)
         pairs += _pairs(part, states, best, worst, valid, prompts, keys)
