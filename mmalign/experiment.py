@@ -15,15 +15,21 @@ from mmalign.adapters.image_text import OF_DEGRADED
 from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
-from mmalign.losses import LOSSES
+from mmalign.losses import LOSSES, OF_ERRORS
 from mmalign.objective import AutoBeta, Objective, Term
-from mmalign.records import VIEWS, Examples
+from mmalign.records import VIEWS, Comparison, Content, Dropped, Example, Examples
 from mmalign.sources import SOURCES, Offline, Shape
+from mmalign.sources.prepared import check_answers, check_samples
 from mmalign.training import Training, changed_keys
 
 logger = logging.getLogger(__name__)
 
 Loss = Annotated[Choice, Table(LOSSES, extra={"weight": (float, 1.0)}, widen={"beta": float | Literal["auto"]})]
+
+# What rows may bring that no view's settings tell, each alone.
+OF_ROWS: tuple[Mapping[str, Any], ...] = ({}, {"margin": 1.0}, {"prob": 0.5})
+# What a source that makes samples of its own wants of the adapter.
+MAKES = {"rollouts": check_samples, "replay": check_samples, "online_pairs": check_answers, "self_play": check_answers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +139,7 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     objective.check(shape.side, shape.num_candidates)
     _check_measures(config, objective, shape.measures)
     objective.try_out(shape.side, shape.num_candidates)
-    if config.training.moving_reference is None and any(loss.name == "tr_dpo" for loss in config.loss):
-        logger.warning(
-            "loss tr_dpo is dpo where the reference stays. Set training.moving_reference (published: decay 0.4, every 512)."
-        )
+    _check_errors(objective, shape)
     for note in _without_effect(config, objective):
         logger.warning("%s", note)
     return objective
@@ -161,8 +164,69 @@ def _check_together(config: TrainConfig) -> None:
     objective = Objective(_terms(config.loss), config.auto_beta)
     objective.try_settings()
     _check_losses(config, num_candidates=2)
+    if SOURCES.get(config.source.name) is config.source.target and config.source.name in MAKES:
+        MAKES[config.source.name](config.adapter.build(), config.source.name)
     _check_measures(config, objective, config.adapter.build().measures)
     _check_reference(config, objective, config.source.build())
+    _check_view(config, objective)
+
+
+def _check_view(config: TrainConfig, objective: Objective) -> None:
+    """Refuse losses that the view gives what they want of no row: rows of several sizes are made up for it.
+
+    Views and sources that are not ours, and views that want more of a row than an order, are not tried.
+    """
+    view, source = config.data.view, config.source
+    if VIEWS.get(view.name) is not view.target or SOURCES.get(source.name) is not source.target:
+        return
+    faults: list[UserError] = []
+    for count in (2, view.settings.get("num_candidates") or 3, 1):
+        try:
+            examples = view.build(_made_up(count, view.settings.get("by", "auto")))
+            if isinstance(examples, Dropped):
+                continue
+            shape = seen_by_losses(config, examples)
+            objective.check(shape.side, shape.num_candidates)
+            _check_errors(objective, shape)
+        except UserError as fault:
+            faults.append(fault)
+            continue
+        tried = [_fault_of(objective, {**shape.side, **more}, shape.num_candidates) for more in OF_ROWS]
+        if None in tried:
+            return
+        faults += [fault for fault in tried if fault is not None]
+    if faults:
+        raise faults[0]
+
+
+def _fault_of(objective: Objective, side: Mapping[str, Any], num_candidates: int) -> UserError | None:
+    try:
+        objective.try_out(side, num_candidates)
+    except UserError as fault:
+        return fault
+    return None
+
+
+def _made_up(count: int, judge: str) -> Comparison:
+    """A row of this many answers, the first of which is the best, whatever orders them."""
+    name = judge if judge not in ("auto", "ranks") else "score"
+    return Comparison(
+        id="made-up",
+        prompt=Content(text="?"),
+        candidates=tuple(Content(text=str(n)) for n in range(count)),
+        scores={name: tuple(float(count - n) for n in range(count))},
+        ranks=tuple(float(n + 1) for n in range(count)) if count > 1 else None,
+    )
+
+
+def _check_errors(objective: Objective, shape: Shape) -> None:
+    """Refuse losses of denoising errors where the log-likelihoods are none."""
+    wrong = sorted(OF_ERRORS & {term.name for term in objective.terms})
+    if wrong and not shape.errors:
+        raise UserError(
+            f"loss.{wrong[0]}: reads log-likelihoods as denoising errors, which these are not. Choose a loss without a "
+            "reference that takes log-probabilities, as simpo, or adapter: diffusion with source: offline."
+        )
 
 
 def _check_losses(config: TrainConfig, num_candidates: int) -> None:
@@ -188,7 +252,7 @@ def _terms(losses: Sequence[Choice]) -> list[Term]:
     return [Term(name=one.name, loss=one.target, settings=one.settings, weight=one.extra.get("weight", 1.0)) for one in losses]
 
 
-def seen_by_losses(config: TrainConfig, examples: Examples) -> Shape:
+def seen_by_losses(config: TrainConfig, examples: Sequence[Example]) -> Shape:
     """What the losses will see: what the source makes of the examples, and what the adapter adds."""
     shape: Shape = config.source.build().shape(examples)
     adapter = config.adapter.build()
@@ -232,6 +296,11 @@ def open_policy(config: TrainConfig, examples: Examples, objective: Objective, a
 def _check_reference(config: TrainConfig, objective: Objective, source: Any) -> None:
     """Refuse a setting of the reference that nothing would ask for."""
     names = ", ".join(term.name for term in objective.terms)
+    if config.training.moving_reference is None and any(term.name == "tr_dpo" for term in objective.terms):
+        raise UserError(
+            "loss.tr_dpo: is dpo by another name where the reference stays. Set training.moving_reference (published: decay "
+            "0.4, every 512), or choose dpo."
+        )
     if config.training.moving_reference is not None and not objective.needs_reference:
         raise UserError(f"training.moving_reference: {names} asks for no reference. Set it to null, or choose another loss.")
     settings = config.adapter.settings

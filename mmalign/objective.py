@@ -18,6 +18,7 @@ from torch import Tensor
 from mmalign.errors import UserError
 from mmalign.losses import LOSSES, MEASURES, OF_TOKENS, OF_VARIANT, STATISTICS, PreferenceLoss, of_differences
 
+OF_VIEWS = ("labels", "scores", "prob", "margin", "weight", "beta_scale")  # side data that a view gives; adapters give others
 REFERENCE = "reference_"  # before the name of a measure: the reference's
 Gather = Callable[[Tensor], Tensor]
 
@@ -151,7 +152,7 @@ class Objective:
             needed = {name for name, required in term.data.items() if required and not _measured(name)}
             missing = sorted(needed - set(side))
             if missing:
-                have = ", ".join(sorted(side)) or "none"
+                have = ", ".join(sorted({*OF_VIEWS} & set(side))) or "none"
                 raise UserError(
                     f"loss.{term.name}: needs the data {', '.join(missing)}, the view gives {have}. "
                     "Choose another data.view (ranked gives scores, pair does with with_scores: true, unpaired gives labels) "

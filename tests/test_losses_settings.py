@@ -136,6 +136,12 @@ def config_file(folder: Path, **changes: Any) -> Path:
     return file
 
 
+def seen(view: Any, **more: Any) -> dict[str, Any]:
+    """A run whose rows are seen through this view."""
+    return {"data": {"importer": {"name": "trl", "path": "none.jsonl"}, "view": view}, **more}
+
+
+ONLINE = {"source": {"name": "online_pairs", "scorer": "text_length"}}
 TAUGHT = {"adapter": {"teacher": {"model": "none"}}}
 CACHED = {"adapter": {"cache": "folder"}}
 MOVING = {"training": {"moving_reference": {"decay": 0.4, "every": 512}}}
@@ -172,6 +178,25 @@ REWARD = {"adapter": {"name": "text_reward", "model": "none"}}
         ({"loss": {"name": "selm"}, **REWARD}, r"loss: got selm, which asks for a reference"),
         ({"loss": {"name": "gpm"}, **REWARD}, r"loss: got gpm with adapter\.head scalar, want bradley_terry"),
         ({"adapter": {"quantization": "4bit"}}, r"adapter\.quantization: got it without lora"),
+        ({"loss": {"name": "tr_dpo"}}, r"loss\.tr_dpo: is dpo by another name .* Set training\.moving_reference"),
+        ({"loss": {"name": "mapo"}}, r"loss\.mapo: reads log-likelihoods as denoising errors, which these are not"),
+        ({"loss": {"name": "gpm"}}, r"loss\.gpm: trains a reward model, want adapter: text_reward"),
+        ({"loss": {"name": "bradley_terry"}}, r"loss\.bradley_terry: trains a reward model, want adapter: text_reward"),
+        ({"loss": "kto"}, r"loss\.kto: needs the data labels, the view gives none\..*unpaired gives labels"),
+        ({"loss": "lipo"}, r"loss\.lipo: needs the data scores, the view gives none\..*ranked gives scores"),
+        ({"loss": {"name": "sppo", "target": "scores"}}, r"loss\.sppo\.target: got scores on data without them"),
+        (seen("unpaired"), r"loss\.dpo: got 1 candidates a prompt, want 2"),
+        (seen("best"), r"loss\.dpo: got 1 candidates a prompt, want 2"),
+        (seen("unpaired", loss="plackett_luce"), r"loss\.plackett_luce: got 1 candidates a prompt, want 2 or more"),
+        (seen({"name": "ranked", "num_candidates": 4}), r"loss\.dpo: got 4 candidates a prompt, want 2"),
+        (seen({"name": "pair", "margin": "gap"}, loss="aot"), r"loss: the data have margin .* which aot would pass over"),
+        (seen({"name": "pair", "ties": "soft"}, loss="aot"), r"loss: the data have prob .* which aot would pass over"),
+        (seen({"name": "pair", "temperature": 0.0}), r"view: got temperature 0\.0, want a positive number"),
+        (seen("prompts", loss="kto", **ONLINE), r"loss\.kto: needs the data labels"),
+        (seen("pair", source={"name": "self_play"}), r"data\.view: gives several candidates, want one answer an example"),
+        (seen("prompts", source={"name": "self_play"}), r"data\.view: gives no answer, want one answer an example"),
+        ({"source": {"name": "replay"}}, r"source: got replay with an adapter that makes no samples"),
+        ({**CACHED, **seen("prompts"), **ONLINE}, r"adapter\.cache: got one with source: online_pairs"),
     ],
 )
 def test_what_does_not_go_together_is_refused_when_the_config_is_read(
@@ -191,6 +216,21 @@ def test_what_does_not_go_together_is_refused_when_the_config_is_read(
         {"loss": {"name": "ld_dpo"}, "adapter": {"score": "difference"}},
         {"loss": [{"name": "dpo"}, {"name": "nll", "weight": 0.0}]},
         {"loss": {"name": "gpm"}, "adapter": {"name": "text_reward", "model": "none", "head": "gpm"}},
+        {"loss": "odpo"},  # whose gap may be a column of the rows
+        {"loss": {"name": "sppo"}},
+        seen("ranked", loss="dpo"),  # of rows of two
+        seen("ranked", loss="plackett_luce"),
+        seen({"name": "ranked", "by": "helpfulness", "raw_scores": True, "num_candidates": 5}, loss="info_nca"),
+        seen({"name": "pair", "by": "helpfulness", "margin": "gap"}, loss="odpo"),
+        seen({"name": "pair", "with_scores": True}, loss="rpo"),
+        seen({"name": "reward_weighted", "baseline": 1.0}, loss="sft"),
+        seen("unpaired", loss="bco"),
+        seen("joint", loss="dove"),
+        seen("step"),
+        seen("best", loss="sft"),
+        seen("best", source={"name": "self_play"}),
+        seen("pair", **ONLINE),
+        seen("prompts", loss=[{"name": "dpo"}, {"name": "selm"}], **ONLINE),
     ],
 )
 def test_what_goes_together_is_not_refused(changes: dict[str, Any], tmp_path: Path) -> None:

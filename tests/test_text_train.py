@@ -51,7 +51,8 @@ def data_for(name: str) -> dict[str, Any]:
 # The guard is silent where policy and reference agree: test_text_objectives.py tells its gradient elsewhere.
 @pytest.mark.parametrize("name", sorted({*OF_TEXTS} - {"chosen_guard"}))
 def test_a_loss_trains_the_low_rank_weights(name: str, tmp_path: Path) -> None:
-    output = train_text(tmp_path / "run", loss={"name": name}, data=data_for(name))
+    follows = {"training": {"moving_reference": {"decay": 0.4, "every": 2}}} if name == "tr_dpo" else {}
+    output = train_text(tmp_path / "run", loss={"name": name}, data=data_for(name), **follows)
     assert all(math.isfinite(value) for row in metrics_of(output) for value in row.values())
     moved = [float(value.abs().max()) for key, value in text_weights(output).items() if "lora_B" in key]
     assert moved and max(moved) > 0

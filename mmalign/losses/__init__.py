@@ -31,6 +31,8 @@ __all__ = [
     "LOSSES",
     "MEASURES",
     "OF_DIFFERENCES",
+    "OF_ERRORS",
+    "OF_SCORERS",
     "OF_TOKENS",
     "OF_VARIANT",
     "STATISTICS",
@@ -114,6 +116,10 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
 OF_DIFFERENCES = frozenset(
     {"dpo", "tr_dpo", "robust", "ipo", "hinge", "exo", "discopop", "odpo", "rpo", "ld_dpo", "aot", "beta_dpo"}
 )
+
+# Losses that read logps as -1/2 * mean squared error, and mean nothing on any others.
+OF_ERRORS = frozenset({"mapo"})
+OF_SCORERS = frozenset({"bradley_terry", "gpm"})  # losses that train a scorer, of which the logps are the scores
 
 
 def of_differences(name: str, settings: Mapping[str, Any]) -> bool:

@@ -38,7 +38,7 @@ def tr_dpo(
 
     -log sigma(r_chosen - r_rejected - margin),  r = beta * (policy - reference);  reference <- a policy + (1 - a) reference
 
-    The loss itself is DPO's: without `training.moving_reference` nothing follows.
+    The loss itself is DPO's: without `training.moving_reference` nothing follows, and a config is refused.
 
     Source: Gorbatovski et al. 2024. Published: a = 0.6 every 512 steps (soft), or a copy (hard).
     Args:

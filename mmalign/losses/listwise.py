@@ -48,9 +48,10 @@ def rank_dpo(
         ties: equal scores share their mean rank, or keep their order in the list. By `rank_by: model` all are tied where policy
             and reference agree, and sharing makes the loss 0 there: keep their order.
     Raises:
-        ValueError: beta is not positive.
+        ValueError: beta is not positive, or rows of one candidate.
     """
     check_beta("rank_dpo", beta)
+    _check_several("rank_dpo", policy)
     rewards = beta * _without_padding(policy - reference, mask)
     scores = _without_padding(scores, mask)
     tau = scores if rank_by == "label" else rewards.detach()
@@ -98,9 +99,10 @@ def lipo(
         beta: reward per nat; not fixed by the paper.
         rank_by: tau from the policy's implicit rewards (published) or from the scores.
     Raises:
-        ValueError: beta is not positive.
+        ValueError: beta is not positive, or rows of one candidate.
     """
     check_beta("lipo", beta)
+    _check_several("lipo", policy)
     return rank_dpo(
         policy, reference, scores, weight, mask, beta=beta, rank_by=rank_by, gain=gain, discount=discount, ties="stable"
     )
@@ -129,9 +131,10 @@ def plackett_luce(
         beta: reward per nat. Published: 0.1.
         top_m: how many places of the ranking count, from the best; None: all. 1 is the best against all others.
     Raises:
-        ValueError: beta is not positive, or top_m below 1.
+        ValueError: beta is not positive, top_m below 1, or rows of one candidate.
     """
     check_beta("plackett_luce", beta)
+    _check_several("plackett_luce", policy)
     if top_m is not None and top_m < 1:
         raise ValueError(f"plackett_luce.top_m: got {top_m}, want at least 1, or null for the whole ranking.")
     rewards = beta * _without_padding(policy - reference, mask)
@@ -174,9 +177,11 @@ def info_nca(
         beta: reward per nat. Published: 0.01.
         temperature: units of the scores. Published script: 1e-4, which leaves all of q to the best candidate.
     Raises:
-        ValueError: beta or temperature is not positive, both scores and prob are given, or prob with more than two candidates.
+        ValueError: beta or temperature is not positive, both scores and prob are given, prob with more than two
+            candidates, or rows of one candidate.
     """
     check_beta("info_nca", beta)
+    _check_several("info_nca", policy)
     rewards = beta * _without_padding(policy - reference, mask)
     target = _target("info_nca", rewards, scores, prob, mask, temperature)
     losses = -(target * _log_softmax(rewards, mask)).sum(1)
@@ -241,9 +246,10 @@ def exo_listwise(
         beta: reward per nat. Published script: 0.5 (there beta_pi).
         temperature: units of the scores. Published script: 0.5 (there beta_r).
     Raises:
-        ValueError: beta or temperature is not positive.
+        ValueError: beta or temperature is not positive, or rows of one candidate.
     """
     check_beta("exo_listwise", beta)
+    _check_several("exo_listwise", policy)
     check_positive("exo_listwise", "temperature", temperature)
     rewards = beta * _without_padding(policy - reference, mask)
     logs = _log_softmax(rewards, mask)
@@ -251,6 +257,12 @@ def exo_listwise(
     share = logs.exp() if mask is None else logs.exp() * mask.to(rewards)
     losses = (share * (logs - wanted)).sum(1)
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
+
+
+def _check_several(name: str, policy: Float[Tensor, "batch k"]) -> None:
+    """Refuse rows of one candidate, which has nothing to be compared with: the loss would be zero."""
+    if policy.shape[1] < 2:
+        raise ValueError(f"{name}: got {policy.shape[1]} candidates a prompt, want 2 or more. Choose another data.view.")
 
 
 def _without_padding(values: Float[Tensor, "batch k"], mask: Bool[Tensor, "batch k"] | None) -> Float[Tensor, "batch k"]:

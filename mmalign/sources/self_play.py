@@ -65,12 +65,17 @@ class SelfPlay:
         check_answers(adapter, "self_play")
         adapter.check_examples(examples.kinds)
         adapter.check_sources(examples.sources)
-        count = len(examples[0].samples)
-        if count != 1 or examples[0].samples[0].completion.is_empty():
-            raise UserError(f"data.view: gives {count} candidates, want one answer an example. Use data.view: best.")
 
     def shape(self, examples: Any) -> Shape:
-        """The data's answer and the opponent's; side data of the row."""
+        """The data's answer and the opponent's; side data of the row.
+
+        Raises:
+            UserError: rows of several candidates, or of none.
+        """
+        count = len(examples[0].samples)
+        if count != 1 or examples[0].samples[0].completion.is_empty():
+            answers = "several candidates" if count > 1 else "no answer"
+            raise UserError(f"data.view: gives {answers}, want one answer an example. Use data.view: best.")
         return Shape(num_candidates=2, side=examples[0].side, errors=False)
 
     def open(self, examples: Sequence[Example], policy: Any, *, accelerator: Any, seed: int) -> SelfPlayStream:
