@@ -32,6 +32,7 @@ from mmalign.config import (
     settings_of,
     write_resolved,
 )
+from mmalign.config.schema import nearest
 from mmalign.config.writing import git_state
 from mmalign.errors import UserError
 
@@ -178,6 +179,15 @@ def test_a_wrong_value_is_told_with_what_was_wanted(tmp_path: Path, text: str, f
 def test_an_unknown_name_is_answered_with_the_nearest_and_the_whole_table(tmp_path: Path) -> None:
     [fault] = faults(tmp_path, "data: x\nloss: [dpo, {name: dop}]\n")
     assert fault.startswith("x.yaml: loss.1.name: got 'dop', want one of dpo, hinge. Did you mean dpo?")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("dop", "dpo"), ("dpoo", "dpo"), ("dppo", "dpop"), ("kot", "kto"), ("sipmo", "simpo"), ("xyz", None)],
+)
+def test_two_letters_that_changed_places_are_the_likeliest_slip(typed: str, meant: str | None) -> None:
+    known = ["ipo", "dpop", "ld_dpo", "kto", "simpo", "dpo", "orpo"]
+    assert nearest(typed, known) == (f" Did you mean {meant}?" if meant else "")
 
 
 def test_a_key_given_twice_is_a_fault_with_both_lines(tmp_path: Path) -> None:

@@ -373,8 +373,24 @@ def _lower(text: str) -> str:
 
 def nearest(name: str, options: Collection[str]) -> str:
     """` Did you mean beta?` where something is near, else nothing."""
-    found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
-    return f" Did you mean {found[0]}?" if found else ""
+    found = difflib.get_close_matches(name, list(options), n=8, cutoff=0.6)
+    return f" Did you mean {min(found, key=lambda option: _slips(name, option))}?" if found else ""
+
+
+def _slips(name: str, option: str) -> float:
+    """Letters left out, put in or mistaken between the two; two letters that changed places are half a slip.
+
+    Source: the optimal string alignment distance, with that weight.
+    """
+    above: list[float] = []
+    row = [float(j) for j in range(len(option) + 1)]
+    for i, letter in enumerate(name, 1):
+        before, above, row = above, row, [float(i)]
+        for j, other in enumerate(option, 1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != other)))
+            if i > 1 and j > 1 and letter != other and letter == option[j - 2] and other == name[i - 2]:
+                row[j] = min(row[j], before[j - 2] + 0.5)
+    return row[-1]
 
 
 def show(value: Any) -> str:
