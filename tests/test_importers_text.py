@@ -530,9 +530,27 @@ def test_argilla_columns_of_other_exports_are_known():
     assert (value.prompt.text, value.scores) == ("Why?", {"rating": (4.0, 3.0)})
     mixed = {"chosen": chat("Why?", "So."), "rejected": chat("Why?", "No."), "chosen_rating": 4.0, "rejected_rating": 3.0}
     assert argilla_row(mixed).scores == {"rating": (4.0, 3.0)}
+    capybara = {**CLEANED, "rating_chosen": 5, "rating_rejected": 3, "chosen-rating": None, "rejected-rating": None}
+    assert argilla_row(capybara).scores == {"rating": (5.0, 3.0)}
     orca = {"system": "Be kind.", "input": "Why?", "chosen": "So.", "rejected": "No."}
     value = argilla_row(orca)
     assert [m.role for m in value.prompt.messages] == ["system", "user"] and (value.scores, value.ranks) == ({}, (1.0, 2.0))
+
+
+def test_argilla_ratings_in_one_list_are_those_of_the_better_and_the_worse_answer():
+    orca = {"input": "Why?", "chosen": "So.", "rejected": "No.", "generations": ["No.", "So."], "rating": [7.0, 9.0]}
+    assert argilla_row(orca).scores == {"rating": (9.0, 7.0)} and argilla_row(orca).ranks == (1.0, 2.0)
+    assert pair(argilla_row({**orca, "rating": [9.0, 9.0], "status": "tie"})) == Dropped("tie")
+    assert argilla_row({**orca, "rating": None}).scores == {}
+    with pytest.raises(UserError, match="got 1 numbers for rating, want those of two answers"):
+        argilla_row({**orca, "rating": [7.0]})
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz"])
+def test_an_empty_file_is_told_as_one(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{name}: got an empty file, want rows"):
+        IMPORTERS["trl"](path=str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,11 @@ from mmalign.importers.tables import Faulty, Imported
 from mmalign.records import Comparison, Content, Message
 
 SIDES = ("chosen", "rejected")
-# The spellings of the exports: ultrafeedback-binarized-preferences-cleaned, dpo-mix-7k, ultrafeedback-binarized-preferences.
-RATINGS = ("{}-rating", "{}_rating", "{}_avg_rating")
+# The spellings of the exports: ultrafeedback-binarized-preferences-cleaned, dpo-mix-7k, ultrafeedback-binarized-preferences,
+# distilabel-capybara-dpo-7k-binarized. distilabel-intel-orca-dpo-pairs has both ratings in one list, in the order of answers
+# that it calls generations, and calls the better one of them chosen.
+RATINGS = ("{}-rating", "{}_rating", "{}_avg_rating", "rating_{}")
+BOTH = "rating"
 MODELS = ("{}-model", "{}_model")
 ANSWERS = ("{}", "{}_response")
 PROMPTS = ("prompt", "instruction", "input")
@@ -60,7 +63,9 @@ def argilla_row(row: Mapping[str, Any], *, form: Form = "messages") -> Compariso
         candidates = tuple(answered(text_of(row, name), form) for name in names)
     ratings = [_named(row, RATINGS, side) for side in SIDES]
     scores: dict[str, tuple[float, ...]] = {}
-    if any(row.get(name) is not None for name in ratings):
+    if isinstance(row.get(BOTH), list):
+        scores["rating"] = _sorted_pair(row[BOTH])
+    elif any(row.get(name) is not None for name in ratings):
         scores["rating"] = tuple(number_of(row, name) for name in ratings)
         if scores["rating"][0] < scores["rating"][1]:
             raise UserError(f"got the ratings {shown(scores['rating'])} of chosen and rejected, want the first higher.")
@@ -73,6 +78,13 @@ def argilla_row(row: Mapping[str, Any], *, form: Form = "messages") -> Compariso
         ranks=ranks_of(scores["rating"]) if scores else (1.0, 2.0),
         provenance=tuple({"model": model} if model else {} for model in models) if any(models) else (),
     )
+
+
+def _sorted_pair(values: list[Any]) -> tuple[float, float]:
+    pair = [number_of({BOTH: value}, BOTH) for value in values]
+    if len(pair) != 2:
+        raise UserError(f"got {len(pair)} numbers for {BOTH}, want those of two answers. Correct the row.")
+    return max(pair), min(pair)
 
 
 def _named(row: Mapping[str, Any], spellings: tuple[str, ...], side: str) -> str:

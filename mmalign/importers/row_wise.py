@@ -49,6 +49,8 @@ def open_rows(path: str, split: str, folder: str | None = None, subset: str | No
 
     path = local_path(path)
     place = Path(path)
+    if place.is_file() and not place.stat().st_size:
+        raise UserError(f"{path}: got an empty file, want rows. Check what wrote it.")
     if place.is_file() and place.name.endswith(LINES):
         try:
             table = load_dataset("text", data_files=glob.escape(path), split="train")
