@@ -9,11 +9,11 @@ from typing import Annotated
 
 from mmalign.config import Choice, Table, check_folder, command_line, resolved
 from mmalign.exams import EXAMS as OF_FILES
-from mmalign.exams.sight import Sight
+from mmalign.exams.sight import SightFindings
 from mmalign.records.stamps import replace_file
 from mmalign.sight import sight
 
-EXAMS: dict[str, Callable[..., dict[str, float] | Sight]] = {**OF_FILES, "sight": sight}
+EXAMS: dict[str, Callable[..., dict[str, float] | SightFindings]] = {**OF_FILES, "sight": sight}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,12 @@ class Marks:
     """What an exam found, under the names of its measures; shares are 0 to 1."""
 
     exam: str
-    found: dict[str, float] | Sight
+    found: dict[str, float] | SightFindings
     file: Path | None
 
     def __str__(self) -> str:
         """One measure a line; counts as they are, shares in per cent."""
-        if isinstance(self.found, Sight):
+        if isinstance(self.found, SightFindings):
             return "\n".join([self.exam, *self.found.told(), *([] if self.file is None else [str(self.file)])])
         wide = max(map(len, self.found))
         lines = [f"{self.exam}"]
@@ -54,12 +54,12 @@ def main(config: ExamConfig) -> Marks:
     """
     if config.output is not None:
         check_folder(config.output.parent)
-    found: dict[str, float] | Sight = config.exam.build()
+    found: dict[str, float] | SightFindings = config.exam.build()
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         told = {
             "exam": config.exam.name,
-            "marks": found.results() if isinstance(found, Sight) else found,
+            "marks": found.results() if isinstance(found, SightFindings) else found,
             "config": resolved(config),
         }
         replace_file(config.output, (json.dumps(told, indent=2) + "\n").encode())

@@ -20,7 +20,7 @@ from mmalign.config import Choice, Table
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
 from mmalign.exams.files import words_of
-from mmalign.exams.sight import Case, Side, Sight, data_lines, sight_lines
+from mmalign.exams.sight import Case, Side, SightFindings, data_lines, sight_lines
 from mmalign.held_out import run_config
 from mmalign.metrics.refusals import REFUSALS, refuses
 from mmalign.multimodal.degradations import Condition, drop, swap
@@ -48,7 +48,7 @@ def sight(
     safe_images: str | None = None,
     phrases: str | None = None,
     device: str = "auto",
-) -> Sight:
+) -> SightFindings:
     """Blind gap, image sensitivity, blind agreement, refusals and rewards of a run's model beside its base's.
 
     blind gap = log pi(w | x, v) - log pi(w | x) of the chosen answer w, the question x and its image v
@@ -89,7 +89,7 @@ def sight(
     with _opened(Path(run).expanduser(), torch_device(device)) as policy:
         cut: list[int] = []
         cases = list(_measured(policy, plan, batch_size, max_new_tokens, cut))
-    return Sight(
+    return SightFindings(
         lines=tuple(sight_lines(cases, keywords)),
         data=data_lines(cases),
         num_rows=len(cases),

@@ -24,7 +24,7 @@ from mmalign.exams.sight import (
     Line,
     Measure,
     Side,
-    Sight,
+    SightFindings,
     blind_gap,
     data_lines,
     declined,
@@ -148,7 +148,7 @@ def test_what_there_is_nothing_to_measure_of_is_told_with_why_and_never_0() -> N
     case = Case(base=Side(fit=bare[0]), tuned=Side(fit=bare[1]), lengths=((4,), (), ()), declines=False)
     lines = sight_lines([case])
     assert [line.name for line in lines if line.measured] == []
-    found = Sight(lines=tuple(lines), data=data_lines([case]), num_rows=1, left_out={"tie": 2})
+    found = SightFindings(lines=tuple(lines), data=data_lines([case]), num_rows=1, left_out={"tie": 2})
     absent = found.results()["measures"]["rewards/accuracies_blind"]
     assert absent["tuned"] == {"value": None, "low": None, "high": None, "number": 0} and "mmalign blind" in absent["why"]
     text = "\n".join(found.told())

@@ -317,7 +317,7 @@ def _nth(number: int) -> Callable[[Likelihoods], Sequence[float]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class SightFindings:
     """What the exam `sight` found.
 
     Args:
