@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -166,7 +167,7 @@ class Tokens:
             length += run
         at_context = [torch.arange(start, start + len(c) - 1) for start, c in zip(starts, self.contexts, strict=True)]
         layout = self._layout(torch.cat(ids)[None], torch.cat(positions)[None], None, tuple(segments), at, at_context)
-        needed = torch.zeros(length, dtype=torch.bool).index_fill(0, layout.at, True).nonzero()[:, 0]
+        needed = torch.from_numpy(np.unique(layout.at.numpy()))
         return replace(layout, media=self.media, needed=needed if len(needed) < FEW * length else None)
 
     def padded(self, *, multiple: int = 1, pad: int = 0) -> Layout:
