@@ -63,9 +63,24 @@ class PublicRound:
     unconditional: Condition
 
 
-def public_round(stream: RolloutStream, prompts: list[str]) -> tuple[PublicRound, list[str]]:
-    """The draws that `stream` makes for these prompts, and their keys."""
-    keys = [content_key("round", place) for place in range(len(prompts))]
+def save_small_decoder(folder: Path, channels: int) -> Path:
+    """A random `AutoencoderTiny` with TAESD's blocks, made for latents of an eighth of the pixels' sides.
+
+    Args:
+        folder: where to.
+        channels: of each of its levels. TAESD: 64.
+    """
+    from diffusers import AutoencoderTiny
+
+    wide = {name: (channels,) * 4 for name in ("encoder_block_out_channels", "decoder_block_out_channels")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoencoderTiny(**wide).save_pretrained(folder)
+    return folder
+
+
+def public_round(stream: RolloutStream, prompts: list[str], keys: Sequence[str]) -> PublicRound:
+    """The draws that `stream` makes for these prompts, one key each."""
     generators = [torch.Generator().manual_seed(int(content_key(key)[:15], 16)) for key in keys]
     shape, count = stream.policy.latent_shape, stream.settings.num_candidates
 
@@ -78,7 +93,7 @@ def public_round(stream: RolloutStream, prompts: list[str]) -> tuple[PublicRound
     for _ in stream.segments.parts:
         branched.append(drawn(count, *shape))
         chosen.append(torch.tensor([int(torch.randint(count, (), generator=one)) for one in generators]))
-    given = PublicRound(
+    return PublicRound(
         prompts=prompts,
         timesteps=stream.grid.timesteps,
         previous=stream.grid.previous,
@@ -90,7 +105,6 @@ def public_round(stream: RolloutStream, prompts: list[str]) -> tuple[PublicRound
         condition=stream.policy.conditions(prompts),
         unconditional=stream.policy.unconditional(len(prompts)),
     )
-    return given, keys
 
 
 class SpoSampler:

@@ -30,6 +30,7 @@ from torch import Tensor
 from mmalign.adapters.diffusion import DiffusionAdapter
 from mmalign.adapters.diffusion_policy import DiffusionPolicy
 from mmalign.adapters.options import Lora
+from mmalign.cache import content_key
 from mmalign.config import Choice
 from mmalign.loop import Run
 from mmalign.losses import LOSSES
@@ -57,11 +58,21 @@ NEAR = 0.03  # how far an SPO policy is moved: the published clamp of its ratios
 
 @dataclass(kw_only=True)
 class Side:
-    """The variants of one method on one toy; `peers` has what the peer's variants compute beside the step, by name."""
+    """The variants of one method on one toy.
+
+    Args:
+        variants: by name.
+        num_batches: of the gate.
+        apart: what is computed beside the step, by name and variant: gated and timed.
+        states: the same, gated alone.
+        twins: what the peer answers on the data of a variant that makes other data than the peer.
+    """
 
     variants: dict[str, Any]
     num_batches: int
     apart: dict[str, dict[str, Callable[[], Any]]] = field(default_factory=dict)
+    states: dict[str, dict[str, Callable[[], Any]]] = field(default_factory=dict)
+    twins: dict[str, Callable[[], Answer]] = field(default_factory=dict)
 
 
 class OurStep:
@@ -246,14 +257,25 @@ def spo_side(how: Opening) -> Side:
 def _spo_sampling(how: Opening, policy: DiffusionPolicy, ours: OurStep, peers: Mapping[str, PublicStep]) -> dict[str, Any]:
     """One prompt, 4 successors a step, all of which are scored; no gap is too small for a pair."""
     folder = save_scorer(how.work / "scorer")
-    scorer = Choice(name="step_aware", target=STEP_SCORERS["step_aware"], settings={"path": str(folder)})
-    settings = Rollouts(scorer=scorer, guidance_scale=GUIDANCE, threshold=0.0)
-    stream = settings.open(lists(how.toy, 1, 1), policy, accelerator=ours.run.accelerator, seed=0)
-    prompts = ["red cat 1"]
-    given, keys = public_round(stream, prompts)
+    stream = sampling_stream(how, ours, "step_aware", {"path": str(folder)})
+    prompts, keys = ["red cat 1"], [content_key("round", 0)]
+    given = public_round(stream, prompts, keys)
     network, reads = open_step_aware(str(folder))
     sampler = SpoSampler(given, network, reads, GUIDANCE)
     return {PEER: functools.partial(sampler, peers[PEER]), OURS: functools.partial(our_round, stream, prompts, keys)}
+
+
+def sampling_stream(how: Opening, ours: OurStep, name: str, scorer: Mapping[str, Any]) -> RolloutStream:
+    """SPO's source as published on SD 1.5, a prompt a round, every transition of which becomes a pair.
+
+    Args:
+        how: the case.
+        ours: whose policy samples.
+        name, scorer: of the step scorer, and its settings.
+    """
+    choice = Choice(name=name, target=STEP_SCORERS[name], settings=scorer)
+    settings = Rollouts(scorer=choice, guidance_scale=GUIDANCE, threshold=0.0, prompts_per_round=1)
+    return settings.open(lists(how.toy, 1, 1), ours.policy, accelerator=ours.run.accelerator, seed=0)
 
 
 def dro_side(how: Opening) -> Side:

@@ -30,6 +30,8 @@ Loss = Annotated[Choice, Table(LOSSES, extra={"weight": (float, 1.0)}, widen={"b
 OF_ROWS: tuple[Mapping[str, Any], ...] = ({}, {"margin": 1.0}, {"prob": 0.5})
 # What a source that makes samples of its own wants of the adapter.
 MAKES = {"rollouts": check_samples, "replay": check_samples, "online_pairs": check_answers, "self_play": check_answers}
+# Losses whose method is in the pairs that a source makes: loss -> (source, the plain loss for given pairs).
+OF_SOURCES = {"spo": ("rollouts", "dpo"), "dro": ("replay", "hinge")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,12 @@ def _without_effect(config: TrainConfig, objective: Objective) -> list[str]:
             f"adapter.degradation: got {settings['degradation'].name}, which no loss asks for ({', '.join(sorted(names))}). "
             "Set it to null, or add a loss that does, as mdpo."
         )
+    for loss, (source, plain) in OF_SOURCES.items():
+        if loss in names and config.source.name == "offline":
+            told.append(
+                f"loss {loss} on given pairs is not the method of that name, whose pairs the policy makes. "
+                f"Set source: {source} (with adapter diffusion), or take loss {plain}."
+            )
     return told
 
 

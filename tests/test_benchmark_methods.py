@@ -82,6 +82,35 @@ def test_the_quick_mode_shows_and_writes_every_row_with_gate_ratio_limit_and_mem
     assert timed[steps.OURS]["host_syncs"] == 0
 
 
+def test_an_iteration_trains_on_the_pairs_that_the_public_structure_samples(steps: Any, tmp_path: Path) -> None:
+    case = steps.Case(method="spo_iteration", family="sd15", lora=True)
+    side = steps.SIDES["spo_iteration"](steps.opening(case, steps.TOYS["tiny"], tmp_path))
+    checked = steps.check(case, side)
+    assert checked.keys() == {steps.PEER, "public structure, the same twice", steps.OURS, steps.APPROXIMATE, steps.LATENT}
+    for gaps in checked.values():
+        assert gaps["loss_gap"] <= 2e-5 and gaps["gradient_gap"] <= 5e-5
+    assert 0 < checked[steps.OURS]["states_gap"] <= 5e-5
+    noisy, successors = side.variants[steps.OURS].pairs()
+    assert len(noisy) == len(successors) == 16 and not torch.equal(successors[:, 0], successors[:, 1])
+    for name in (steps.APPROXIMATE, steps.LATENT):
+        assert not torch.allclose(side.variants[name].pairs()[1], successors), "another judge chooses other pairs"
+
+
+def test_rows_of_other_cases_stay_in_the_file(steps: Any, tmp_path: Path) -> None:
+    def row(suite: str, mode: str, ratio: float) -> dict[str, Any]:
+        return {"suite": suite, "mode": mode, "ratio": ratio}
+
+    out, old = tmp_path / "all.json", [row("spo", "sd15 toy, LoRA", 1.0), row("spo", "sdxl toy, LoRA", 2.0)]
+    assert steps.kept_rows(out, old, "tiny") == []
+    out.write_text(json.dumps(steps.document(old, "tiny", 1)))
+    assert steps.kept_rows(out, [row("spo", "sd15 toy, LoRA", 3.0)], "tiny") == old[1:]
+    assert steps.kept_rows(out, [row("spo", "sd15 toy, LoRA", 3.0)], "full") == []
+
+
+def test_the_goal_of_a_step_is_of_the_case_that_it_was_set_on(steps: Any) -> None:
+    assert steps.GOALS["spo", "sd15", steps.OURS] == 1.95 and ("spo", "sdxl", steps.OURS) not in steps.GOALS
+
+
 def test_one_candidate_at_a_time_is_flat_in_the_number_of_candidates(steps: Any, tmp_path: Path) -> None:
     rows = steps.memory_rows(steps.TOYS["tiny"], tmp_path)
     shown: list[str] = []

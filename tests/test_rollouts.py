@@ -334,6 +334,24 @@ def test_flux_is_told_its_guidance_and_not_guided_against_the_empty_prompt(tmp_p
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize(("loss", "source", "plain"), [("spo", "rollouts", "dpo"), ("dro", "replay", "hinge")])
+def test_a_loss_of_made_pairs_is_told_once_what_it_is_on_given_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, loss: str, source: str, plain: str
+) -> None:
+    def told(**changes: Any) -> list[str]:
+        caplog.clear()
+        config = config_of(tree(tmp_path / "run", **changes))
+        build_objective(config, read_examples(config.data)[0])
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    (message,) = told(loss={"name": loss})
+    assert message.startswith(f"loss {loss} on given pairs is not the method of that name")
+    assert f"Set source: {source}" in message and message.endswith(f"or take loss {plain}.")
+    assert told(loss={"name": plain}) == []
+    if loss == "spo":
+        assert told(**SPO, source=rollouts()) == []
+
+
 def test_a_score_that_is_nan_stops_the_run(tmp_path: Path) -> None:
     source = rollouts(scorer={"name": "image", "scorer": "test_rollouts:spoilt"})
     with pytest.raises(UserError, match=r"source\.scorer: gave NaN or an infinite score"):
