@@ -229,6 +229,15 @@ def test_the_card_names_the_columns_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "strong").mkdir()
     strong, strengths = judged_project(tmp_path / "strong", [texts(0)], [[saying("a", strength=-2)]], strength=True)
     assert "| margin |" in (export(strong, strengths, tmp_path / "strength", Settings()).folder / "README.md").read_text()
+    (tmp_path / "long").mkdir()
+    answers = (" one", " two", " three")
+    lists, ranked = judged_project(tmp_path / "long", [texts(0, answers=answers)], [[saying("ranks", ranks=(1, 2, 3))]])
+    told = export(lists, ranked, tmp_path / "lists", Settings(container="jsonl"))
+    (row,) = _lines(told)
+    assert "prob" not in row and "| prob |" not in (told.folder / "README.md").read_text()
+    assert (
+        "| ranks |" in (export(lists, ranked, tmp_path / "whole", Settings(format="ranked")).folder / "README.md").read_text()
+    )
 
 
 LISTS = [(prompt, (good, bad, " eight")) for prompt, good, bad in PAIRS]

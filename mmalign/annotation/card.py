@@ -32,7 +32,7 @@ class Facts:
         path: what the importer reads, for the command.
         excluded: how many people's votes were left out on demand.
         guideline_version: the newest.
-        prob: whether rows carry the share of the votes as a soft label.
+        columns: those that the rows have, with a value in one of them at least.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Facts:
     path: str
     excluded: int
     guideline_version: int
-    prob: bool = True
+    columns: frozenset[str] = frozenset()
 
 
 def card(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
@@ -64,7 +64,7 @@ def card(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
         _dropped(facts),
         _agreement(whole),
         _collected(facts, whole, protocol),
-        _columns(facts, protocol),
+        _columns(facts),
         _use(facts),
     ]
     return "\n".join(part for part in parts if part)
@@ -155,16 +155,8 @@ def _collected(facts: Facts, whole: Dashboard, protocol: Protocol) -> str:
     )
 
 
-def _columns(facts: Facts, protocol: Protocol) -> str:
-    used = {
-        "trl": ("id", "prob", "margin", "n_votes", "agreement"),
-        "unpaired": ("id", "label", "n_votes", "agreement"),
-        "ranked": ("id", "ranks", "n_votes", "agreement"),
-        "pick_a_pic": ("n_votes", "agreement"),
-        "csv": ("id", "prob", "margin", "n_votes", "agreement"),
-    }.get(facts.format, ())
-    there = {"prob": facts.prob, "margin": protocol.strength}
-    used = tuple(name for name in used if there.get(name, True))
+def _columns(facts: Facts) -> str:
+    used = [name for name in COLUMNS if name in facts.columns]
     if not used:
         return ""
     return "## Columns\n\n" + _table(("column", "what it is"), [(name, COLUMNS[name]) for name in used])

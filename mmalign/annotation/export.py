@@ -96,6 +96,7 @@ class _Work:
     ballots: list[Ballot]
     people: dict[str, str]
     dropped: Counter[str] = field(default_factory=Counter)
+    columns: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.by_item = by_item(self.ballots)
@@ -138,6 +139,7 @@ class _Work:
             if isinstance(outcome, str):
                 self.dropped[outcome] += 1
             else:
+                self.columns |= {name for row in outcome for name, value in row.items() if value is not None}
                 yield from outcome
 
 
@@ -328,7 +330,7 @@ def _describe(work: _Work, folder: Path, target: Path, num_rows: int) -> None:
         path=str(_read_path(work, Path(target.name))),
         excluded=len(work.settings.without),
         guideline_version=work.store.guideline(work.project.id).version,
-        prob=work.settings.prob,
+        columns=frozenset(work.columns),
     )
     whole = dashboard(work.ballots, num_items=num_items, seed=work.project.id)
     (folder / CARD).write_text(card(facts, whole, work.project.protocol), encoding="utf-8", errors="replace")
