@@ -49,11 +49,11 @@ class PreparedData:
     def _saving(self) -> str:
         if not self.passes_made:
             return ""
-        times = self.passes_saved / self.passes_made
+        runs = self.passes_saved / self.passes_made
+        share = "as many as one run needs" if runs == 1 else f"one run would need {self.passes_saved}, {runs:.1f} times as many"
         return (
-            f"\nsaving     {self.passes_made} reference passes in the bank; a run of this config does without "
-            f"{self.passes_saved} ({times:.1f} times as many), and so does every other run on the same data, whatever its "
-            "beta, learning rate and loss"
+            f"\nsaving     {self.passes_made} passes of the reference are done and kept ({share}); no run on these data makes "
+            "them again, whatever its beta, learning rate and loss"
         )
 
 

@@ -147,9 +147,10 @@ class Ranked:
             lines.append(f"{len(self.faults)} rows not usable:")
             lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
             lines += [f"  and {len(self.faults) - SHOWN_FAULTS} more"] * (len(self.faults) > SHOWN_FAULTS)
-        view = "best" if self.experts else "ranked"
+        read = f"mmalign train CONFIG.yaml data.importer.name=comparisons data.importer.path={self.output} data.view="
+        ways = [f"{read}best"] if self.experts else [f"{read}pair  (dpo)", f"{read}ranked  (rank_dpo, other losses of lists)"]
         return "\n".join(
-            [*lines, f"{self.output}", f"next: mmalign train ... data.view={view} data.importer.path={self.output}"]
+            [*lines, f"{self.output}", f"next: mmalign validate-data {self.output}", *(f"then: {w}" for w in ways)]
         )
 
 

@@ -29,7 +29,7 @@ class Facts:
         num_rows: of the data.
         dropped: items that are not in it, by reason.
         importer: what `mmalign train` reads it with; None: it is not for training.
-        path: what the importer reads, for the command.
+        path: what the importer reads, for the command: from the folder of the card on.
         excluded: how many people's votes were left out on demand.
         guideline_version: the newest.
         columns: those that the rows have, with a value in one of them at least.
@@ -166,7 +166,9 @@ def _use(facts: Facts) -> str:
     if facts.importer is None:
         return ""
     view = {"unpaired": " data.view.name=unpaired", "ranked": " data.view.name=ranked"}.get(facts.format, "")
-    return f"## Use\n\n    mmalign train ... data.importer.name={facts.importer} data.importer.path={facts.path}{view}\n"
+    place = facts.path.partition("/")[0]
+    where = f"Where the folder `{place}` lies, the one of this file:\n\n"
+    return f"## Use\n\n{where}    mmalign train ... data.importer.name={facts.importer} data.importer.path={facts.path}{view}\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
