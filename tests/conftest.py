@@ -15,12 +15,11 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
 )
 
-import jaxtyping
 import pytest
 import torch
+import type_checks
 
-# Before the first import of mmalign. The tower: an int may stand for a float, as for every type checker.
-jaxtyping.install_import_hook("mmalign", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+type_checks.install()  # before the first import of mmalign
 torch.set_num_threads(1)
 
 
@@ -32,3 +31,9 @@ def the_environment_of_each_test_is_its_own() -> Iterator[None]:
     for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests of minutes come first, so that no process is left alone with one of them at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
