@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from mmalign.annotation import accounts
 from mmalign.annotation.accounts import Account
 from mmalign.annotation.projects import Project
 from mmalign.annotation.protocol import Protocol, Verdict
@@ -131,6 +132,15 @@ def store(new_url: Callable[[], str], clock: Clock) -> Iterator[Store]:
     opened = Store.open(new_url(), clock=clock, rng=random.Random(0))
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def passwords_cost_little(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hash of one two-thousandth of the work: where many try, and what counts is who is let in."""
+    monkeypatch.setitem(accounts.SCRYPT, "n", 16)
+    accounts._nobody.cache_clear()
+    yield
+    accounts._nobody.cache_clear()
 
 
 def texts(count: int, *, k: int = 2, start: int = 0) -> list[Comparison]:

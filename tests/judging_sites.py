@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from mmalign.annotation.accounts import SCRYPT
 from mmalign.annotation.protocol import Protocol
 from mmalign.annotation.store import Store
 from mmalign.apps.server import Settings, create_app
@@ -60,8 +61,9 @@ OPEN: list[Store] = []
 
 
 @pytest.fixture(autouse=True)
-def stores_are_closed() -> Iterator[None]:
-    """Import it where sites are made."""
+def stores_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Import it where sites are made. A password costs a two-thousandth: what is tested is who is let in."""
+    monkeypatch.setitem(SCRYPT, "n", 16)
     yield
     while OPEN:
         OPEN.pop().close()
@@ -98,7 +100,7 @@ class Site:
     def browser(self, name: str | None = None, password: str = PASSWORD) -> "Browser":
         browser = Browser(self.app)
         if name is not None:
-            if self.store.account(name) is None:  # a password costs a tenth of a second: only who is needed
+            if self.store.account(name) is None:
                 self.store.add_account(name, PASSWORD, PEOPLE[name])
             reply = browser.post("/api/login", {"name": name, "password": password})
             assert reply.status_code == 200, reply.text

@@ -5,14 +5,14 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from annotation_stores import Clock, clock, new_url, postgres, store
+from annotation_stores import Clock, clock, new_url, passwords_cost_little, postgres, store
 from sqlalchemy import text
 
 from mmalign.annotation.accounts import LONGEST_WAIT_S, fits, hash_password
 from mmalign.annotation.store import Store
 from mmalign.errors import UserError
 
-FIXTURES = (clock, new_url, postgres, store)
+FIXTURES = (clock, new_url, passwords_cost_little, postgres, store)
 PASSWORD = "correct horse battery"
 DUMPED = ("annotator", "session", "throttle", "event")
 
@@ -63,6 +63,7 @@ def test_a_session_outlives_a_restart_and_ends_in_time(new_url: Callable[[], str
     store.close()
 
 
+@pytest.mark.usefixtures("passwords_cost_little")
 def test_a_new_password_or_a_closed_account_ends_all_sessions(store: Store) -> None:
     ann = store.add_account("Ann", PASSWORD)
     tokens = [store.sign_in("Ann", PASSWORD).token for _ in range(2)]
@@ -77,6 +78,7 @@ def test_a_new_password_or_a_closed_account_ends_all_sessions(store: Store) -> N
     assert store.sign_in("Ann", "another one altogether").status == "wrong"
 
 
+@pytest.mark.usefixtures("passwords_cost_little")
 def test_who_fails_often_waits_longer_and_longer(store: Store, clock: Clock) -> None:
     store.add_account("Ann", PASSWORD)
     assert [store.sign_in("Ann", "wrong", address="a").status for _ in range(5)] == ["wrong"] * 5
@@ -94,6 +96,7 @@ def test_who_fails_often_waits_longer_and_longer(store: Store, clock: Clock) -> 
     assert store.sign_in("Ann", "wrong", address="a").status == "wrong"
 
 
+@pytest.mark.usefixtures("passwords_cost_little")
 def test_an_address_that_tries_many_names_waits_even_if_one_of_them_is_its_own(store: Store) -> None:
     store.add_account("mine", PASSWORD)
     for n in range(20):
@@ -151,6 +154,7 @@ def test_accounts_that_cannot_be_are_refused(store: Store, name: str, password: 
     assert len(store.accounts()) == 1
 
 
+@pytest.mark.usefixtures("passwords_cost_little")
 def test_a_clock_that_is_set_back_makes_nobody_wait_longer(store: Store, clock: Clock) -> None:
     store.add_account("Ann", "correct horse battery")
     for _ in range(6):
