@@ -214,6 +214,7 @@ def test_the_cache_follows_xdg_and_else_the_home_folder(monkeypatch: pytest.Monk
 # --- the outcome, at full length ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_preference_is_learnt(digits_run: Path) -> None:
     shown = results(digits_run)
     assert shown["win_rate"] > 0.70 and shown["low"] > 0.55
@@ -222,6 +223,7 @@ def test_the_preference_is_learnt(digits_run: Path) -> None:
     assert shown["missed"] == []
 
 
+@pytest.mark.slow
 def test_the_printed_lines_load_the_whole_lora_in_stock_diffusers_with_the_same_images(digits_run: Path) -> None:
     names: dict[str, Any] = {}
     exec(results(digits_run)["loading"], names)
@@ -247,6 +249,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=int)
 
 
+@pytest.mark.slow
 def test_flipped_labels_push_the_model_below_its_base(digits_run: Path, digits_base: Base, tmp_path: Path) -> None:
     flipped = changed_rows(
         digits_run,
