@@ -304,6 +304,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"source": rollouts(scorer={"name": "image", "scorer": "text_length"})},
         r"source\.scorer\.scorer: got text_length, which judges texts, want a scorer of images",
     ),
+    "batch": (
+        {"source": rollouts(scorer={**SCORER, "batch_size": 0})},
+        r"source\.scorer\.batch_size: got 0, want 1 or more",
+    ),
     "loss": ({"source": rollouts(), "loss": {"name": "kto"}}, r"loss\.kto: needs the data labels"),
 }
 

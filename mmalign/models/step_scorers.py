@@ -174,7 +174,7 @@ def step_aware(
         network=network,
         reads=reads,
         resize=resize,
-        batch_size=batch_size,
+        batch_size=_counted(batch_size),
         text=Kept(compute=features),
     )
 
@@ -232,7 +232,7 @@ def image(
     judge = scorer.build()
     if judged_kind(judge) != "images":
         raise UserError(f"source.scorer.scorer: got {judge.name}, which judges {judged_kind(judge)}, want a scorer of images.")
-    return ImageScorer(model=model, decode=_decode_of(model, decoder), scorer=judge, batch_size=batch_size)
+    return ImageScorer(model=model, decode=_decode_of(model, decoder), scorer=judge, batch_size=_counted(batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,7 @@ def latent(model: StepModel, *, path: str, batch_size: int = 16) -> LatentScorer
         model=model,
         network=network,
         shared=shared and not network.tuned,
-        batch_size=batch_size,
+        batch_size=_counted(batch_size),
         condition=Kept(compute=model.conditions),
     )
 
@@ -298,6 +298,17 @@ def _decode_of(model: StepModel, decoder: str | None) -> Decode:
     if decoder is None:
         return model.decode
     return open_small_decoder(decoder, channels=model.latent_shape[0], device=model.device)
+
+
+def _counted(batch_size: int) -> int:
+    """A number of rows that there can be.
+
+    Raises:
+        UserError: fewer than one.
+    """
+    if batch_size < 1:
+        raise UserError(f"source.scorer.batch_size: got {batch_size}, want 1 or more.")
+    return batch_size
 
 
 def _by_parts(score: Callable[[slice], Tensor], count: int, size: int) -> Float[Tensor, " n"]:
