@@ -17,7 +17,7 @@ from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
 from mmalign.losses import LOSSES, OF_ERRORS
 from mmalign.objective import AutoBeta, Objective, Term
-from mmalign.records import VIEWS, Comparison, Content, Dropped, Example, Examples
+from mmalign.records import SIDE_DEFAULTS, VIEWS, Comparison, Content, Dropped, Example, Examples
 from mmalign.sources import SOURCES, Offline, Shape
 from mmalign.sources.prepared import check_answers, check_samples
 from mmalign.training import Training, changed_keys
@@ -187,6 +187,8 @@ def _check_view(config: TrainConfig, objective: Objective) -> None:
     view, source = config.data.view, config.source
     if VIEWS.get(view.name) is not view.target or SOURCES.get(source.name) is not source.target:
         return
+    required = {name for term in objective.terms for name, must in term.data.items() if must}
+    brought = {name: 1.0 for name in SIDE_DEFAULTS if name in required}  # by the rows: no view's settings tell
     faults: list[UserError] = []
     for count in (2, view.settings.get("num_candidates") or 3, 1):
         try:
@@ -194,6 +196,7 @@ def _check_view(config: TrainConfig, objective: Objective) -> None:
             if isinstance(examples, Dropped):
                 continue
             shape = seen_by_losses(config, examples)
+            shape = replace(shape, side={**brought, **shape.side})
             objective.check(shape.side, shape.num_candidates)
             _check_errors(objective, shape)
         except UserError as fault:

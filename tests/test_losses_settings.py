@@ -218,6 +218,7 @@ def test_what_does_not_go_together_is_refused_when_the_config_is_read(
         {"loss": {"name": "gpm"}, "adapter": {"name": "text_reward", "model": "none", "head": "gpm"}},
         {"loss": "odpo"},  # whose gap may be a column of the rows
         {"loss": {"name": "sppo"}},
+        {"loss": "runs:nan_at_margin_7"},  # a loss of one's own, which must have the margins of the rows
         seen("ranked", loss="dpo"),  # of rows of two
         seen("ranked", loss="plackett_luce"),
         seen({"name": "ranked", "by": "helpfulness", "raw_scores": True, "num_candidates": 5}, loss="info_nca"),
