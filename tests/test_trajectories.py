@@ -173,15 +173,29 @@ def test_a_threshold_with_two_ends_is_linear_in_the_noise_of_a_step() -> None:
 
 
 class Judge:
-    """Scores by the mean of the guess, or of the latents; keeps what it saw."""
+    """Scores by the mean of the guess, or of the latents; keeps what it saw.
+
+    It is asked of one prompt at a time, so that what is sampled beside it can change no score.
+    """
 
     def __init__(self, needs_guess: bool = True) -> None:
-        self.needs_guess, self.seen = needs_guess, []
+        self.needs_guess, self.calls = needs_guess, []
 
     def __call__(self, *, prompts: list[str], noisy: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
+        assert len(set(prompts)) == 1
         scores = 100 * (clean if self.needs_guess else noisy).flatten(1).mean(1)
-        self.seen.append((prompts, noisy, clean, timestep, scores))
+        self.calls.append((prompts, noisy, clean, timestep, scores))
         return scores
+
+    @property
+    def seen(self) -> list[tuple[Any, ...]]:
+        """What it saw at each step, prompt after prompt."""
+        count = len({prompts[0] for prompts, *_ in self.calls})
+        seen = []
+        for start in range(0, len(self.calls), count):
+            prompts, *tensors = zip(*self.calls[start : start + count], strict=True)
+            seen.append(([one for some in prompts for one in some], *(torch.cat(parts) for parts in tensors)))
+        return seen
 
 
 class Network:
