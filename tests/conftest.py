@@ -1,5 +1,6 @@
 """Tests run offline, on one thread, with every shape and type annotation of mmalign checked at run time."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -37,3 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests of minutes come first, so that no process is left alone with one of them at the end."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """The libraries stay until the end: the garbage collector need not look through them again."""
+    gc.collect()
+    gc.freeze()
