@@ -15,7 +15,7 @@ from mmalign.blind_model import Asked, Speaker, Spoken, asked, sees, sighted_enc
 from mmalign.claims import check_claim, claim, digest_of
 from mmalign.config import Choice, Table, check_folder, command_line
 from mmalign.errors import UserError
-from mmalign.makers import Dtype
+from mmalign.makers import Dtype, bar_label
 from mmalign.processes import Processes, launched_processes
 from mmalign.records import Fault
 from mmalign.records.journal import gather_parts, part_of
@@ -303,7 +303,7 @@ def _sample_all(
         if not mine:
             continue
         speaker = speakers.pop(number) if number in speakers else opened(number)
-        for batch in tqdm(mine, desc=speaker.answerer.name, unit="batch", disable=not processes.is_main):
+        for batch in tqdm(mine, desc=bar_label(speaker.answerer.name), unit="batch", disable=not processes.is_main):
             prompts = {index: known[number].get(index) or _asked(run, encoder, index) for index in dict(batch)}
             answers = speaker.spoken([prompts[index] for index, _ in batch], [run.seed(job) for job in batch])
             lines = [(job, one) for job, one in zip(batch, answers, strict=True) if run.lacks(job, made)]

@@ -13,7 +13,7 @@ from typing import Any
 from mmalign.claims import check_claim, claim, digest_of
 from mmalign.config import check_folder, command_line, resolved
 from mmalign.errors import UserError
-from mmalign.makers import Dtype, Maker, files_of, opened, provenance_of
+from mmalign.makers import Dtype, Maker, bar_label, files_of, opened, provenance_of
 from mmalign.processes import Processes, launched_processes
 from mmalign.prompts import read_prompts, read_sources
 from mmalign.records.stamps import replace_file, save_stamped, stamp_of
@@ -230,7 +230,7 @@ def _sample_all(run: _Run, work: Sequence[Sequence[list[Job]]], settings: dict[s
             continue
         pipe = pipe or opened(makers[number]).to(device)
         stamp = provenance_of(makers[number], pipe, settings)
-        for batch in tqdm(mine, desc=makers[number].name, unit="batch", disable=not processes.is_main):
+        for batch in tqdm(mine, desc=bar_label(makers[number].name), unit="batch", disable=not processes.is_main):
             images = _sampled(run, makers[number], pipe, batch)
             for job, image in zip(batch, images, strict=True):
                 if run.lacks(job):

@@ -52,6 +52,17 @@ class Maker:
             raise ValueError(f"{where}size: got {list(self.size)}, want multiples of 8, [height, width].")
 
 
+def bar_label(name: str) -> str:
+    """What a progress bar calls a model: the last part of its path or hub id, at most 30 letters of it.
+
+    A folder of the hub's cache, which is called after a hash, goes by the name of its model.
+    """
+    parts = [part for part in name.split("/") if part] or [name]
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    last = parts[-1] if cached is None else cached.rpartition("--")[2]
+    return last if len(last) <= 30 else last[:27] + "..."
+
+
 def files_of(maker: Maker) -> dict[str, str | None]:
     """Fingerprints of the files behind the names."""
     from mmalign.models.sampling import lora_file

@@ -18,6 +18,7 @@ from tiny import IMAGE_SIZE, tiny_folder, tiny_pipeline
 from mmalign.config import command_line
 from mmalign.errors import UserError
 from mmalign.generate import GenerateConfig, Generator, main, read_prompts
+from mmalign.makers import bar_label
 from mmalign.models.diffusion import Denoiser, add_lora, find_family, open_pipeline, save_lora, trainable_parameters
 from mmalign.models.sampling import image_seed
 from mmalign.records import comparison, read
@@ -413,3 +414,17 @@ def test_a_checkpoint_of_the_other_kind_or_without_its_run_is_refused(
     with pytest.raises(UserError, match="got an incomplete checkpoint"):
         main(settings(tmp_path / "d", lora=str(tmp_path / "alone" / "checkpoint-1")))
     assert [path.name for path in tmp_path.iterdir()] == ["alone"], "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("/root/.cache/mmalign/tiny/sd15-1f0c", "sd15-1f0c"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl-base-1.0"),
+        ("/x/hub/models--Qwen--Qwen2.5-3B/snapshots/0123456789abcdef", "Qwen2.5-3B"),
+        ("runs/tuned/", "tuned"),
+        ("m" * 40, "m" * 27 + "..."),
+    ],
+)
+def test_a_progress_bar_is_labelled_with_the_models_own_name(name: str, label: str) -> None:
+    assert bar_label(name) == label
