@@ -92,8 +92,7 @@ def test_an_iteration_trains_on_the_pairs_that_the_public_structure_samples(step
     assert 0 < checked[steps.OURS]["states_gap"] <= 5e-5
     noisy, successors = side.variants[steps.OURS].pairs()
     assert len(noisy) == len(successors) == 16 and not torch.equal(successors[:, 0], successors[:, 1])
-    for name in (steps.APPROXIMATE, steps.LATENT):
-        assert not torch.allclose(side.variants[name].pairs()[1], successors), "another judge chooses other pairs"
+    assert not torch.allclose(side.variants[steps.LATENT].pairs()[1], successors), "another judge chooses other pairs"
 
 
 def test_rows_of_other_cases_stay_in_the_file(steps: Any, tmp_path: Path) -> None:
