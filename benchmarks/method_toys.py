@@ -77,7 +77,7 @@ _SD3 = {
 
 TOYS: dict[str, dict[str, Toy]] = {
     "full": {
-        "sd15": Toy(family="sd15", resolution=128, base="small"),
+        "sd15": Toy(family="sd15", resolution=128, base="small", pairs=10),
         "sdxl": Toy(family="sdxl", resolution=64, parts=_SDXL, base="small"),
         "sd3": Toy(family="sd3", resolution=128, parts=_SD3, base="small"),
     },
