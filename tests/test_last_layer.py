@@ -9,6 +9,7 @@ import torch
 from tiny_causal import PACKING, a_batch, gradients, relative_errors, tiny_causal
 from torch import Tensor, nn
 
+from mmalign.language.last_layer import LastLayer
 from mmalign.language.network import TokenNetwork
 from mmalign.likelihoods import Tokens
 
@@ -124,3 +125,12 @@ def test_a_layer_that_would_go_wrong_is_left_alone() -> None:
     network = TokenNetwork(model)
     assert network.packs
     assert not last.mlp._forward_hooks and not last.self_attn._forward_pre_hooks
+
+
+def test_no_row_is_kept_when_checkpointing_computed_the_layer_again() -> None:
+    network = TokenNetwork(tiny_causal("llama")).train()
+    network.checkpoint_gradients(True)
+    network(a_batch().packed())["logps"].sum().backward()
+    hooks = network.model.model.layers[-1].self_attn._forward_pre_hooks.values()
+    (own,) = [hook.__self__ for hook in hooks if isinstance(getattr(hook, "__self__", None), LastLayer)]
+    assert own.row is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ class LastLayer:
             layer: the last one.
             attention: its own.
         """
-        self.row: packed.Row | None = None
+        self._row: weakref.ref[packed.Row] | None = None  # lives as long as the pass that it is of, and its recomputation
         self.handles = [
             attention.register_forward_pre_hook(self._begin, with_kwargs=True),
             layer.register_forward_hook(self._end),
@@ -39,16 +40,22 @@ class LastLayer:
                 if name in names:
                     self.handles += [part.register_forward_pre_hook(self._select), part.register_forward_hook(self._spread)]
 
+    @property
+    def row(self) -> packed.Row | None:
+        """The row that is run; None: there is none, or it is a padded one."""
+        return None if self._row is None else self._row()
+
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
 
     def _begin(self, _: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
-        self.row = kwargs.get(packed.NAME)
+        row = kwargs.get(packed.NAME)
+        self._row = None if row is None else weakref.ref(row)
 
     def _end(self, *_: Any) -> None:
-        self.row = None
+        self._row = None
 
     def _select(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Take the tokens out, where a part is called with the states of all of them and nothing else (a residual, say)."""
@@ -76,7 +83,10 @@ def spare(model: nn.Module, attention: nn.Module) -> LastLayer | None:
         attention: the last to be called.
     """
     name = next(name for name, module in model.named_modules() if module is attention)
-    layer = model.get_submodule(name.rpartition(".")[0])
+    name = name.rpartition(".")[0]
+    while isinstance(model.get_submodule(name), nn.ModuleList):  # a layer of several attentions
+        name = name.rpartition(".")[0]
+    layer = model.get_submodule(name)
     if any(isinstance(getattr(hook, "__self__", None), LastLayer) for hook in attention._forward_pre_hooks.values()):
         return None
     return LastLayer(layer, attention)
