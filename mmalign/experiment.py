@@ -182,17 +182,18 @@ def _check_together(config: TrainConfig) -> None:
 def _check_view(config: TrainConfig, objective: Objective) -> None:
     """Refuse losses that the view gives what they want of no row: rows of several sizes are made up for it.
 
-    Views and sources that are not ours, and views that want more of a row than an order, are not tried.
+    Views, sources and losses that are not ours, and views that want more of a row than an order, are not tried.
     """
     view, source = config.data.view, config.source
-    if VIEWS.get(view.name) is not view.target or SOURCES.get(source.name) is not source.target:
+    chosen: list[tuple[Mapping[str, Any], Choice]] = [(VIEWS, view), (SOURCES, source), *((LOSSES, one) for one in config.loss)]
+    if any(table.get(one.name) is not one.target for table, one in chosen):
         return
     required = {name for term in objective.terms for name, must in term.data.items() if must}
     brought = {name: 1.0 for name in SIDE_DEFAULTS if name in required}  # by the rows: no view's settings tell
     faults: list[UserError] = []
     for count in (2, view.settings.get("num_candidates") or 3, 1):
         try:
-            examples = view.build(_made_up(count, view.settings.get("by", "auto")))
+            examples = view.build(_made_up(count, view.settings))
             if isinstance(examples, Dropped):
                 continue
             shape = seen_by_losses(config, examples)
@@ -218,15 +219,21 @@ def _fault_of(objective: Objective, side: Mapping[str, Any], num_candidates: int
     return None
 
 
-def _made_up(count: int, judge: str) -> Comparison:
-    """A row of this many answers, the first of which is the best, whatever orders them."""
-    name = judge if judge not in ("auto", "ranks") else "score"
+def _made_up(count: int, settings: Mapping[str, Any]) -> Comparison:
+    """A row of this many answers, the first of which is the best, that a view with these settings can order and weigh."""
+    judge, level = settings.get("by", "auto"), settings.get("baseline") or 0.0
+    step = (
+        settings.get("temperature", 1.0) / count
+        if settings.get("baseline") is not None
+        else 2 * settings.get("min_gap", 0.0) or 1.0
+    )
+    ranked = judge == "ranks" and count > 1
     return Comparison(
         id="made-up",
         prompt=Content(text="?"),
         candidates=tuple(Content(text=str(n)) for n in range(count)),
-        scores={name: tuple(float(count - n) for n in range(count))},
-        ranks=tuple(float(n + 1) for n in range(count)) if count > 1 else None,
+        scores={judge if judge not in ("auto", "ranks") else "score": tuple(level + step * (count - n) for n in range(count))},
+        ranks=tuple(float(n + 1) for n in range(count)) if ranked else None,
     )
 
 

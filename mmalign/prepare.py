@@ -50,7 +50,11 @@ class PreparedData:
         if not self.passes_made:
             return ""
         runs = self.passes_saved / self.passes_made
-        share = "as many as one run needs" if runs == 1 else f"one run would need {self.passes_saved}, {runs:.1f} times as many"
+        share = (
+            "as many as one run needs"
+            if round(runs, 1) == 1
+            else f"one run would need {self.passes_saved}, {runs:.1f} times as many"
+        )
         return (
             f"\nsaving     {self.passes_made} passes of the reference are done and kept ({share}); no run on these data makes "
             "them again, whatever its beta, learning rate and loss"

@@ -40,7 +40,7 @@ from mmalign.models.diffusion import (
     vae_dtype,
 )
 from mmalign.models.lora import loading_code
-from mmalign.models.pipeline_folder import opening_code
+from mmalign.models.pipeline_folder import from_anywhere, opening_code
 from mmalign.models.tiny import TINY
 from mmalign.records import Example
 from mmalign.sources import Prepared
@@ -254,7 +254,7 @@ class DiffusionPolicy:
         if self.settings.lora is None:
             return opening_code(self.family, folder / FULL, like=self.settings.model)
         model = self.settings.model
-        base = model_folder(self.family, model) if model == TINY else model
+        base = model_folder(self.family, model) if model == TINY else from_anywhere(model)
         return loading_code(self.family, base, folder)
 
     # --- what sources and step scorers ask for ----------------------------------------------------------------------

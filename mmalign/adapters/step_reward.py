@@ -19,6 +19,7 @@ from mmalign.errors import UserError
 from mmalign.families import find_family
 from mmalign.models.diffusion import model_folder
 from mmalign.models.latent_reward import LatentReward, check_unet, first_half, save_latent_reward, text_summary
+from mmalign.models.pipeline_folder import from_anywhere
 from mmalign.models.step_aware import open_step_aware, save_step_aware
 from mmalign.models.tiny import TINY
 from mmalign.noise import TIMESTEPS
@@ -153,7 +154,7 @@ class LatentRewardTraining:
     def loading_lines(self, folder: Path) -> str:
         """Code that loads the folder for a pipeline's UNet."""
         family, settings = self.images.family, self.images.settings
-        base = model_folder(family, settings.model) if settings.model == TINY else settings.model
+        base = model_folder(family, settings.model) if settings.model == TINY else from_anywhere(settings.model)
         return (
             "from mmalign.families import find_family\n"
             "from mmalign.models.latent_reward import open_latent_reward\n"

@@ -63,12 +63,12 @@ def argilla_row(row: Mapping[str, Any], *, form: Form = "messages") -> Compariso
         candidates = tuple(answered(text_of(row, name), form) for name in names)
     ratings = [_named(row, RATINGS, side) for side in SIDES]
     scores: dict[str, tuple[float, ...]] = {}
-    if isinstance(row.get(BOTH), list):
-        scores["rating"] = _sorted_pair(row[BOTH])
-    elif any(row.get(name) is not None for name in ratings):
+    if any(row.get(name) is not None for name in ratings):
         scores["rating"] = tuple(number_of(row, name) for name in ratings)
         if scores["rating"][0] < scores["rating"][1]:
             raise UserError(f"got the ratings {shown(scores['rating'])} of chosen and rejected, want the first higher.")
+    elif isinstance(row.get(BOTH), list) and any(value is not None for value in row[BOTH]):
+        scores["rating"] = _sorted_pair(row[BOTH])
     models = [row.get(_named(row, MODELS, side)) for side in SIDES]
     return Comparison(
         id="",

@@ -98,6 +98,11 @@ def opening_code(family: Family, base: Path | str, *, like: Path | str | None = 
     return f"pipe = diffusers.{family.pipeline}.from_pretrained({arguments})"
 
 
+def from_anywhere(model: str) -> str:
+    """A folder by its whole path, so that it is found from any other; a hub id as it is."""
+    return str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model
+
+
 def check_tokenizers(folder: Path, model: str | Path, family: Family) -> None:
     """Refuse tokenizers that exist only as a SentencePiece model (PixArt's) where the packages that read one are missing.
 

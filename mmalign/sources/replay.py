@@ -63,8 +63,8 @@ class Replay:
             raise UserError("adapter.winner_guard: guards the better of two images, and replay has one. Set it to null.")
 
     def shape(self, examples: Any) -> Shape:
-        """Expert and own state; side data of the expert."""
-        return Shape(num_candidates=2, side=examples[0].side)
+        """Expert and own state; side data of the expert, but for what is told of each candidate."""
+        return Shape(num_candidates=2, side=_of_row(examples[0].side))
 
     def open(self, examples: Sequence[Any], policy: Any, *, accelerator: Any, seed: int) -> ReplayStream:
         """Read expert images as `offline` does.
@@ -172,7 +172,7 @@ class ReplayStream:
             condition=condition,
             error_weight=None if inputs.error_weight is None else inputs.error_weight.expand(-1, 2),
         )
-        return Prepared(inputs=both, side=expert.side, ids=expert.ids)
+        return Prepared(inputs=both, side=_of_row(expert.side), ids=expert.ids)
 
 
 def own_states(
@@ -277,3 +277,8 @@ def _conditions(experts: Sequence[Prepared]) -> dict[str, Tensor]:
         for one in experts
     ]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _of_row(side: Mapping[str, Any]) -> dict[str, Any]:
+    """Side data without the scores of candidates, of which the expert is one."""
+    return {name: value for name, value in side.items() if name != "scores"}
