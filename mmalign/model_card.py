@@ -30,7 +30,7 @@ def write_card(
         config: the resolved config.
         data: summary of the examples.
         plan: the arithmetic of the run.
-        loading: stock code that loads the result from anywhere; in the card it is said from the card's own folder.
+        loading: stock code that loads the result.
         lora: whether the result is low-rank weights.
         library: whose code loads it: diffusers or transformers.
         reward: whether it is a reward model: of texts, or for the noisy states of a base model of images.
@@ -57,8 +57,6 @@ def write_card(
     tuned = f"{'Low-rank weights (LoRA)' if lora else 'A full fine-tune'} of `{base_model}`, aligned with human preferences"
     judged = "A reward model of texts on" if library == "transformers" else "A reward model for the sampling steps of"
     what = f"{judged} `{base_model}`, trained on human preferences" if reward else tuned
-    own = str(folder.absolute())
-    loading = loading.replace(f'"{own}"', '"."').replace(f'"{own}/', '"./')
     text = f"""---
 {header}---
 
@@ -73,8 +71,6 @@ def write_card(
 The weights carry the licence of the base model, and the data its own: look both up before you share them.
 
 ## Use
-
-In the folder of this file (elsewhere, or on the hub, put its path or id in place of the dot):
 
 ```python
 import {library}
