@@ -419,7 +419,7 @@ def test_a_checkpoint_of_the_other_kind_or_without_its_run_is_refused(
 @pytest.mark.parametrize(
     ("name", "label"),
     [
-        ("/root/.cache/mmalign/tiny/sd15-1f0c", "sd15-1f0c"),
+        ("/home/me/.cache/mmalign/tiny/sd15-1f0c", "sd15-1f0c"),
         ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl-base-1.0"),
         ("/x/hub/models--Qwen--Qwen2.5-3B/snapshots/0123456789abcdef", "Qwen2.5-3B"),
         ("runs/tuned/", "tuned"),
