@@ -228,6 +228,15 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
     assert encoder.all(rows) == [encoder(row) for row in rows]
 
 
+def test_the_template_is_run_once_for_the_prompt_of_a_pair_and_once_for_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, runs = tokenizer_of("chatml"), []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda messages, **more: runs.append(1) or render(messages, **more))
+    prompt = said(("user", "name a colour"))
+    Encoder(tokenizer=tokenizer)([Sample(prompt=prompt, completion=Content(text=answer)) for answer in ("blue", "red")])
+    assert len(runs) == 3
+
+
 def test_a_prompt_alone_is_the_context_of_its_answers() -> None:
     for name in ("chatml", "llama", "gemma"):
         encoder = Encoder(tokenizer=tokenizer_of(name, begins=True))

@@ -152,7 +152,7 @@ class Encoder:
 
     def all(self, rows: Sequence[Sequence[Sample]]) -> list[Encoded]:
         """The same for several rows, in one call of the tokenizer."""
-        said = [[self._written(sample) for sample in row] for row in rows]
+        said = [self._all_written(row) for row in rows]
         texts = list(dict.fromkeys(text for row in said for one in row for text in one.parts))
         ids = dict(zip(texts, _token_ids(self.tokenizer, texts), strict=True))
         numbered = [
@@ -173,7 +173,7 @@ class Encoder:
 
     def text(self, sample: Sample) -> str:
         """A sample's prompt as the tokenizer is given it, with the prefix of its answer; not what it puts before a text."""
-        text: str = self._written(sample).prompt
+        text: str = self._all_written([sample])[0].prompt
         return text
 
     @cached_property
@@ -185,11 +185,21 @@ class Encoder:
                 return tuple(with_special[:start])
         return ()
 
-    def _written(self, sample: Sample) -> _Written:
-        if sample.completion.is_empty():
-            raise UserError(f"{_shown(sample.prompt)}: got an empty answer, want a text. Write one or remove the row.")
+    def _all_written(self, samples: Sequence[Sample]) -> list[_Written]:
+        """Samples as texts; one prompt of several is written once."""
+        prompts: dict[tuple[int, bool], tuple[str, bool]] = {}
+        out = []
+        for sample in samples:
+            key = id(sample.prompt), bool(sample.completion.messages)
+            prompts[key] = prompts.get(key) or self._prompt_text(sample.prompt, answer=sample.completion)
+            out.append(self._written(sample, *prompts[key]))
+        return out
+
+    def _written(self, sample: Sample, prompt: str, started: bool) -> _Written:
+        """A sample whose prompt is this text, which went through the template or did not."""
         answer = sample.completion
-        prompt, started = self._prompt_text(sample.prompt, answer=answer)
+        if answer.is_empty():
+            raise UserError(f"{_shown(sample.prompt)}: got an empty answer, want a text. Write one or remove the row.")
         before = prompt + (sample.prefix or "")
         if not started:
             return _Written(before, before + answer.words(), "eos" if sample.ends_turn else "plain")
@@ -219,6 +229,8 @@ class Encoder:
         Raises:
             UserError: the answer is not to be found in the conversation either.
         """
+        if whole.startswith(before):
+            return whole
         shared = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
         lost = before[shared:]
         if not any(m.text.strip() and m.text.strip() in lost for m in said):
@@ -428,6 +440,8 @@ def _as_dict(message: Message) -> dict[str, Any]:
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common prefix; at least one token of `second` is left."""
     most = min(len(first), len(second) - 1)
+    if first[:most] == second[:most]:
+        return most
     return next((n for n in range(most) if first[n] != second[n]), most)
 
 
