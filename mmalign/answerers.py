@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmalign.config import Choice, read_config, resolved
+from mmalign.config import Choice, resolved
 from mmalign.config.writing import environment
 from mmalign.errors import UserError
 from mmalign.makers import Dtype, fingerprint
@@ -205,7 +205,7 @@ def _adapter_of(tuned: str) -> Choice:
     """The adapter of the run that left these weights, of texts or of images and texts."""
     from mmalign.adapters.image_text import ImageTextAdapter
     from mmalign.adapters.text import TextAdapter
-    from mmalign.experiment import TrainConfig
+    from mmalign.experiment import read_run
 
     place = Path(tuned).expanduser()
     path = (place.absolute().parent if is_checkpoint(place) else place) / "config.yaml"
@@ -214,7 +214,7 @@ def _adapter_of(tuned: str) -> Choice:
             f"tuned: got {tuned}, and there is no {path}, want the output folder of `mmalign train` or its checkpoint-N. For a "
             "model as such, name it as model."
         )
-    adapter = read_config(TrainConfig, path).adapter
+    adapter = read_run(path).adapter
     if adapter.target not in (TextAdapter, ImageTextAdapter):
         raise UserError(
             f"tuned: got {tuned}, a run of adapter {adapter.name}, want one of adapter text or image_text. Name another run."

@@ -15,7 +15,7 @@ from mmalign.adapters.image_text import OF_DEGRADED
 from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
-from mmalign.losses import LOSSES, OF_ERRORS
+from mmalign.losses import LOSSES, OF_ERRORS, OF_SCORERS
 from mmalign.objective import AutoBeta, Objective, Term
 from mmalign.records import SIDE_DEFAULTS, VIEWS, Comparison, Content, Dropped, Example, Examples
 from mmalign.sources import SOURCES, Offline, Shape
@@ -30,6 +30,8 @@ Loss = Annotated[Choice, Table(LOSSES, extra={"weight": (float, 1.0)}, widen={"b
 OF_ROWS: tuple[Mapping[str, Any], ...] = ({}, {"margin": 1.0}, {"prob": 0.5})
 # What a source that makes samples of its own wants of the adapter.
 MAKES = {"rollouts": check_samples, "replay": check_samples, "online_pairs": check_answers, "self_play": check_answers}
+# Adapters of models that make samples -> those of scorers of what they make.
+SCORERS_OF = {"text": "text_reward", "image_text": "text_reward", "diffusion": "step_reward"}
 # Losses whose method is in the pairs that a source makes: loss -> (source, the plain loss for given pairs).
 OF_SOURCES = {"spo": ("rollouts", "dpo"), "dro": ("replay", "hinge")}
 
@@ -75,11 +77,12 @@ class TrainConfig:
     dry_run: bool = field(default=False, metadata={"help": "print the plan and stop"})
 
     def __post_init__(self) -> None:
-        """Refuse what only several keys together tell."""
+        """Refuse what only several keys together tell; a run that has begun did so by the rules of its time."""
         if not self.loss:
             raise ValueError("loss: got an empty list, want at least one loss.")
         try:
-            _check_together(self)
+            if self.resume is None:  # a resumed config is that of its run, which is checked against the data again
+                _check_together(self)
         except UserError as fault:
             raise ValueError(str(fault)) from fault
         if getattr(self.source.target, "online", False) and self.training.epochs is not None:
@@ -89,6 +92,17 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed}, want 0 to {2**32 - 1}.")
+
+
+def read_run(path: Path) -> TrainConfig:
+    """The config of a run that has begun, to examine it or to compare with it; no combination of an older version is refused.
+
+    Its `resume` is set: it is no config of a new run.
+
+    Raises:
+        UserError: the file cannot be read, or has settings that are not known.
+    """
+    return read_config(TrainConfig, path, ["resume=latest"])
 
 
 def read_examples(data: Data) -> tuple[Examples, str]:
@@ -170,6 +184,7 @@ def _without_effect(config: TrainConfig, objective: Objective) -> list[str]:
 def _check_together(config: TrainConfig) -> None:
     """Refuse losses that do not go with their settings, the adapter or the reference, whatever the data."""
     objective = Objective(_terms(config.loss), config.auto_beta)
+    _check_scorers(config)
     objective.try_settings()
     _check_losses(config, num_candidates=2)
     if SOURCES.get(config.source.name) is config.source.target and config.source.name in MAKES:
@@ -245,6 +260,18 @@ def _check_errors(objective: Objective, shape: Shape) -> None:
             f"loss.{wrong[0]}: reads log-likelihoods as denoising errors, which these are not. Choose a loss without a "
             "reference that takes log-probabilities, as simpo, or adapter: diffusion with source: offline."
         )
+
+
+def _check_scorers(config: TrainConfig) -> None:
+    """Refuse losses that train a scorer where no scorer is trained."""
+    name = config.adapter.name
+    if ADAPTERS.get(name) is not config.adapter.target or name not in SCORERS_OF:
+        return
+    for loss in config.loss:
+        if LOSSES.get(loss.name) is loss.target and loss.name in OF_SCORERS:
+            raise UserError(
+                f"loss.{loss.name}: trains a reward model, want adapter: {SCORERS_OF[name]}. Set it, or choose another loss."
+            )
 
 
 def _check_losses(config: TrainConfig, num_candidates: int) -> None:
@@ -381,7 +408,7 @@ def find_checkpoint(config: TrainConfig, accelerator: Any) -> Path | None:
     found = checkpoints.latest(config.output) if config.resume == "latest" else Path(config.resume)
     begun = config.output / "config.yaml"
     if found is None and begun.exists():
-        changed = changed_keys(resolved(read_config(TrainConfig, begun)), resolved(config))
+        changed = changed_keys(resolved(read_run(begun)), resolved(config))
         if changed:
             raise UserError(f"{begun}: is of another run ({'; '.join(changed[:6])}). Set overwrite=true instead of resume.")
         logger.info("%s holds a run without a checkpoint yet: it starts again", config.output)

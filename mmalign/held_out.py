@@ -14,10 +14,9 @@ from mmalign.adapters.image_text import ImageTextAdapter
 from mmalign.adapters.step_reward import StepRewardAdapter
 from mmalign.adapters.text import TextAdapter
 from mmalign.adapters.text_reward import TextRewardAdapter
-from mmalign.config import read_config
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
-from mmalign.experiment import Data, TrainConfig, read_examples
+from mmalign.experiment import Data, TrainConfig, read_examples, read_run
 from mmalign.records import Example, Examples
 from mmalign.records.table import in_batches
 from mmalign.report import PairFit
@@ -118,7 +117,7 @@ def run_config(run: Path) -> TrainConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"run: got {run}, want the output folder of `mmalign train`, with config.yaml. Check the path.")
-    config = read_config(TrainConfig, path)
+    config = read_run(path)
     if config.adapter.target in (StepRewardAdapter, TextRewardAdapter):
         raise UserError(
             f"run: got {run}, which trained a reward model, want the run of a diffusion or language model. A reward model's "

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from mmalign import checkpoints
-from mmalign.config import read_config
 from mmalign.errors import UserError
 from mmalign.loop import TRAINABLE
 
@@ -32,14 +31,14 @@ def write_stock_weights(checkpoint: Path | str, folder: Path) -> bool:
     """
     from safetensors.torch import load_file
 
-    from mmalign.experiment import TrainConfig
+    from mmalign.experiment import read_run
 
     place = Path(checkpoint).expanduser()
     checkpoints.check_complete(place)
     path = place.absolute().parent / "config.yaml"
     if not path.is_file():
         raise UserError(f"{place}: got no {path}, want the checkpoint in the folder of its run. Copy the run's config.yaml.")
-    config = read_config(TrainConfig, path)
+    config = read_run(path)
     unused = {name: None for name in ("cache", "validation", "winner_guard") if name in config.adapter.settings}
     adapter = config.adapter.with_settings(**unused)
     policy = adapter.build().open(seed=config.seed, needs_reference=False)

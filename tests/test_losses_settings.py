@@ -12,9 +12,11 @@ from loss_inputs import settings_of
 from runs import merged
 
 from mmalign.adapters.text_lengths import SURVEYED
+from mmalign.answerers import sees_by_run
 from mmalign.config import read_config
 from mmalign.errors import UserError
 from mmalign.experiment import TrainConfig
+from mmalign.held_out import run_config
 from mmalign.losses import LOSSES
 from mmalign.objective import Objective, Term
 
@@ -146,6 +148,9 @@ TAUGHT = {"adapter": {"teacher": {"model": "none"}}}
 CACHED = {"adapter": {"cache": "folder"}}
 MOVING = {"training": {"moving_reference": {"decay": 0.4, "every": 512}}}
 REWARD = {"adapter": {"name": "text_reward", "model": "none"}}
+IMAGES = {"adapter": {"name": "diffusion", "family": "sd15", "model": "none", "resolution": 32}}
+STEP_REWARD = {"adapter": {**IMAGES["adapter"], "name": "step_reward", "reward": {"name": "step_aware", "clip": "none"}}}
+SIGHTED = {"adapter": {"name": "image_text", "model": "none"}}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +187,13 @@ REWARD = {"adapter": {"name": "text_reward", "model": "none"}}
         ({"loss": {"name": "mapo"}}, r"loss\.mapo: reads log-likelihoods as denoising errors, which these are not"),
         ({"loss": {"name": "gpm"}}, r"loss\.gpm: trains a reward model, want adapter: text_reward"),
         ({"loss": {"name": "bradley_terry"}}, r"loss\.bradley_terry: trains a reward model, want adapter: text_reward"),
+        ({"loss": "bradley_terry", **SIGHTED}, r"loss\.bradley_terry: trains a reward model, want adapter: text_reward"),
+        ({"loss": "bradley_terry", **IMAGES}, r"loss\.bradley_terry: trains a reward model, want adapter: step_reward"),
+        ({"loss": "gpm", **IMAGES}, r"loss\.gpm: trains a reward model, want adapter: step_reward"),
+        ({"loss": [{"name": "dpo"}, {"name": "bradley_terry"}], **IMAGES}, r"loss\.bradley_terry: trains a reward model"),
+        (STEP_REWARD, r"loss: got dpo, which asks for a reference, which a reward model has not, want bradley_terry"),
+        ({"loss": "gpm", **STEP_REWARD}, r"loss: got gpm, which compares embeddings of texts, want bradley_terry"),
+        ({"loss": "mapo", **STEP_REWARD}, r"loss\.mapo: reads log-likelihoods as denoising errors, which these are not"),
         ({"loss": "kto"}, r"loss\.kto: needs the data labels, the view gives none\..*unpaired gives labels"),
         ({"loss": "lipo"}, r"loss\.lipo: needs the data scores, the view gives none\..*ranked gives scores"),
         ({"loss": {"name": "sppo", "target": "scores"}}, r"loss\.sppo\.target: got scores on data without them"),
@@ -216,6 +228,8 @@ def test_what_does_not_go_together_is_refused_when_the_config_is_read(
         {"loss": {"name": "ld_dpo"}, "adapter": {"score": "difference"}},
         {"loss": [{"name": "dpo"}, {"name": "nll", "weight": 0.0}]},
         {"loss": {"name": "gpm"}, "adapter": {"name": "text_reward", "model": "none", "head": "gpm"}},
+        {"loss": "bradley_terry", **STEP_REWARD},
+        {"loss": "mapo", **IMAGES},
         {"loss": "odpo"},  # whose gap may be a column of the rows
         {"loss": {"name": "sppo"}},
         {"loss": "runs:nan_at_margin_7"},  # a loss of one's own, which must have the margins of the rows
@@ -239,6 +253,17 @@ def test_what_does_not_go_together_is_refused_when_the_config_is_read(
 )
 def test_what_goes_together_is_not_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     read_config(TrainConfig, config_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"loss": {"name": "tr_dpo"}}, {"loss": {"name": "mapo"}}])
+def test_a_run_that_an_earlier_version_began_is_still_read_and_resumed(changes: dict[str, Any], tmp_path: Path) -> None:
+    file = config_file(tmp_path, **changes)
+    with pytest.raises(UserError, match="loss"):
+        read_config(TrainConfig, file)
+    name = changes["loss"]["name"]
+    assert run_config(tmp_path).loss[0].name == name, "what evaluates a run reads it"
+    assert not sees_by_run(str(tmp_path)), "what answers by its weights reads it"
+    assert read_config(TrainConfig, file, ["resume=latest"]).loss[0].name == name
 
 
 @pytest.mark.parametrize(
