@@ -58,6 +58,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "cache": ({"adapter": {"cache": "absent_cache"}}, r"absent_cache.*got no cache, want one\. Run `mmalign prepare`"),
     "crop": ({"adapter": {"cache": "c", "crop": "random"}}, r"crop: got random with a cache.*Use crop: center"),
     "guard": ({"adapter": {"winner_guard": {"mu": 2}}}, r"adapter\.winner_guard\.mu: got 2\.0, want .* 0 to 1"),
+    "rank_0": ({"adapter": {"lora": {"rank": 0}}}, r"adapter\.lora\.rank: got 0, want 1 or more, or lora: null"),
+    "alpha_0": ({"adapter": {"lora": {"alpha": 0}}}, r"adapter\.lora\.alpha: got 0\.0, want a positive number"),
+    "no_targets": ({"adapter": {"lora": {"targets": []}}}, r"adapter\.lora\.targets: got an empty list, want"),
+    "dropout_1": ({"adapter": {"lora": {"dropout": 1}}}, r"adapter\.lora\.dropout: got 1\.0, want a share from 0"),
     "ema": ({"training": {"ema_decay": 1.5}}, r"ema_decay: got 1\.5, want a number between 0 and 1"),
 }
 
@@ -121,6 +125,17 @@ def test_a_faulty_row_is_told_with_file_and_row_before_anything_is_written(
     told = capsys.readouterr().err
     assert re.search(rf"pairs\.jsonl:2: .*{message}", told), told
     assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_image_is_told_without_what_only_python_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = jsonl(tmp_path, GOOD)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert run(tmp_path, tree(tmp_path / "out", rows=rows)) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"pairs\.jsonl:1: candidate 2 \(.*b\.png\): got a damaged image \(of no known format\), want", told), told
     assert not (tmp_path / "out").exists()
 
 

@@ -479,9 +479,27 @@ def test_each_fault_of_a_line_is_told_with_file_and_line(tmp_path, line, fault):
 
 
 def test_many_faulty_lines_are_told_at_once_and_counted(tmp_path):
-    (tmp_path / "x.jsonl").write_text("{\n" * 9)
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"key{letter}": 1}}\n' for letter in "abcdefghi"))
     with pytest.raises(UserError, match=r"x\.jsonl:1: (.|\n)*x\.jsonl:5: (.|\n)*and 4 rows more"):
         read(tmp_path / "x.jsonl")
+
+
+def test_faults_of_one_kind_are_one_sentence_with_their_number_and_the_first_places(tmp_path):
+    rows = [{"prompt": f"p{n}", "candidates": [{"text": "a"}], "ranks": [1]} for n in range(9)]
+    rows += [{"prompt": "p", "candidates": PAIR, "scores": {"judge": [0.5 * n, float("nan")]}} for n in range(2)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as told:
+        read(path)
+    first, second = str(told.value).splitlines()
+    assert first == (
+        f"{path}:1: got 1 candidate, want at least 2. Add the missing one or remove the row. "
+        "Such faults: 9, the next at x.jsonl:2, x.jsonl:3, x.jsonl:4, x.jsonl:5 and 4 more."
+    )
+    assert second == (
+        f"{path}:10: got scores of judge (0.0, nan), want finite numbers. Judge the row again or remove it. "
+        "Such faults: 2, the next at x.jsonl:11."
+    )
 
 
 def test_a_missing_or_unknown_place_is_one_clear_error(tmp_path):

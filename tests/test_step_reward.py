@@ -308,7 +308,7 @@ def test_a_soft_tie_pulls_to_neither_side_and_costs_nothing_where_scores_agree(t
 
 
 def test_what_a_reward_model_cannot_do_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss: got one that asks for a reference.*want bradley_terry"):
+    with pytest.raises(UserError, match=r"loss: got dpo, which asks for a reference.*want bradley_terry"):
         train(tmp_path / "run", adapter=adapter_of(STEP_AWARE), loss={"name": "dpo"})
     with pytest.raises(UserError, match=r"resolution: got 30, want multiples of 8"):
         opened(tmp_path, resolution=30)

@@ -1,5 +1,6 @@
 """Options of an adapter that are small records of their own."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,17 @@ class Lora:
     alpha: float | None = None
     targets: tuple[str, ...] | None = None
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse weights that would not be there, or not count."""
+        if self.rank < 1:
+            raise ValueError(f"rank: got {self.rank}, want 1 or more, or lora: null to train all weights.")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha: got {self.alpha}, want a positive number, or null for the rank.")
+        if self.targets is not None and not self.targets:
+            raise ValueError("targets: got an empty list, want at least one layer name, or null for the usual ones.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}, want a share from 0 to below 1. For preferences: 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ class StepRewardAdapter:
 
     measures: ClassVar[frozenset[str]] = frozenset()
     side: ClassVar[tuple[str, ...]] = ()
-    errors: ClassVar[bool] = True
+    errors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is loaded."""
@@ -210,6 +211,20 @@ class StepRewardAdapter:
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return size_of(self.resolution)
+
+    def check_losses(self, losses: Sequence[Choice], num_candidates: int) -> None:
+        """Refuse losses that scores of images are not enough for.
+
+        Raises:
+            UserError: a loss asks for a reference, or for embeddings that are compared.
+        """
+        for loss in losses:
+            if any(name.split("_")[0] == "reference" for name in inspect.signature(loss.target).parameters):
+                raise UserError(
+                    f"loss: got {loss.name}, which asks for a reference, which a reward model has not, want bradley_terry."
+                )
+            if loss.name == "gpm":
+                raise UserError("loss: got gpm, which compares embeddings of texts, want bradley_terry.")
 
     def check_sources(self, numbers: Mapping[int, str]) -> None:
         """Refuse prompts with a source image; `numbers` as `records.Examples.sources` has them.
@@ -246,14 +261,12 @@ class StepRewardAdapter:
             mixed_precision: no, fp16 or bf16.
             seed: of the reward model's new weights and of every noise and timestep draw.
             num_candidates: k of the data.
-            needs_reference: whether the loss asks for one, which there is not.
+            needs_reference: never: `check_losses` refuses losses that ask for one.
             caching, weights: not for this adapter.
             asked: names of all data that the losses ask for.
         Raises:
-            UserError: no such model; a loss with a reference; a cache or tuned weights asked for.
+            UserError: no such model; a cache or tuned weights asked for.
         """
-        if needs_reference:
-            raise UserError("loss: got one that asks for a reference, which a reward model has not, want bradley_terry.")
         if caching is not None or weights is not None:
             raise UserError("adapter: got step_reward, which neither fills a cache nor starts from a run. Use diffusion.")
         return StepRewardPolicy(self, torch.device(device), mixed_precision, seed)
@@ -282,7 +295,7 @@ class StepRewardPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[Callable[..., Tensor]]:
-        """There is none: `open` refuses losses that ask for one."""
+        """There is none: `check_losses` refuses losses that ask for one."""
         raise ValueError("reference: a reward model has none.")
         yield
 

@@ -18,7 +18,7 @@ from mmalign.adapters.text_teacher import REMEDIES, TeacherModel
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.likelihoods.tokens import GRADED
-from mmalign.losses import LOSSES, OF_DIFFERENCES, OF_SCORERS, of_differences
+from mmalign.losses import OF_DIFFERENCES, of_differences
 from mmalign.records import Media
 
 
@@ -127,16 +127,11 @@ class TextAdapter:
         check_settings(self)
 
     def check_losses(self, losses: Sequence[Choice], num_candidates: int) -> None:
-        """Refuse losses of reward models, an idle teacher, and `score: difference` with a loss that shared tokens would change.
+        """Refuse an idle teacher, and `score: difference` with a loss that shared tokens would change.
 
         Raises:
             UserError: names the loss.
         """
-        scorers = [loss.name for loss in losses if LOSSES.get(loss.name) is loss.target and loss.name in OF_SCORERS]
-        if scorers:
-            raise UserError(
-                f"loss.{scorers[0]}: trains a reward model, want adapter: text_reward. Set it, or choose another loss."
-            )
         asked = {name for loss in losses for name in inspect.signature(loss.target).parameters}
         if self.teacher is not None and not asked & GRADED:
             names = ", ".join(loss.name for loss in losses)

@@ -60,12 +60,12 @@ def add_lora(
     if denoiser.lora_layers:
         raise ValueError("add_lora: the denoiser has LoRA already. Open the pipeline anew.")
     if rank < 1:
-        raise UserError(f"lora.rank: got {rank}, want 1 or more.")
+        raise UserError(f"adapter.lora.rank: got {rank}, want 1 or more.")
     names = tuple(denoiser.family.lora_targets if targets is None else targets)
     layers = _target_layers(denoiser.core, names)
     used = sorted(set(layers) - denoiser.unused_layers())
     if not used:
-        raise UserError(f"lora.targets: got {', '.join(layers)}, whose output is never used. Name other layers.")
+        raise UserError(f"adapter.lora.targets: got {', '.join(layers)}, whose output is never used. Name other layers.")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -266,9 +266,9 @@ def _target_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
             known = sorted({_leaf(name) for name in layers})
             near = difflib.get_close_matches(target, known, n=1)
             remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
-            raise UserError(f"lora.targets: got {target!r}, which ends no layer's name. {remedy}")
+            raise UserError(f"adapter.lora.targets: got {target!r}, which ends no layer's name. {remedy}")
     if not targets:
-        raise UserError("lora.targets: got an empty list, want at least one layer name.")
+        raise UserError("adapter.lora.targets: got an empty list, want at least one layer name.")
     return [name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 

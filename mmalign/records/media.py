@@ -10,7 +10,7 @@ import tarfile
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmalign.errors import UserError
 from mmalign.records.frames import num_frames_of, rate_of, video_frames, video_num_frames, video_rate, video_suffix
@@ -186,7 +186,8 @@ class Media:
         )
 
     def _damaged(self, fault: Exception) -> str:
-        return f"{self.place()}: got a damaged image ({fault}), want one that decodes. Replace it or remove the row."
+        told = "of no known format" if isinstance(fault, UnidentifiedImageError) else fault
+        return f"{self.place()}: got a damaged image ({told}), want one that decodes. Replace it or remove the row."
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ import codecs
 import glob
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ WINNERS = ("file_name", "image", "chosen_file_name")
 LOSERS = ("lose_image", "lose_file_name", "rejected_file_name")
 ROWS_IN_MEMORY = 10_000
 SHOWN_FAULTS = 5
+NUMBER = re.compile(r"[-+]?\b(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf)\b")
 
 
 def read(path: str | Path, *, faults: list[Fault] | None = None, least: int = 2) -> "datasets.Dataset":
@@ -88,14 +90,31 @@ def collect(
 
 
 def raise_faults(faults: list[Fault], place: str | Path) -> None:
-    """Raise one error that names the first few faults and counts the others, if there are any.
+    """Raise one error that names the first fault of each of the first few kinds and counts the others, if there are any.
+
+    Faults are of one kind that differ in nothing but numbers.
 
     Raises:
         UserError: there are faults.
     """
-    if faults:
-        more = f"\n{place}: and {len(faults) - SHOWN_FAULTS} rows more." if len(faults) > SHOWN_FAULTS else ""
-        raise UserError("\n".join(str(f) for f in faults[:SHOWN_FAULTS]) + more)
+    kinds: dict[str, list[Fault]] = {}
+    for fault in faults:
+        kinds.setdefault(NUMBER.sub("0", fault.problem), []).append(fault)
+    shown = list(kinds.values())[:SHOWN_FAULTS]
+    if shown:
+        rest = len(faults) - sum(map(len, shown))
+        more = f"\n{place}: and {rest} rows more." if rest else ""
+        raise UserError("\n".join(map(_told, shown)) + more)
+
+
+def _told(alike: list[Fault]) -> str:
+    """The first of several faults of a kind, and where the next ones are."""
+    first, *others = alike
+    if not others:
+        return str(first)
+    places = [fault.where.rpartition("/")[2] for fault in others[: SHOWN_FAULTS - 1]]
+    more = f" and {len(others) - len(places)} more" if len(others) > len(places) else ""
+    return f"{first} Such faults: {len(alike)}, the next at {', '.join(places)}{more}."
 
 
 def fault_of(row: Mapping[str, Any], least: int = 2) -> Fault | None:
