@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 from runs import config_of, tree
+from safetensors.torch import load_file, save_file
 from test_step_aware import disturbed
 from test_step_reward import LATENT, LOSS, STEP_AWARE, adapter_of
 from torch import Tensor
@@ -276,9 +277,28 @@ def test_a_config_names_a_step_scorer_with_its_settings(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     policy = policy_of(tmp_path, LATENT)
     other = policy_of(tmp_path, LATENT, "sd2")
-    with pytest.raises(UserError, match=r"got mmalign latent reward of family sd2, want a latent reward of sd15"):
+    source = r"^source\.scorer\.path: got "
+    with pytest.raises(
+        UserError, match=source + r".*, which is mmalign latent reward of family sd2, want a latent reward of sd15"
+    ):
         STEP_SCORERS["latent"](policy.images, path=str(latent_folder(tmp_path, other)))
-    with pytest.raises(UserError, match=r"got mmalign step-aware CLIP of family None, want a latent reward of sd15"):
+    with pytest.raises(UserError, match=source + r".*, which is mmalign step-aware CLIP, want a latent reward of sd15"):
         STEP_SCORERS["latent"](policy.images, path=str(step_aware_folder(tmp_path)))
-    with pytest.raises(UserError, match=r"got no latent reward model .*want a folder that training saved"):
+    with pytest.raises(
+        UserError, match=source + r".*nothing, which is no latent reward model .*want a folder that training saved"
+    ):
         STEP_SCORERS["latent"](policy.images, path=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=source + r"'.*nothing', want a folder or hub id with a CLIP model"):
+        STEP_SCORERS["step_aware"](policy.images, path=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("kind", ["step_aware", "latent"])
+def test_keys_that_a_step_scorers_weights_lack_are_listed_with_the_setting_and_the_folder(tmp_path: Path, kind: str) -> None:
+    policy = policy_of(tmp_path, LATENT)
+    folder = step_aware_folder(tmp_path) if kind == "step_aware" else latent_folder(tmp_path, policy)
+    weights = load_file(folder / "model.safetensors")
+    lost = sorted(weights)[:2]
+    save_file({key: value for key, value in weights.items() if key not in lost}, folder / "model.safetensors")
+    with pytest.raises(UserError) as told:
+        STEP_SCORERS[kind](policy.images, path=str(folder))
+    assert str(told.value).startswith(f"source.scorer.path ({folder}): got a checkpoint with keys 2 missing: {', '.join(lost)}")

@@ -83,6 +83,7 @@ class StepAwareReward:
             processor=settings.processor,
             published=settings.published,
             seed=seed,
+            place="adapter.reward.clip",
         )
         model.gradient_checkpointing = settings.gradient_checkpointing
         self.network = model.requires_grad_(True).to(images.device)

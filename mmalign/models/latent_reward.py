@@ -147,12 +147,13 @@ def save_latent_reward(model: LatentReward, folder: Path | str) -> Path:
     return folder
 
 
-def open_latent_reward(folder: Path | str, family: Family, core: Any) -> LatentReward:
+def open_latent_reward(folder: Path | str, family: Family, core: Any, *, place: str = "folder") -> LatentReward:
     """Read a saved latent reward model, to score latents of this UNet's family.
 
     Args:
         folder: as `save_latent_reward` wrote it.
         family, core: the UNet whose features it reads; a tuned one has a UNet of its own, of the same config.
+        place: the setting that a message names: `source.scorer.path`.
     Returns: the frozen model.
     Raises:
         UserError: no such folder, another family, or weights that do not fit, listed.
@@ -161,16 +162,23 @@ def open_latent_reward(folder: Path | str, family: Family, core: Any) -> LatentR
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise UserError(f"{folder}: got no latent reward model ({fault}), want a folder that training saved.") from fault
+        raise UserError(
+            f"{place}: got {folder}, which is no latent reward model ({fault}), want a folder that training saved: `reward` in "
+            "the output of a run with adapter: step_reward and reward: latent."
+        ) from fault
     if config.get("architecture") != ARCHITECTURE or config.get("family") != family.name:
-        got = f"{config.get('architecture', 'another model')} of family {config.get('family')}"
-        raise UserError(f"{folder}: got {got}, want a latent reward of {family.name}. Name the folder of one.")
+        kind = config.get("architecture", "another model")
+        got = f"{kind} of family {config['family']}" if config.get("family") else kind
+        raise UserError(
+            f"{place}: got {folder}, which is {got}, want a latent reward of {family.name}. Name the folder of one."
+        )
     check_unet(family, core)
     half = first_half(core)
     if config["tuned"]:
         half = first_half(type(core).from_config(core.config)).to(core.device)
     model = LatentReward(family, half, text_width=config["text_width"], dim=config["dim"], tuned=config["tuned"])
-    load_checked(model, read_checkpoint(folder, file=WEIGHTS, place=str(folder)), place=str(folder))
+    whole = f"{place} ({folder})"
+    load_checked(model, read_checkpoint(folder, file=WEIGHTS, place=whole), place=whole)
     return model.requires_grad_(False).eval().to(core.device)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmalign.errors import UserError
 from mmalign.models.latents import decode_latents
 from mmalign.models.quiet import quiet_libraries
+from mmalign.scorers.checkpoints import first_line
 
 
 def open_small_decoder(name: str, *, channels: int, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -35,7 +36,8 @@ def open_small_decoder(name: str, *, channels: int, device: torch.device) -> Cal
                 small = AutoencoderTiny.from_pretrained(place)
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         raise UserError(
-            f"source.scorer.decoder: got {name}, which diffusers cannot load ({fault}). Check the name and the files."
+            f"source.scorer.decoder: got {name}, which diffusers cannot load ({first_line(fault)}). Check the name and the "
+            "files."
         ) from fault
     if kind != AutoencoderTiny.__name__:
         raise UserError(

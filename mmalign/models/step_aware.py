@@ -21,7 +21,7 @@ from mmalign.errors import UserError
 from mmalign.families.parts import tiny_text_config, tiny_tokenizer
 from mmalign.models.quiet import quiet_libraries
 from mmalign.models.tiny import TINY
-from mmalign.scorers.checkpoints import load_checked, read_checkpoint
+from mmalign.scorers.checkpoints import first_line, load_checked, read_checkpoint
 from mmalign.scorers.clip import load_transformers_clip
 
 ARCHITECTURE = "mmalign step-aware CLIP"
@@ -206,7 +206,13 @@ class ClipInputs:
 
 
 def open_step_aware(
-    clip: str, *, revision: str | None = None, processor: str | None = None, published: str | None = None, seed: int = 0
+    clip: str,
+    *,
+    revision: str | None = None,
+    processor: str | None = None,
+    published: str | None = None,
+    seed: int = 0,
+    place: str = "clip",
 ) -> tuple[StepAwareCLIP, ClipInputs]:
     """A step-aware model on the CPU, in float32, and what it reads.
 
@@ -218,18 +224,20 @@ def open_step_aware(
             `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
         published: weights file that the authors' code wrote (`final_ckpt.bin`), which `clip` gives the shape for.
         seed: of the first weights of the time embedding.
+        place: the setting that a message names: `source.scorer.path`.
     Raises:
         UserError: nothing there, or keys missing, unexpected or of another shape, listed.
     """
     if clip == TINY:
         network, own = _tiny_clip()
     elif (saved := _saved_config(Path(clip).expanduser())) is not None:
-        return _load(Path(clip).expanduser(), saved)
+        return _load(Path(clip).expanduser(), saved, place)
     else:
-        network, own = load_transformers_clip(place="clip", model=clip, revision=revision, processor=processor, device="cpu")
+        network, own = load_transformers_clip(place=place, model=clip, revision=revision, processor=processor, device="cpu")
     model = StepAwareCLIP(network, seed=seed)
     if published is not None:
-        load_checked(model, read_checkpoint(published, place="published"), place="published", rename=_published_name)
+        neighbour = ".".join([*place.split(".")[:-1], "published"])
+        load_checked(model, read_checkpoint(published, place=neighbour), place=neighbour, rename=_published_name)
     return model, _inputs(model, own)
 
 
@@ -251,7 +259,7 @@ def save_step_aware(model: StepAwareCLIP, inputs: ClipInputs, folder: Path | str
     return folder
 
 
-def _load(folder: Path, config: dict[str, Any]) -> tuple[StepAwareCLIP, ClipInputs]:
+def _load(folder: Path, config: dict[str, Any], place: str) -> tuple[StepAwareCLIP, ClipInputs]:
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     with quiet_libraries():
@@ -259,9 +267,12 @@ def _load(folder: Path, config: dict[str, Any]) -> tuple[StepAwareCLIP, ClipInpu
         try:
             processor = CLIPProcessor.from_pretrained(folder)
         except (OSError, ValueError) as fault:
-            raise UserError(f"{folder}: has no CLIP processor ({fault}). Copy the folder again.") from fault
+            raise UserError(
+                f"{place}: got {folder}, which has no CLIP processor ({first_line(fault)}). Copy the folder again."
+            ) from fault
     model = StepAwareCLIP(network.float().eval())
-    load_checked(model, read_checkpoint(folder, file=WEIGHTS, place=str(folder)), place=str(folder))
+    whole = f"{place} ({folder})"
+    load_checked(model, read_checkpoint(folder, file=WEIGHTS, place=whole), place=whole)
     return model.requires_grad_(False), _inputs(model, processor)
 
 

@@ -23,6 +23,7 @@ from mmalign.models.step_aware import ClipInputs, StepAwareCLIP, open_step_aware
 from mmalign.scorers import SCORERS, DifferentiableScorer, Scorer, judged_kind
 
 KEPT_PROMPTS = 256
+PATH = "source.scorer.path"  # what messages call it
 Decode = Callable[[Tensor], Tensor]
 
 
@@ -162,7 +163,7 @@ def step_aware(
     Raises:
         UserError: no such model or decoder, or weights that do not fit, listed.
     """
-    network, reads = open_step_aware(path, processor=processor, published=published)
+    network, reads = open_step_aware(path, processor=processor, published=published, place=PATH)
     network = network.to(model.device).requires_grad_(False).eval()
 
     def features(prompts: list[str]) -> dict[str, Tensor]:
@@ -284,7 +285,7 @@ def latent(model: StepModel, *, path: str, batch_size: int = 16) -> LatentScorer
     denoiser = model.denoiser
     shared = bool(denoiser.lora_layers)
     core = denoiser.core if shared else copy.deepcopy(denoiser.core)
-    network = open_latent_reward(path, denoiser.family, core)
+    network = open_latent_reward(path, denoiser.family, core, place=PATH)
     return LatentScorer(
         model=model,
         network=network,
