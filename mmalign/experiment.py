@@ -123,7 +123,9 @@ def read_examples(data: Data) -> tuple[Examples, str]:
             "filter the rows."
         )
     faults = f"; {len(imported.faults)} faulty rows left out, first: {imported.faults[0]}" if imported.faults else ""
-    return examples, examples.summary() + faults + imported.rules()
+    worst_alone = examples.widest > 2 and data.view.settings.get("pairs") == "best_worst"
+    passed = "; of more than 2 candidates the best and the worst alone (data.view.pairs: best_vs_rest)" if worst_alone else ""
+    return examples, examples.summary() + passed + faults + imported.rules()
 
 
 def check_images(examples: Examples, count: int) -> None:
@@ -156,9 +158,20 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     _check_measures(config, objective, shape.measures)
     objective.try_out(shape.side, shape.num_candidates)
     _check_errors(objective, shape)
+    _check_gaps(config, examples)
     for note in _without_effect(config, objective):
         logger.warning("%s", note)
     return objective
+
+
+def _check_gaps(config: TrainConfig, examples: Examples) -> None:
+    """Refuse gaps below zero where a loss takes their logarithm."""
+    if examples.against and any(loss.target is LOSSES["odpo"] for loss in config.loss):
+        raise UserError(
+            f"loss.odpo: {len(examples.against)} of {len(examples)} examples (first: {examples.against[0]}) have a chosen "
+            "answer that is scored below the rejected one, of whose gap there is no logarithm. Leave them out with "
+            "data.view.margin: gap, which counts them, or let the scores order the pairs (data.view.by: their name)."
+        )
 
 
 def _without_effect(config: TrainConfig, objective: Objective) -> list[str]:

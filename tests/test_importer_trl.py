@@ -70,6 +70,45 @@ def test_the_shared_beginning_is_the_prompt_as_in_trl(case):
 
 
 @pytest.mark.parametrize(
+    ("row", "prompt", "answers"),
+    [
+        ({"prompt": "p", "chosen": " c", "rejected": [" r", " s"]}, "p", [" c", " r", " s"]),
+        ({"prompt": "p", "chosen": [" c"], "rejected": [" r"]}, "p", [" c", " r"]),
+        ({"chosen": "it is blue", "rejected": ["it is green", "it was red"]}, "it", [" is blue", " is green", " was red"]),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [[BAD], [GOOD]]},
+            [("user", "Hi")],
+            [[("assistant", "Hello!")], [("assistant", "Go away")], [("assistant", "Hello!")]],
+        ),
+        (
+            {
+                "chosen": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}],
+                "rejected": [[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": one}] for one in ("No", "Go")],
+            },
+            [("user", "Hi")],
+            [[("assistant", "Hello!")], [("assistant", "No")], [("assistant", "Go")]],
+        ),
+    ],
+)
+def test_several_rejected_answers_are_one_row_ranked_alike_below_the_chosen_one(tmp_path, row, prompt, answers):
+    value = only(tmp_path, row)
+    assert (told(value.prompt), [told(one) for one in value.candidates]) == (prompt, answers)
+    assert value.ranks == (1.0,) + (2.0,) * (len(answers) - 1)
+    made = pair(value, pairs="best_vs_rest")
+    assert [told(one.samples[1].completion) for one in made] == answers[1:]
+    assert {str(told(one.samples[0].completion)) for one in made} == {str(answers[0])}
+
+
+def test_scores_of_several_rejected_answers_are_one_each(tmp_path):
+    row = {"prompt": "p", "chosen": "c", "rejected": ["r", "s"], "chosen_score": 3.0}
+    assert only(tmp_path, {**row, "rejected_score": [2.0, 1.0]}).scores == {"score": (3.0, 2.0, 1.0)}
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: got 2 scores of 3 answers, want one each"):
+        only(tmp_path, {**row, "rejected_score": 2.0})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: got prob for 3 answers, want it for two"):
+        only(tmp_path, {**row, "rejected_score": [2.0, 1.0], "prob": 0.8})
+
+
+@pytest.mark.parametrize(
     "chosen, rejected", [("ab", "ab"), ("ab", "abc"), ("a b", "c"), ("", ""), (" x", " y"), ("a  x", "a  y")]
 )
 def test_extraction_loses_no_character(chosen, rejected):

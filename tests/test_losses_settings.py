@@ -1,6 +1,7 @@
 """Settings that would turn an objective round, or make it infinite, are refused under their own names."""
 
 import inspect
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mmalign.adapters.text_lengths import SURVEYED
 from mmalign.answerers import sees_by_run
 from mmalign.config import read_config
 from mmalign.errors import UserError
-from mmalign.experiment import TrainConfig
+from mmalign.experiment import TrainConfig, build_objective, read_examples
 from mmalign.held_out import run_config
 from mmalign.losses import LOSSES
 from mmalign.objective import Objective, Term
@@ -264,6 +265,39 @@ def test_a_run_that_an_earlier_version_began_is_still_read_and_resumed(changes: 
     assert run_config(tmp_path).loss[0].name == name, "what evaluates a run reads it"
     assert not sees_by_run(str(tmp_path)), "what answers by its weights reads it"
     assert read_config(TrainConfig, file, ["resume=latest"]).loss[0].name == name
+
+
+SCORED = {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_score": 1.0}
+
+
+def test_odpo_refuses_pairs_whose_chosen_answer_is_scored_below_the_other(tmp_path: Path) -> None:
+    rows = [{**SCORED, "rejected_score": score} for score in (0.5, 2.0, 2.0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"importer": {"name": "trl", "path": str(tmp_path / "rows.jsonl")}}
+
+    def built(loss: str, **view: Any) -> Objective:
+        changes = {"loss": loss, "data": {**data, "view": {"name": "pair", **view}}}
+        config = read_config(TrainConfig, config_file(tmp_path, **changes))
+        return build_objective(config, read_examples(config.data)[0])
+
+    with pytest.raises(UserError, match=r"loss\.odpo: 2 of 3 examples \(first: .*rows\.jsonl:2\) .* scored below"):
+        built("odpo", with_scores=True)
+    built("rpo", with_scores=True)  # whose margin may be below zero
+    built("odpo", margin="gap")
+    built("odpo", by="score", margin="gap")
+
+
+def test_what_a_pair_of_each_list_leaves_out_is_told(tmp_path: Path) -> None:
+    row = {"prompt": "p", "chosen": "c", "rejected": ["r", "s"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    data = {"importer": {"name": "trl", "path": str(tmp_path / "rows.jsonl")}}
+
+    def summary(**view: Any) -> str:
+        config = read_config(TrainConfig, config_file(tmp_path, data={**data, "view": {"name": "pair", **view}}))
+        return read_examples(config.data)[1]
+
+    assert "1 examples; of more than 2 candidates the best and the worst alone" in summary()
+    assert summary(pairs="best_vs_rest") == "1 rows: 2 examples"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def trl(
     Pairs: prompt, chosen, rejected; or chosen, rejected that begin with their prompt. Unpaired: prompt, completion, label.
     Stepwise: prompt, completions, labels: one row a step, whose prefix is the steps before it. Also prompt, completion;
     messages or conversations, whose last answer is the completion; prompt alone. Beyond TRL: prompt, completions with scores
-    or ranks; `chosen` and `rejected` that are objects of prompt and completion (joint pairs); a `prefix` of both answers.
+    or ranks; `chosen` and `rejected` that are objects of prompt and completion (joint pairs); a `prefix` of both answers;
+    `rejected` (or `chosen`) that is a list of texts or of conversations, all ranked alike: view `pair` with `pairs:
+    best_vs_rest` makes a pair of each, view `ranked` one list.
 
     An answer may also be an image, `{bytes, path}`, as pairs of generated images have them.
 
@@ -119,33 +121,58 @@ def _pair(row: Mapping[str, Any], reader: "_Reader") -> Comparison:
     missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing:
         raise UserError(f"got no {missing[0]}, want chosen and rejected. Complete or remove the row.")
-    plain = [isinstance(row[name], str) or _is_picture(row[name]) for name in ("chosen", "rejected")]
-    chosen, rejected = (row[n] if one else _listed(row[n]) for n, one in zip(("chosen", "rejected"), plain, strict=True))
-    if isinstance(chosen, str) != isinstance(rejected, str) or plain[0] != plain[1]:
+    sides = [_alternatives(row[name]) for name in ("chosen", "rejected")]
+    answers, best = [answer for side in sides for answer in side], len(sides[0])
+    plain = [isinstance(answer, str) or _is_picture(answer) for answer in answers]
+    if len({(isinstance(answer, str), one) for answer, one in zip(answers, plain, strict=True)}) > 1:
         raise UserError("got two forms of answers, want chosen and rejected of one form. Correct the row.")
     prompt = row.get("prompt", row.get("messages"))
-    if prompt is None and not _is_picture(chosen):
-        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    if prompt is None and not _is_picture(answers[0]):
+        prompt, answers = _without_prompt(answers)
     elif not plain[0]:
-        prompt, chosen, rejected = _conversations(prompt, chosen, rejected)
-    scores = next(((row[a], row[b]) for a, b in SCORES if a in row and b in row), None)
-    known: dict[str, Any] = {"ranks": (1.0, 2.0)} if "prob" not in row else {"prob": _number(row, "prob")}
-    if scores is not None:
-        known["scores"] = {"score": tuple(_finite(score, "a score") for score in scores)}
-    return reader.comparison(prompt, (chosen, rejected), **known)
+        prompt, answers = _conversations(prompt, answers)
+    known: dict[str, Any] = {"ranks": (1.0,) * best + (2.0,) * (len(answers) - best)}
+    if "prob" in row:
+        if len(answers) > 2:
+            raise UserError(f"got prob for {len(answers)} answers, want it for two. Leave it out, or give ranks.")
+        known = {"prob": _number(row, "prob")}
+    return reader.comparison(prompt, answers, **known, **_scored(row, len(answers)))
 
 
-def _conversations(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[Any, list[Any], list[Any]]:
-    """Split two conversations beside a prompt, which they may hold; where they begin alike without it, it comes first."""
+def _alternatives(value: Any) -> list[Any]:
+    """The answers of one side: a list of texts, or of conversations, is several that rank alike."""
+    several = isinstance(value, list) and bool(value) and all(isinstance(one, str | list) for one in value)
+    return value if several else [value if isinstance(value, str) or _is_picture(value) else _listed(value)]
+
+
+def _scored(row: Mapping[str, Any], num_answers: int) -> dict[str, Any]:
+    """The scores of both sides as those of the judge `score`; a list where a side has several answers."""
+    pair = next(((row[a], row[b]) for a, b in SCORES if a in row and b in row), None)
+    if pair is None:
+        return {}
+    scores = [_finite(score, "a score") for side in pair for score in (side if isinstance(side, list) else [side])]
+    if len(scores) != num_answers:
+        raise UserError(f"got {len(scores)} scores of {num_answers} answers, want one each. Correct the row.")
+    return {"scores": {"score": tuple(scores)}}
+
+
+def _without_prompt(answers: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """What all answers begin with, and how each goes on."""
+    prompt = min((extract_prompt(answers[0], other)[0] for other in answers[1:]), key=len)
+    return prompt, [answer[len(prompt) :] for answer in answers]
+
+
+def _conversations(prompt: Any, answers: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """Split conversations beside a prompt, which they may hold; where they begin alike without it, it comes first."""
     if isinstance(prompt, str):
-        shared, chosen, rejected = extract_prompt(chosen, rejected)
+        shared, rests = _without_prompt(answers)
         if any(_asks(message, prompt) for message in shared):
-            return shared, chosen, rejected
+            return shared, rests
         told = sum(1 for _ in takewhile(lambda one: isinstance(one, Mapping) and _role(one) == "system", shared))
-        return [*shared[:told], {"role": "user", "content": prompt}, *shared[told:]], chosen, rejected
+        return [*shared[:told], {"role": "user", "content": prompt}, *shared[told:]], rests
     prompt = _listed(prompt)
-    whole = bool(prompt) and all(side[: len(prompt)] == prompt for side in (chosen, rejected))
-    return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if whole else (prompt, chosen, rejected)
+    whole = bool(prompt) and all(side[: len(prompt)] == prompt for side in answers)
+    return prompt, [side[len(prompt) :] for side in answers] if whole else list(answers)
 
 
 def _asks(message: Any, prompt: str) -> bool:

@@ -49,6 +49,8 @@ def chatml(row: Mapping[str, Any]) -> dict[str, Any]:
     names = {"from": "role", "value": "content"}
 
     def renamed(message: Any) -> Any:
+        if isinstance(message, list):  # one of several conversations
+            return [renamed(one) for one in message]
         return {names.get(key, key): value for key, value in message.items()} if isinstance(message, Mapping) else message
 
     found: dict[str, Any] = {}

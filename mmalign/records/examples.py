@@ -19,7 +19,9 @@ class Examples(Sequence[Example]):
 
     Building it reads no media. Item i reads the one row it comes from. `kinds` tells (number of samples, numbers of images in a
     sample) of the examples there are, each with its first row, `sources` the numbers of images in a prompt; `labels` are those
-    of all examples where the view gives side data of that name; `fingerprint` is a hash of all that was read.
+    of all examples where the view gives side data of that name; `against` are the rows of examples whose best candidate is
+    scored below the worst; `widest` is the most candidates of a row that made an example;
+    `fingerprint` is a hash of all that was read.
 
     Args:
         dataset: a table of our schema.
@@ -37,6 +39,8 @@ class Examples(Sequence[Example]):
         self.kinds: dict[tuple[int, tuple[int, ...]], str] = {}
         self.sources: dict[int, str] = {}
         self.labels = array("d")
+        self.against: list[str] = []
+        self.widest = 0
         self._places: list[tuple[int, int]] = []
         digest = hashlib.sha256()
         for index, row in enumerate(outlines(dataset)):
@@ -50,7 +54,11 @@ class Examples(Sequence[Example]):
             else:
                 self.sources.setdefault(len(row.prompt.images), row.where or f"row {index + 1}")
                 self._places += [(index, n) for n in range(len(outcome))]
+                self.widest = max(self.widest, len(row.candidates))
                 for example in outcome:
+                    scores = example.side.get("scores")
+                    if isinstance(scores, tuple) and "margin" not in example.side and scores[0] < scores[-1]:
+                        self.against.append(row.where or f"row {index + 1}")
                     label = example.side.get("labels")
                     if isinstance(label, float):
                         self.labels.append(label)
