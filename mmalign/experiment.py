@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from mmalign import checkpoints
 from mmalign.adapters import ADAPTERS
 from mmalign.adapters.image_text import OF_DEGRADED
+from mmalign.adapters.text_policy import EXTRAS
 from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
@@ -159,6 +160,7 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     objective.try_out(shape.side, shape.num_candidates)
     _check_errors(objective, shape)
     _check_gaps(config, examples)
+    _check_extras(config, objective, examples)
     for note in _without_effect(config, objective):
         logger.warning("%s", note)
     return objective
@@ -172,6 +174,18 @@ def _check_gaps(config: TrainConfig, examples: Examples) -> None:
             "answer that is scored below the rejected one, of whose gap there is no logarithm. Leave them out with "
             "data.view.margin: gap, which counts them, or let the scores order the pairs (data.view.by: their name)."
         )
+
+
+def _check_extras(config: TrainConfig, objective: Objective, examples: Examples) -> None:
+    """Refuse further completions that some examples lack: the run would stop at the first of them."""
+    wanted = objective.measures & set(EXTRAS) if isinstance(config.source.build(), Offline) else ()
+    for name in sorted(wanted):
+        if lacking := len(examples) - examples.extras[name]:
+            first = next(example.id for example in examples if name not in example.extras)
+            raise UserError(
+                f"{first}: has no {name}, which the loss asks for, as {lacking} of {len(examples)} examples. Add it, or filter "
+                "the rows."
+            )
 
 
 def _without_effect(config: TrainConfig, objective: Objective) -> list[str]:

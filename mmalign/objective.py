@@ -120,9 +120,10 @@ class Objective:
         return all(LOSSES.get(term.name) is term.loss and of_differences(term.name, term.settings) for term in self.terms)
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether any term asks for a statistic of the batch."""
-        return any(name in STATISTICS for term in self.terms for name in term.data)
+    def of_batches(self) -> tuple[str, ...]:
+        """The terms that see several rows at once; a mean that is remembered over batches may grow by one row at a time."""
+        remembered = {name for name, one in STATISTICS.items() if one.reduce == "mean" and one.memory is not None}
+        return tuple(term.name for term in self.terms if set(term.data) & (set(STATISTICS) - remembered))
 
     @property
     def asked(self) -> frozenset[str]:

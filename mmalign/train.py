@@ -87,10 +87,10 @@ def main(config: TrainConfig) -> Trained:
         examples, summary = read_examples(config.data)
     objective = build_objective(config, examples)
     checkpoint = find_checkpoint(config, accelerator)
-    if objective.uses_statistics and config.training.batch_size * accelerator.num_processes < 2:
+    if objective.of_batches and config.training.batch_size * accelerator.num_processes < 2:
         raise UserError(
-            "training.batch_size: got 1 on one process, want 2 or more: the anchor of this loss is the mean of a micro-batch "
-            "over all processes, and one example would be its own anchor."
+            f"training.batch_size: got 1 on one process with loss {objective.of_batches[0]}, which takes the rows of a "
+            "micro-batch over all processes together, want 2 or more. More accumulation does not make up for it."
         )
     policy = open_policy(config, examples, objective, accelerator)
     source = config.source.build()

@@ -287,6 +287,30 @@ def test_odpo_refuses_pairs_whose_chosen_answer_is_scored_below_the_other(tmp_pa
     built("odpo", by="score", margin="gap")
 
 
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        (
+            {"loss": [{"name": "dpo"}, {"name": "rationale"}]},
+            {"rationale": "why"},
+            "b: has no rationale, .* as 1 of 2 examples",
+        ),
+        ({"loss": "aot"}, {"prob": 0.8}, r"loss: the data have prob .* which aot would pass over"),
+    ],
+)
+def test_what_some_rows_lack_or_bring_is_told_before_the_run(
+    changes: dict[str, Any], more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    rows = [{"id": name, "prompt": name, "chosen": "c", "rejected": "r"} for name in "ab"]
+    place = 0 if "rationale" in more else 1
+    rows[place] = {**rows[place], **more}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"importer": {"name": "trl", "path": str(tmp_path / "rows.jsonl")}}
+    config = read_config(TrainConfig, config_file(tmp_path, data=data, **changes))
+    with pytest.raises(UserError, match=message):
+        build_objective(config, read_examples(config.data)[0])
+
+
 def test_what_a_pair_of_each_list_leaves_out_is_told(tmp_path: Path) -> None:
     row = {"prompt": "p", "chosen": "c", "rejected": ["r", "s"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))

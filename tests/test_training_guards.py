@@ -108,9 +108,15 @@ def test_a_run_resumed_into_another_folder_is_whole_there(tmp_path: Path) -> Non
         train(tmp_path / "third", training={"steps": 2}, resume=str(first / "checkpoint-1"))
 
 
-def test_an_anchor_needs_more_than_one_example(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its own anchor"):
-        train(tmp_path / "run", loss={"name": "kto"}, data={"view": "unpaired"}, training={"batch_size": 1})
+@pytest.mark.parametrize(("loss", "view"), [("kto", "unpaired"), ("aot", "pair")])
+def test_a_loss_of_whole_batches_needs_more_than_one_example(tmp_path: Path, loss: str, view: str) -> None:
+    with pytest.raises(UserError, match=f"got 1 on one process with loss {loss}, .* want 2 or more"):
+        train(tmp_path / "run", loss={"name": loss}, data={"view": view}, training={"batch_size": 1})
+
+
+def test_a_mean_over_all_batches_grows_by_one_example_at_a_time(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"loss": {"name": "bco"}, "data": {"view": "unpaired"}}
+    assert train(tmp_path / "run", **changes, training={"batch_size": 1, "steps": 2}).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,10 @@ def _gap(
         return margin.to(values)
     if scores is not None:
         return (scores[:, 0] - scores[:, 1]).to(values)
-    raise ValueError(f"{name}: got data without margin and scores, want one of them: how much better the best candidate is.")
+    raise ValueError(
+        f"{name}: got data without margin and scores, want one of them: how much better the best candidate is. Set "
+        "data.view.margin: gap, where the rows have scores, or give them a margin."
+    )
 
 
 def _bernoulli_kl(p: Float[Tensor, " batch"], q: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:

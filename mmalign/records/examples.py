@@ -4,11 +4,12 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from mmalign.errors import UserError
 from mmalign.records.rows import Comparison, Dropped, Example, Message
 from mmalign.records.table import comparison, outlines
+from mmalign.records.views import SIDE_DEFAULTS
 
 if TYPE_CHECKING:
     import datasets
@@ -20,7 +21,8 @@ class Examples(Sequence[Example]):
     Building it reads no media. Item i reads the one row it comes from. `kinds` tells (number of samples, numbers of images in a
     sample) of the examples there are, each with its first row, `sources` the numbers of images in a prompt; `labels` are those
     of all examples where the view gives side data of that name; `against` are the rows of examples whose best candidate is
-    scored below the worst; `widest` is the most candidates of a row that made an example;
+    scored below the worst; `extras` counts the examples that have a further completion of that name; `side` has the side data
+    that need not be there of any example that has them; `widest` is the most candidates of a row that made an example;
     `fingerprint` is a hash of all that was read.
 
     Args:
@@ -40,6 +42,8 @@ class Examples(Sequence[Example]):
         self.sources: dict[int, str] = {}
         self.labels = array("d")
         self.against: list[str] = []
+        self.extras: Counter[str] = Counter()
+        self.side: dict[str, Any] = {}
         self.widest = 0
         self._places: list[tuple[int, int]] = []
         digest = hashlib.sha256()
@@ -56,6 +60,8 @@ class Examples(Sequence[Example]):
                 self._places += [(index, n) for n in range(len(outcome))]
                 self.widest = max(self.widest, len(row.candidates))
                 for example in outcome:
+                    self.extras.update(example.extras.keys())
+                    self.side |= {name: value for name, value in example.side.items() if name in SIDE_DEFAULTS}
                     scores = example.side.get("scores")
                     if isinstance(scores, tuple) and "margin" not in example.side and scores[0] < scores[-1]:
                         self.against.append(row.where or f"row {index + 1}")

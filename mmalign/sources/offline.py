@@ -75,8 +75,9 @@ class Offline:
         return [f"mix        {self.wanted:.0%} wanted: {passes[0]} wanted examples, {passes[1]} unwanted ones"]
 
     def shape(self, examples: Any) -> Shape:
-        """That of the first example."""
-        return Shape(num_candidates=len(examples[0].samples), side=examples[0].side)
+        """That of the first example, with what any other one has beside it."""
+        others = examples.side if isinstance(examples, Examples) else {}
+        return Shape(num_candidates=len(examples[0].samples), side={**others, **examples[0].side})
 
     def open(self, examples: Sequence[Example], policy: Any, *, accelerator: Any = None, seed: int = 0) -> OfflineStream:
         """Read with the policy's `item(example, epoch)` (in a worker) and `collate(items)`, prepare with its `prepare`.
