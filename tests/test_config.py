@@ -190,6 +190,18 @@ def test_two_letters_that_changed_places_are_the_likeliest_slip(typed: str, mean
     assert nearest(typed, known) == (f" Did you mean {meant}?" if meant else "")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        *(("flow_dpo", "dpo"), ("diffusion_kto", "kto"), ("ipo_scale_free", "ipo"), ("vqa", "vqa_score")),
+        *(("SDXL", "sdxl"), ("FLUX.1", "flux"), ("qwen", "qwen_image"), ("xyz", None)),
+    ],
+)
+def test_a_name_in_capitals_or_with_a_word_more_or_less_is_recognised(typed: str, meant: str | None) -> None:
+    known = ["ld_dpo", "dpo", "kto", "ipo", "vqa_score", "sdxl", "flux", "qwen_image", "qwen_image_edit"]
+    assert nearest(typed, known) == (f" Did you mean {meant}?" if meant else "")
+
+
 def test_a_key_given_twice_is_a_fault_with_both_lines(tmp_path: Path) -> None:
     text = "data: x\noptimiser:\n  lr: 1\n  lr: 2\ndata: y\n"
     assert faults(tmp_path, text) == [

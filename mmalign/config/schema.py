@@ -371,10 +371,17 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+WORD_SLIPS = 1.5  # what words too many weigh
+
+
 def nearest(name: str, options: Collection[str]) -> str:
-    """` Did you mean beta?` where something is near, else nothing."""
-    found = difflib.get_close_matches(name, list(options), n=8, cutoff=0.6)
-    return f" Did you mean {min(found, key=lambda option: _slips(name, option))}?" if found else ""
+    """` Did you mean beta?` where something is near, or is a word of the name (`flow_dpo`) or the reverse (`vqa`); else nothing."""
+    words = name.lower().split("_")
+    near = [option for typed in (name, name.lower()) for option in difflib.get_close_matches(typed, list(options), n=8)]
+    near += [option for option in options if option in words or name.lower() in option.split("_")]
+    if not near:
+        return ""
+    return f" Did you mean {min(near, key=lambda option: WORD_SLIPS if option in words else _slips(name, option))}?"
 
 
 def _slips(name: str, option: str) -> float:

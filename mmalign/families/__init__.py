@@ -1,12 +1,12 @@
 """Families of diffusion and flow models. FAMILIES maps a name to what is particular to it; a family is one file here."""
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from mmalign.config.schema import nearest
 from mmalign.errors import UserError
 from mmalign.families.family import Family, weight_dtype
 from mmalign.families.flux import FLUX
@@ -40,9 +40,8 @@ def find_family(family: str | Family) -> Family:
         if not isinstance(found, Family):
             raise UserError(f"family: got {family!r}, a {type(found).__name__}, want a mmalign Family.")
         return found
-    near = difflib.get_close_matches(family, FAMILIES, n=1)
-    remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(FAMILIES)}, or your_package.module:thing."
-    raise UserError(f"family: got {family!r}, an unknown name. {remedy}")
+    remedy = nearest(family, FAMILIES) or f" Known: {', '.join(FAMILIES)}, or your_package.module:thing."
+    raise UserError(f"family: got {family!r}, an unknown name.{remedy}")
 
 
 def encode_prompt(family: str | Family, pipe: Any, prompts: Sequence[str], *sources: Tensor) -> dict[str, Tensor]:
