@@ -6,6 +6,7 @@ import pwd
 import random
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import tempfile
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 
 from mmalign.annotation import accounts
 from mmalign.annotation.accounts import Account
@@ -25,7 +26,7 @@ from mmalign.annotation.store import Store
 from mmalign.records import Comparison, Content
 
 PLAIN = {"overlap_share": 0.0, "gold_share": 0.0, "repeat_share": 0.0, "min_dwell_ms": 0}
-WAIT_S = 30
+WAIT_S = 120  # of a machine that does other things
 
 
 class Clock:
@@ -87,7 +88,7 @@ def postgres() -> Iterator[Postgres]:
     def run(*command: str) -> None:
         as_user = [] if user is None else ["runuser", "-u", user, "--"]
         with open(folder.with_suffix(".log"), "ab") as log:
-            subprocess.run([*as_user, *command], check=True, cwd="/tmp", stdout=log, stderr=log, timeout=120)
+            subprocess.run([*as_user, *command], check=True, cwd="/tmp", stdout=log, stderr=log, timeout=2 * WAIT_S)
 
     settings = ("listen_addresses=''", f"unix_socket_directories={folder}", "fsync=off", "max_connections=200")
     options = " ".join(f"-c {setting}" for setting in settings)
@@ -102,7 +103,7 @@ def postgres() -> Iterator[Postgres]:
     finally:
         assert keeper.stdin is not None
         keeper.stdin.close()
-        keeper.wait(60)
+        keeper.wait(WAIT_S)
 
 
 def keeper_of(folder: Path, stop: list[str]) -> "subprocess.Popen[bytes]":
@@ -129,9 +130,28 @@ def clock() -> Clock:
 @pytest.fixture
 def store(new_url: Callable[[], str], clock: Clock) -> Iterator[Store]:
     """An empty store on either database, whose chance is the same in every run."""
-    opened = Store.open(new_url(), clock=clock, rng=random.Random(0))
-    yield opened
-    opened.close()
+    store = opened(new_url(), clock=clock, rng=random.Random(0))
+    yield store
+    store.close()
+
+
+def opened(url: str, **options: Any) -> Store:
+    """A store whose SQLite never waits for the disk, as the PostgreSQL above: a busy one takes seconds for a commit."""
+    store = Store.open(url, **options)
+    if store.database.is_sqlite:
+        store.database.engine.dispose()
+        event.listen(store.database.engine, "connect", _hurry)
+    return store
+
+
+def _hurry(connection: sqlite3.Connection, *_: object) -> None:
+    connection.execute("PRAGMA synchronous=OFF").close()
+    connection.set_authorizer(_keep_hurrying)
+
+
+def _keep_hurrying(action: int, name: str | None, value: str | None, *_: object) -> int:
+    is_slower = action == sqlite3.SQLITE_PRAGMA and name == "synchronous" and value is not None
+    return sqlite3.SQLITE_IGNORE if is_slower else sqlite3.SQLITE_OK
 
 
 @pytest.fixture

@@ -1,31 +1,26 @@
 """Fixtures of the judging page: a served site, a browser, and pages of it."""
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from judging_pages import CHROMIUM, WAIT_MS, Site, free_port, ready
+from annotation_stores import opened
+from judging_pages import WAIT_MS, Site, launched, ready, served
 
-from mmalign.annotation.store import Store
-from mmalign.apps.server import Settings, create_app
+NOTE_TOASTS = """addEventListener("DOMContentLoaded", () => {
+    window.toasts = [];
+    const place = document.querySelector("#toast");
+    const note = () => place.textContent && toasts.push(place.textContent);
+    if (place) new MutationObserver(note).observe(place, {childList: true});
+})"""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    import uvicorn
-
-    folder, port = tmp_path_factory.mktemp("judging"), free_port()
-    store = Store.open(f"sqlite:///{folder / 'store.db'}")
-    server = uvicorn.Server(uvicorn.Config(create_app(store, Settings(port=port)), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield Site(store, f"http://127.0.0.1:{port}", folder)
-    server.should_exit = True
-    thread.join(10)
+    folder = tmp_path_factory.mktemp("judging")
+    store = opened(f"sqlite:///{folder / 'store.db'}")
+    with served(store) as url:
+        yield Site(store, url, folder)
     store.close()
 
 
@@ -34,7 +29,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = launched(playwright)
         yield browser
         browser.close()
 
@@ -51,12 +46,13 @@ def judge(site: Site, browser: Any, shared: Any) -> Iterator[Callable[..., Any]]
     """Open the judging page of a project, ready for a verdict; with options in a browser of its own; faulty scripts fail."""
     contexts, pages, faults = [], [], list[str]()
 
-    def opened(project: int, *, context: Any = None, wait: bool = True, url: str = site.url, **options: Any) -> Any:
+    def shown(project: int, *, context: Any = None, wait: bool = True, url: str = site.url, **options: Any) -> Any:
         if options:
             contexts.append(context := browser.new_context(**options))
         page = (context or shared).new_page()
         pages.append(page)
         page.set_default_timeout(WAIT_MS)
+        page.add_init_script(NOTE_TOASTS)
         page.on("pageerror", lambda fault: faults.append(str(fault)))
         page.on("console", lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None)
         page.goto(f"{url}/judge/{project}")
@@ -64,7 +60,7 @@ def judge(site: Site, browser: Any, shared: Any) -> Iterator[Callable[..., Any]]
             ready(page)
         return page
 
-    yield opened
+    yield shown
     for one in (*pages, *contexts):
         one.close()
     assert not faults, faults

@@ -8,8 +8,10 @@ import itertools
 import os
 import shutil
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from PIL import Image
 from mmalign.annotation.protocol import Protocol
 from mmalign.annotation.store import Store
 from mmalign.annotation.votes import Vote
+from mmalign.apps.server import Settings, create_app
 from mmalign.records import Comparison, Content, Media
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -34,7 +37,10 @@ BROWSER = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 QUICK: dict[str, Any] = {"min_dwell_ms": 0, "gold_share": 0, "repeat_share": 0, "order": "data", "overlap_share": 0}
-WAIT_MS = 15_000
+WAIT_MS = 60_000  # of a machine that does other things
+SHARED_MEMORY = Path("/dev/shm")
+STILL = """() => Promise.allSettled(document.getAnimations().filter(
+    one => Number.isFinite(one.effect.getComputedTiming().endTime)).map(one => one.finished))"""
 
 
 @dataclass
@@ -90,10 +96,32 @@ def text_pairs(*texts: tuple[str, str], prompt: str = "Explain.") -> list[Compar
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def launched(playwright: Any) -> Any:
+    """Chromium. Its processes share memory that Playwright puts into files, whose writing waits for a busy disk: not here."""
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2**30
+    files = ["--disable-dev-shm-usage"] if roomy else []
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], ignore_default_args=files)
+
+
+@contextmanager
+def served(store: Store) -> Iterator[str]:
+    """A server of the store in a thread; the address."""
+    import uvicorn
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = int(listener.getsockname()[1])
+        server = uvicorn.Server(uvicorn.Config(create_app(store, Settings(port=port)), log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        thread.join(WAIT_MS / 1000)
+        assert not thread.is_alive()
 
 
 def ready(page: Any, other_than: str | None = None) -> str:
@@ -114,6 +142,24 @@ def press(page: Any, key: str) -> str:
     return ready(page, before)
 
 
+def until(page: Any, true: Callable[[], bool]) -> None:
+    """Wait while the page goes on."""
+    end = time.monotonic() + WAIT_MS / 1000
+    while not true():
+        assert time.monotonic() < end, "it does not happen"
+        page.wait_for_timeout(20)
+
+
+def settled(page: Any) -> None:
+    """Wait until what was done is painted."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def toasted(page: Any, words: str) -> None:
+    """Wait until the toast has said it, though it may be gone since."""
+    page.wait_for_function("words => window.toasts.some(toast => toast.includes(words))", arg=words, polling=20)
+
+
 def pixels(page: Any, selector: str) -> np.ndarray:
     """The pixels of the screen that an element takes; it must begin and end at whole ones."""
     box = page.locator(selector).evaluate("e => (({x, y, right, bottom}) => [x, y, right, bottom])(e.getBoundingClientRect())")
@@ -131,6 +177,7 @@ def violations(page: Any, *, rules: Sequence[str] = ()) -> list[str]:
     """What axe finds on a page as it stands, by all rules of WCAG 2.2 A and AA and best practice, or by those named."""
     from axe_playwright_python.sync_playwright import Axe
 
+    page.evaluate(STILL)
     levels = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
     only = {"type": "rule", "values": list(rules)} if rules else {"type": "tag", "values": levels}
     found = Axe().run(page, options={"runOnly": only, "resultTypes": ["violations"]}).response["violations"]

@@ -1,5 +1,6 @@
 """`mmalign annotate` as a process, for tests that kill it or that open it in a browser."""
 
+import itertools
 import os
 import re
 import socket
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import httpx
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 90  # of a machine that does other things
+PORTS = itertools.count(12_000 + os.getpid() * 100 % 18_000, 20)  # below those that systems hand out by themselves
 
 
 @dataclass
@@ -60,6 +62,9 @@ def wait(url: str) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port for a process that is still to come: nobody is given it meanwhile, here or by the system, nor the 19 after it."""
+    for port in PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")

@@ -107,7 +107,7 @@ from mmalign.apps.server import create_app
 config = AnnotateConfig(what=("text", {str(rows(tmp_path))!r}), store={str(tmp_path / "j.db")!r})
 store = Store.open(config.store)
 project = _project(store, config, _data(config))
-Intake(store, project.id, _data(config)).begin(60)
+Intake(store, project.id, _data(config)).begin(600)
 client = TestClient(create_app(store, _settings(config)), base_url="http://127.0.0.1:7870")
 client.get("/judge/1"), client.get("/api/session")
 assert client.get("/api/projects/1/next").json()["current"]
@@ -188,7 +188,7 @@ def test_folders_of_images_with_prompts_are_opened(tmp_path: Path) -> None:
     project = store.create_project("x", "image")
     for expected in (3, 0):  # the second time they are known as a whole, and not read
         intake = Intake(store, project.id, [data_at(str(tmp_path))])
-        intake.begin(60)
+        intake.begin(600)
         intake.join()
         assert (intake.added.added, intake.num_read) == (expected, expected)
     store.close()
@@ -235,7 +235,7 @@ def test_foreign_data_are_known_by_their_columns_and_open_without_an_importer(fo
     store = Store.open(str(tmp_path / "j.db"))
     project = store.create_project("x", kind)
     intake = Intake(store, project.id, [data_at(str(foreign(tmp_path, form)))])
-    intake.begin(60)
+    intake.begin(600)
     intake.join()
     assert intake.fault is None and (intake.added.added, intake.added.num_faults) == (3, 1)
     [first, *_] = store.items(project.id)
@@ -260,7 +260,7 @@ def test_data_of_which_no_row_can_be_used_are_refused(row: dict[str, Any], said:
     store = Store.open(str(tmp_path / "j.db"))
     intake = Intake(store, store.create_project("x", "text").id, [data_at(str(tmp_path / "rows.jsonl"))])
     with pytest.raises(UserError, match=said):
-        intake.begin(60)
+        intake.begin(600)
     store.close()
 
 
@@ -269,7 +269,7 @@ def test_rows_that_cannot_be_used_are_told(tmp_path: Path, caplog: pytest.LogCap
     file.write_text(file.read_text() + '{"id": "alone", "prompt": {"text": "x"}, "candidates": [{"text": "one"}]}\n')
     store = Store.open(str(tmp_path / "j.db"))
     intake = Intake(store, store.create_project("x", "text").id, [data_at(str(file))])
-    intake.begin(60)
+    intake.begin(600)
     intake.join()
     assert (intake.added.added, intake.added.num_faults) == (2, 1)
     assert "1 rows not usable" in caplog.text and "rows.jsonl:3" in caplog.text

@@ -1,20 +1,18 @@
 """From a real browser to trained weights: images are judged by keyboard, exported by the page's own link, and trained on."""
 
 import io
-import socket
-import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from annotation_stores import opened
 from annotation_votes import images, protocol
-from judging_pages import BROWSER, CHROMIUM
+from judging_pages import BROWSER, WAIT_MS, launched, until
+from judging_pages import served as server_of
 from runs import final_weights, train
 
 from mmalign.annotation.store import Store
-from mmalign.apps.server import Settings, create_app
 from mmalign.importers import trl
 from mmalign.records import comparison
 
@@ -24,20 +22,9 @@ KEYS = ("ArrowLeft", "ArrowRight", "ArrowLeft", "t", "ArrowRight")
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Store, str]]:
-    import uvicorn
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    store = Store.open(str(tmp_path / "votes.db"))
-    server = uvicorn.Server(uvicorn.Config(create_app(store, Settings(port=port)), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield store, f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
+    store = opened(f"sqlite:///{tmp_path / 'votes.db'}")
+    with server_of(store) as url:
+        yield store, url
     store.close()
 
 
@@ -48,14 +35,15 @@ def test_what_is_judged_in_a_browser_is_exported_and_trained_on(served: tuple[St
     project = store.create_project("ring", "image", protocol()).id
     store.add(project, [images(n) for n in range(len(KEYS))])
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = launched(playwright)
         page = browser.new_page()
+        page.set_default_timeout(WAIT_MS)
         page.goto(f"{url}/judge/{project}")
         for number, key in enumerate(KEYS):
-            page.wait_for_selector("#choices:not(.arming) .choice:not([aria-disabled=true])", timeout=30_000)
+            page.wait_for_selector("#choices:not(.arming) .choice:not([aria-disabled=true])")
             page.keyboard.press(key)
-            _wait(lambda count=number + 1: len(store.votes(project)) == count)
-        archive = page.request.get(f"{url}/api/projects/{project}/export?format=trl")
+            until(page, lambda count=number + 1: len(store.votes(project)) == count)
+        archive = page.request.get(f"{url}/api/projects/{project}/export?format=trl", timeout=WAIT_MS)
         assert archive.ok, archive.text()
         zipfile.ZipFile(io.BytesIO(archive.body())).extractall(tmp_path / "data")
         browser.close()
@@ -72,11 +60,3 @@ def test_what_is_judged_in_a_browser_is_exported_and_trained_on(served: tuple[St
         assert row.candidates[0].key() == known.candidates[seen].key()  # what stood on that side of the screen is chosen
     run = train(tmp_path / "run", data={"importer": {"name": "trl", "path": str(folder)}}, training={"steps": 1})
     assert any(bool(weight.any()) for weight in final_weights(run).values())
-
-
-def _wait(done: object, seconds: float = 30.0) -> None:
-    assert callable(done)
-    until = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.02)

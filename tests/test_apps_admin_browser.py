@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from judging_pages import CHROMIUM, NO_BROWSER, violations
+from judging_pages import NO_BROWSER, launched, violations
 from judging_processes import running
 from judging_sites import PASSWORD, texts
 
@@ -59,7 +59,7 @@ def test_an_administrator_signs_in_sees_the_votes_makes_a_project_and_uploads_da
     data.write_text(json.dumps(row) + "\n" + json.dumps({**row, "id": "2", "candidates": [{"text": "one"}]}) + "\n")
     faults: list[str] = []
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = launched(play)
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(PATIENCE_MS)
         page.on("dialog", lambda dialog: faults.append(f"dialog {dialog.message}") or dialog.dismiss())
@@ -88,7 +88,7 @@ def test_an_administrator_signs_in_sees_the_votes_makes_a_project_and_uploads_da
         page.get_by_role("radio", name="text").check()
         page.get_by_role("button", name="Make the project").click()
         page.get_by_role("tab", name="Data").click()
-        page.wait_for_function("() => document.querySelector('[aria-label=Project]').value.startsWith('fresh')")
+        page.wait_for_function("() => document.querySelector('[aria-label=Project]')?.value.startsWith('fresh')")
         page.locator("input[type=file][accept*='.zip']").set_input_files(str(data))
         page.get_by_text("mine.jsonl").wait_for()
         page.get_by_role("button", name="Add", exact=True).click()

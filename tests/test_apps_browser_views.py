@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judging_pages import BROWSER, Site, image_pairs, pixels, png, press, ready, text_pairs, violations
+from judging_pages import BROWSER, WAIT_MS, Site, image_pairs, pixels, png, press, ready, settled, text_pairs, violations
 from PIL import Image
 
 from mmalign.apps.markup import html_of, text_of
@@ -28,7 +28,7 @@ def test_zoom_and_pan_move_both_pictures_together_by_keys_wheel_and_mouse(site: 
 
     def moved(act: Callable[[], None]) -> tuple[float, float, float]:
         act()
-        page.wait_for_timeout(40)
+        settled(page)
         left, right = boxes()
         assert left == pytest.approx(right, abs=1), "both lie on whole pixels of the screen"
         return left
@@ -55,7 +55,7 @@ def test_one_to_one_shows_every_pixel_as_it_is(site: Site, judge: Any) -> None:
     for ratio in (1, 2):
         page = judge(project, device_scale_factor=ratio)
         page.keyboard.press("z")
-        page.wait_for_timeout(100)
+        settled(page)
         place = site.store.take(project, site.store.account("me").id).candidates  # type: ignore[union-attr]
         for side, content in zip(("first", "last"), place, strict=True):
             file = site.store.media(content.images[0].key)
@@ -78,11 +78,11 @@ def test_difference_is_black_where_pictures_agree_and_blink_shows_one_after_the_
     page = judge(project, reduced_motion="reduce")
     page.keyboard.press("z")
     page.keyboard.press("d")
-    page.wait_for_timeout(60)
+    settled(page)
     shot = pixels(page, ".pane:last-child .frame > img")
     assert (shot[2:28] == 20).all() and (shot[32:58] == 0).all()
     page.keyboard.press("d")
-    page.wait_for_timeout(60)
+    settled(page)
     assert (pixels(page, ".pane:last-child .frame > img")[2:28] == 160).all()
     page.keyboard.press("d")
     page.keyboard.press("x")
@@ -242,6 +242,7 @@ def test_axe_finds_nothing_where_pictures_are_judged(site: Site, judge: Any) -> 
 def test_axe_finds_nothing_on_the_list_of_projects_and_where_people_sign_in(site: Site, browser: Any) -> None:
     site.project(image_pairs(1))
     page = browser.new_page()
+    page.set_default_timeout(WAIT_MS)
     page.goto(site.url)
     page.get_by_role("link", name="Project").first.wait_for()
     found = violations(page)
@@ -305,9 +306,7 @@ def test_focus_goes_from_top_to_bottom_and_acts_are_told_to_screen_readers(site:
         ".observe(document.querySelector('#live'), {childList: true})"
     )
     press(page, "1")
-    page.wait_for_timeout(60)
-    told = page.evaluate("told.filter(Boolean)")
-    assert "Item 2." in told
+    page.wait_for_function("told.includes('Item 2.')")
 
 
 def test_single_keys_can_be_switched_off(site: Site, judge: Any) -> None:

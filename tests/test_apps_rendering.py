@@ -11,6 +11,7 @@ from mmalign.annotation.shown import Picture, Shown, ShownContent, ShownMessage
 from mmalign.apps.markup import MAX_CHARACTERS, changes, html_of, mathml, text_of
 from mmalign.apps.rendering import asked, guideline, shown, verdict
 
+IN_TIME_S = 10  # of the processor; half a second on one that has nothing else to do, minutes without the limits
 INJECTIONS = (
     "<img src=x onerror=alert(1)>",
     "<script>alert(1)</script>",
@@ -137,7 +138,7 @@ def test_hostile_nesting_is_rendered_in_time() -> None:
     ):
         start = time.process_time()
         html_of(text)
-        assert time.process_time() - start < 2, text[:10]
+        assert time.process_time() - start < IN_TIME_S, text[:10]
 
 
 def test_changed_words_are_marked_on_both_sides_and_spaces_do_not_count() -> None:
@@ -152,7 +153,7 @@ def test_long_texts_are_compared_by_lines_in_time() -> None:
     left = "\n".join(f"line {n} has some words of its own" for n in range(3000))
     start = time.process_time()
     gone, come = changes(left, left.replace("line 7 ", "LINE 7 "))
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < IN_TIME_S
     assert [left[a:b] for a, b in gone] == ["line 7 has some words of its own"]
     assert len(come) == 1
 
@@ -161,14 +162,14 @@ def test_texts_of_more_lines_than_are_compared_are_not_marked_and_cost_no_time()
     left, right = ("\n".join(f"{n % 200} {side}" for n in range(20_000)) for side in "xy")
     start = time.process_time()
     assert changes(left, right) == ((), ())
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < IN_TIME_S
 
 
 @pytest.mark.parametrize("code", ["```perl\n" + "m{" * 40_000, "```java\n" + "a " * 40_000, "```make\n" + "(" * 40_000])
 def test_code_whose_lexer_would_take_minutes_is_shown_without_colours(code: str) -> None:
     start = time.process_time()
     assert "<span" not in str(html_of(code))
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < IN_TIME_S
 
 
 def test_the_text_of_rendered_markdown_is_what_a_reader_sees() -> None:

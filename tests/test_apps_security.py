@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from judging_processes import PATIENCE_S
 from judging_sites import PASSWORD, URL, Browser, Site, images, stores_are_closed, texts
 
 from mmalign.annotation.intake import Limits as RowLimits
@@ -189,14 +191,15 @@ def test_signing_in_again_ends_the_session_that_this_browser_had(tmp_path: Path)
 
 
 def test_passwords_are_checked_two_at_a_time_whoever_asks(tmp_path: Path) -> None:
-    site, most, now = Site(tmp_path, team=True), [0], [0]
-    sign_in = site.store.sign_in
+    site, most, now = Site(tmp_path, team=True), [0], set[object]()
+    sign_in, two = site.store.sign_in, threading.Barrier(2)
 
     def counted(*given: Any, **named: Any) -> Any:
-        now[0] += 1
-        most[0] = max(most[0], now[0])
-        time.sleep(0.05)
-        now[0] -= 1
+        now.add(me := object())
+        two.wait(PATIENCE_S)  # there are two
+        time.sleep(0.05)  # and no third comes
+        most[0] = max(most[0], len(now))
+        now.remove(me)
         return sign_in(*given, **named)
 
     site.store.sign_in = counted  # type: ignore[method-assign]

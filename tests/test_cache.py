@@ -421,7 +421,7 @@ class Scenes(NamedTuple):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
     folder = tmp_path_factory.mktemp("scenes")
-    done = subprocess.run([sys.executable, "-c", WRITERS, str(folder)], check=True, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", WRITERS, str(folder)], check=True, capture_output=True, text=True, timeout=900)
     codes = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     return Scenes(folder, dict(zip(("killed", "together", "inherited"), codes, strict=True)))
 

@@ -214,7 +214,7 @@ while killed:
 
 def test_a_run_killed_before_any_file_operation_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_RUNS, str(tmp_path)], check=True, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", KILLED_RUNS, str(tmp_path)], check=True, capture_output=True, text=True, timeout=1200
     )
     saved: dict[int, list[tuple[int, str]]] = {}
     for line in done.stdout.splitlines():

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from judging_processes import free_port
 from PIL import Image
 from runs import forget_accelerate
 
@@ -27,30 +28,42 @@ CONFIGS = HERE.parent / "configs"
 TWO_CPU = CONFIGS / "accelerate" / "two_cpu.yaml"
 
 # Each command in a fork, with a meeting point of its own, so that the imports are paid once. Run by `accelerate launch`.
-# A command with "kill" is killed by SIGKILL, in all processes, when so many files (or lines of them) are there.
+# A command with "kill" is killed by SIGKILL, in all processes, when so many files (or lines of them) are there: looked at
+# between any two calls of its own, so that it cannot outrun the look, and by a thread while it waits.
 SEVERAL = """
 import json, os, runpy, signal, sys, threading, time, traceback
 from pathlib import Path
 import accelerate, datasets, diffusers, peft, slow_scorer
 from diffusers import StableDiffusionPipeline, StableDiffusion3Pipeline
 
-def kill_when(pattern, count, lines):
-    def found():
-        files = list(Path.cwd().glob(pattern))
-        return sum(len(file.read_bytes().splitlines()) for file in files) if lines else len(files)
-    while found() < count:
-        time.sleep(0.002)
-    os.kill(os.getpid(), signal.SIGKILL)
+class KillWhen:
+    def __init__(self, pattern, count, lines):
+        self.folder, self.pattern, self.count, self.lines, self.due = Path.cwd(), pattern, count, lines, 0
+
+    def look(self, *_):
+        if time.monotonic() < self.due:
+            return
+        files = list(self.folder.glob(self.pattern))
+        if (sum(file.read_bytes().count(b"\\n") for file in files) if self.lines else len(files)) >= self.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.due = time.monotonic() + 0.002
+
+    def watch(self):
+        while True:
+            self.look()
+            time.sleep(0.002)
 
 for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text()), 1):
     child = os.fork()
     if child:
         os.waitpid(child, 0)
         continue
-    os.environ.update(MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + number), TORCHELASTIC_USE_AGENT_STORE="False")
+    os.environ.update(MASTER_PORT=str(int(os.environ["FIRST_PORT"]) + number), TORCHELASTIC_USE_AGENT_STORE="False")
     try:
         if "kill" in job:
-            threading.Thread(target=kill_when, args=job["kill"], daemon=True).start()
+            killer = KillWhen(*job["kill"])
+            threading.Thread(target=killer.watch, daemon=True).start()
+            sys.setprofile(killer.look)
         sys.argv[1:] = job["words"]
         runpy.run_module(f"mmalign.{job['verb']}", run_name="__main__", alter_sys=True)  # as -m does
     except SystemExit:
@@ -68,8 +81,8 @@ def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` with the two processes of configs/accelerate/two_cpu.yaml."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_CPU), "--main_process_port", "0"]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "1"}
-    return subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, env=environment, timeout=400)
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "1", "FIRST_PORT": str(free_port())}
+    return subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, env=environment, timeout=1200)
 
 
 @pytest.fixture(scope="module")

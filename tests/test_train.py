@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judging_processes import free_port
 from runs import (
     SGD,
     comparison_of,
@@ -50,7 +51,7 @@ for number, values in enumerate(json.loads(Path(sys.argv[1]).read_text()), 1):
     if child:
         os.waitpid(child, 0)
         continue
-    os.environ.update(MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + number), TORCHELASTIC_USE_AGENT_STORE="False")
+    os.environ.update(MASTER_PORT=str(int(os.environ["FIRST_PORT"]) + number), TORCHELASTIC_USE_AGENT_STORE="False")
     try:
         main(runs.config_of(values))
     except BaseException:
@@ -76,7 +77,7 @@ def launch(*words: str, num_processes: int = 1) -> subprocess.CompletedProcess[s
     several = ["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else []  # on CPUs, with the variable below
     command = [*accelerate, "--dynamo_backend", "no", "--num_processes", str(num_processes), *several, *words]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", "FIRST_PORT": str(free_port())}
     return subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=environment)
 
 

@@ -32,15 +32,26 @@ export function announce(text) {
 }
 
 let toastTimer = 0;
+let staying = ""; // what the toast says until something else is told
 
 /** A line at the foot of the page, also told to screen readers. */
 export function toast(text, { stays = false } = {}) {
   const place = byId("toast");
   place.textContent = text;
   place.hidden = !text;
+  staying = stays ? text : "";
   clearTimeout(toastTimer);
   if (text && !stays) toastTimer = setTimeout(() => toast(""), 6000);
   if (text) announce(text);
+}
+
+/** Tell something for as long as it lasts; the function returned ends it, and brings back what stayed before. */
+export function meanwhile(text) {
+  const before = staying;
+  toast(text, { stays: true });
+  return () => {
+    if (staying === text) toast(before, { stays: true });
+  };
 }
 
 /** Two frames: after the first one the browser has laid out, after the second it has painted. Never in a hidden tab. */

@@ -8,7 +8,7 @@ import { Answers } from "./answers.js";
 import { Api, Refused, SignedOut, Unreachable } from "./api.js";
 import { drawLegend, hasKeys, openKeys, press } from "./commands.js";
 import { enlarge, instructions } from "./dialogs.js";
-import { announce, byId, el, key, painted, pause, recall, remember, toast, wantsStillness } from "./dom.js";
+import { announce, byId, el, key, meanwhile, painted, pause, recall, remember, toast, wantsStillness } from "./dom.js";
 import { listen } from "./keys.js";
 import { askToSignIn, banner, tellBroken, tellFinished, tellProgress, tellSaved } from "./notices.js";
 import { Outbox } from "./outbox.js";
@@ -72,14 +72,16 @@ class Judge {
 
   /** Try until the server is there; say so meanwhile. */
   async #patiently(ask) {
+    let end = () => {};
     for (let wait = 250; ; wait = Math.min(wait * 2, 4000)) {
       try {
         const reply = await ask();
-        if (wait > 250) toast("");
+        end();
         return reply;
       } catch (fault) {
+        end();
         if (fault instanceof SignedOut) askToSignIn();
-        else if (fault instanceof Unreachable) toast("No connection to the server; trying again.", { stays: true });
+        else if (fault instanceof Unreachable) end = meanwhile("No connection to the server; trying again.");
         else throw fault;
         await pause(wait);
       }
