@@ -213,9 +213,9 @@ def _check_together(config: TrainConfig) -> None:
     objective = Objective(_terms(config.loss), config.auto_beta)
     _check_scorers(config)
     objective.try_settings()
-    _check_losses(config, num_candidates=2)
     if SOURCES.get(config.source.name) is config.source.target and config.source.name in MAKES:
         MAKES[config.source.name](config.adapter.build(), config.source.name)
+    _check_losses(config, num_candidates=2)
     _check_measures(config, objective, config.adapter.build().measures)
     _check_reference(config, objective, config.source.build())
     _check_view(config, objective)
