@@ -375,7 +375,7 @@ WORD_SLIPS = 1.5  # what words too many weigh
 
 
 def nearest(name: str, options: Collection[str]) -> str:
-    """` Did you mean beta?` where something is near, or is a word of the name (`flow_dpo`) or the reverse (`vqa`); else nothing."""
+    """` Did you mean beta?` where something is near, or one is a word of the other (`flow_dpo`, `vqa`); else nothing."""
     words = name.lower().split("_")
     near = [option for typed in (name, name.lower()) for option in difflib.get_close_matches(typed, list(options), n=8)]
     near += [option for option in options if option in words or name.lower() in option.split("_")]
