@@ -388,7 +388,7 @@ def verdicts(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any]]:
     return order, said
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(verdicts())
 def test_a_verdict_goes_to_the_order_of_the_data_and_back(drawn: tuple[tuple[int, ...], dict[str, Any]]) -> None:
     order, shown = drawn[0], Verdict(**drawn[1])
@@ -399,7 +399,7 @@ def test_a_verdict_goes_to_the_order_of_the_data_and_back(drawn: tuple[tuple[int
     assert json.loads(told.to_json())["choice"] == told.choice
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(verdicts())
 def test_a_candidate_keeps_what_was_said_of_it_wherever_it_stood(drawn: tuple[tuple[int, ...], dict[str, Any]]) -> None:
     order, shown = drawn[0], Verdict(**drawn[1])
