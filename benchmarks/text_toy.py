@@ -13,7 +13,7 @@ from mmalign.language.tiny import tiny_tokenizer
 from mmalign.records import Content, Example, Sample
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz ")
-VARIED = "varied"  # as a ratio: lengths are drawn
+VARIED, WIDE = "varied", "varied-wide"  # as ratios: lengths are drawn; WIDE runs the pairs of a step as one micro-batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Case:
 
     Args:
         vocab: name of a vocabulary of the size.
-        ratio: of prompt to answer, or `varied`.
+        ratio: of prompt to answer, or `varied`, or `varied-wide`.
         lora: low-rank weights (rank 8, all linear layers but the output layer) instead of full fine-tuning.
         again: time the peer twice, to show the noise.
     """
@@ -89,8 +89,16 @@ class Case:
     @property
     def name(self) -> str:
         """As tables show it."""
-        lengths = f"prompt : answer {self.ratio}" if self.ratio != VARIED else "varied lengths"
+        named = {VARIED: "varied lengths", WIDE: "varied lengths, the step one micro-batch"}
+        lengths = named.get(self.ratio, f"prompt : answer {self.ratio}")
         return f"vocabulary {self.vocab}, {lengths}, {'LoRA' if self.lora else 'full'}"
+
+    def batches(self, size: Size) -> tuple[int, int]:
+        """Pairs a micro-batch, and micro-batches a step."""
+        return {
+            VARIED: (size.batch_size, size.accumulation),
+            WIDE: (size.batch_size * size.accumulation, 1),
+        }.get(self.ratio, (1, 1))
 
 
 def save_model(size: Size, vocab: int, folder: Path) -> Path:
@@ -121,7 +129,7 @@ def save_model(size: Size, vocab: int, folder: Path) -> Path:
 def pairs(size: Size, case: Case) -> list[Example]:
     """Pairs of random texts, for one step: one of fixed length, or several of drawn lengths."""
     rng = np.random.default_rng(0)
-    if case.ratio != VARIED:
+    if case.ratio not in (VARIED, WIDE):
         prompt, answer = size.lengths[case.ratio]
         lengths = [(prompt, answer, answer)]
     else:
