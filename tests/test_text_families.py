@@ -140,6 +140,32 @@ def test_the_card_s_code_loads_the_weights(tmp_path: Path) -> None:
     assert type(found["model"]).__name__ == "LlamaForCausalLM" and found["tokenizer"].eos_token == "</s>"
 
 
+@pytest.mark.parametrize("adapter", [{"name": "text"}, {"name": "text_reward"}], ids=["text", "text_reward"])
+def test_a_lora_on_a_base_of_a_relative_path_loads_from_any_folder(
+    adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = model_folder()
+    monkeypatch.chdir(place.parent)
+    loss = {"loss": {"name": "bradley_terry"}} if adapter["name"] == "text_reward" else {}
+    based = {**adapter, "model": f"./{place.name}", "lora": {"rank": 2}}
+    output = train_text(tmp_path / "run", adapter=based, training={"steps": 1}, **loss)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec((output / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
+    assert found["model"].config.model_type == "llama"
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(place)
+
+
+def test_the_code_that_loads_a_lora_names_the_revision_of_its_base(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"model": str(model_folder()), "revision": "v2", "trust_remote_code": True}
+    policy = TextAdapter(**settings, lora=Lora(rank=2)).open()
+    assert f'"{tmp_path}", revision="v2", trust_remote_code=True)' in policy.loading_lines(tmp_path)
+    policy.save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
+    full = TextAdapter(**settings).open()
+    assert "revision" not in full.loading_lines(tmp_path), "its weights lie in the folder"
+
+
 def test_answers_do_not_depend_on_what_they_are_batched_with() -> None:
     policy = TextAdapter(model=str(model_folder("llama")), lora=Lora(rank=2)).open()
     prompts = [[7, 40, 200], [11, 13, 77, 300, 2, 5], [90]]

@@ -18,7 +18,7 @@ from mmalign.adapters.text_policy import EXTRAS, FULL, Parts, asked_measures
 from mmalign.cache import content_key, weights_fingerprint
 from mmalign.errors import UserError
 from mmalign.language.network import TokenNetwork
-from mmalign.language.opening import ADAPTER_FILES, add_lora, check_vocabulary, frozen_copy, load_weights
+from mmalign.language.opening import ADAPTER_FILES, add_lora, check_vocabulary, from_anywhere, frozen_copy, load_weights
 from mmalign.language.tiny import TINY
 from mmalign.likelihoods.tokens import GRADED, RIVALS, TOKENS
 from mmalign.multimodal.features import FeatureStore
@@ -96,7 +96,7 @@ def image_text_parts(
         files=processor,
         reader=reader,
         network=_Networks(reader.encoder, store, share=weights is None, tower=settings.tower),
-        base=str(tiny_folder(settings.tiny)) if settings.model == TINY else settings.model,
+        base=str(tiny_folder(settings.tiny)) if settings.model == TINY else from_anywhere(settings.model),
         stock=("AutoModelForImageTextToText", "AutoProcessor"),
         frozen=frozen,
         autocast=None if mixed_precision == "no" else DTYPES[mixed_precision],

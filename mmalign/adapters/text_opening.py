@@ -16,6 +16,7 @@ from mmalign.language.network import TokenNetwork
 from mmalign.language.opening import (
     add_lora,
     check_vocabulary,
+    from_anywhere,
     frozen_copy,
     learned_positions,
     load_weights,
@@ -81,7 +82,7 @@ def text_parts(
         files=tokenizer,
         reader=Reader(encoder, extras, "draw" in asked, seed, settings.token_weights),
         network=lambda model, pack: TokenNetwork(model, pack=pack),
-        base=str(tiny_folder(settings.tiny)) if settings.model == TINY else settings.model,
+        base=str(tiny_folder(settings.tiny)) if settings.model == TINY else from_anywhere(settings.model),
         stock=("AutoModelForCausalLM", "AutoTokenizer"),
         frozen=frozen,
         autocast=None if mixed_precision == "no" else DTYPES[mixed_precision],

@@ -272,7 +272,7 @@ class TextPolicy:
     def save(self, folder: Path) -> None:
         """LoRA: a PEFT adapter; full: the folder `model`. The tokenizer lies with both."""
         if self.settings.lora is not None:
-            save_lora(self.model, folder, self.parts.base)
+            save_lora(self.model, folder, self.parts.base, self.settings.revision)
             self.parts.files.save_pretrained(folder)
         else:
             save_full(self.model, self.parts.files, folder / FULL)
@@ -345,12 +345,15 @@ class TextPolicy:
         model, files = self.parts.stock
         name = files.removeprefix("Auto").lower()
         gguf = getattr(self.settings, "gguf_file", None)
+        trust = ", trust_remote_code=True" if self.settings.trust_remote_code else ""
+        revision = self.settings.revision if self.settings.lora is not None else None
+        more = trust if revision is None else f', revision="{revision}"{trust}'
         if gguf is not None and self.layers:  # peft finds the base's folder, not the file in it
-            base = f'"{self.parts.base}", gguf_file="{gguf}"'
+            base = f'"{self.parts.base}", gguf_file="{gguf}"{more}'
             first = f'model = transformers.{model}.from_pretrained({base})\nmodel.load_adapter("{whole}")\n'
         else:
-            first = f'model = transformers.{model}.from_pretrained("{whole}")\n'
-        return first + (f'{name} = transformers.{files}.from_pretrained("{whole}")')
+            first = f'model = transformers.{model}.from_pretrained("{whole}"{more})\n'
+        return first + (f'{name} = transformers.{files}.from_pretrained("{whole}"{trust})')
 
 
 def asked_measures(asked: frozenset[str]) -> frozenset[str]:

@@ -22,7 +22,7 @@ from mmalign.adapters.text_reading import Reader
 from mmalign.config import Choice, Table
 from mmalign.errors import UserError
 from mmalign.language.chat import Encoder
-from mmalign.language.opening import add_lora, load_weights, open_tokenizer, save_full, save_lora
+from mmalign.language.opening import add_lora, from_anywhere, load_weights, open_tokenizer, save_full, save_lora
 from mmalign.language.reward import PreferenceNetwork, ScoreNetwork, open_backbone, padding_token
 from mmalign.language.tiny import TINY, tiny_folder
 from mmalign.likelihoods import ScoreInputs, padded_texts
@@ -309,7 +309,7 @@ class TextRewardPolicy:
     def save(self, folder: Path) -> None:
         """LoRA: a PEFT adapter with the head in it; full: the folder `model`. A preference model's head lies beside."""
         if self.settings.lora is not None:
-            save_lora(self.model, folder, self._base())
+            save_lora(self.model, folder, self._base(), self.settings.revision)
             self.tokenizer.save_pretrained(folder)
         else:
             save_full(self.model, self.tokenizer, folder / FULL)
@@ -344,17 +344,17 @@ class TextRewardPolicy:
     def loading_lines(self, folder: Path) -> str:
         """Code that loads the result, from any folder: stock transformers, or for a preference model the scorer."""
         whole = self._whole(folder.absolute())
+        trust = ", trust_remote_code=True" if self.settings.trust_remote_code else ""
+        revision = self.settings.revision if self.settings.lora is not None else None
+        more = trust if revision is None else f', revision="{revision}"{trust}'
+        files = f'tokenizer = transformers.AutoTokenizer.from_pretrained("{whole}"{trust})'
         if self.scalar:
             head = f", num_labels=1, pad_token_id={self.pad}" if self.settings.lora is not None else ""
-            return (
-                f'model = transformers.AutoModelForSequenceClassification.from_pretrained("{whole}"{head})\n'
-                f'tokenizer = transformers.AutoTokenizer.from_pretrained("{whole}")'
-            )
+            return f'model = transformers.AutoModelForSequenceClassification.from_pretrained("{whole}"{head}{more})\n{files}'
         return (
             "from mmalign.scorers.preference import open_head\n"
-            f'model = transformers.AutoModel.from_pretrained("{whole}")\n'
-            f'head = open_head("{whole}")\n'
-            f'tokenizer = transformers.AutoTokenizer.from_pretrained("{whole}")'
+            f'model = transformers.AutoModel.from_pretrained("{whole}"{more})\n'
+            f'head = open_head("{whole}")\n{files}'
         )
 
     def _whole(self, folder: Path) -> Path:
@@ -362,4 +362,4 @@ class TextRewardPolicy:
 
     def _base(self) -> str:
         """Where a saved LoRA finds its base."""
-        return str(tiny_folder(self.settings.tiny)) if self.settings.model == TINY else self.settings.model
+        return str(tiny_folder(self.settings.tiny)) if self.settings.model == TINY else from_anywhere(self.settings.model)

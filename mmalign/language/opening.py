@@ -274,10 +274,19 @@ def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
     return twin.to(dtype)
 
 
-def save_lora(model: Any, folder: Path, base: str) -> Path:
+def from_anywhere(model: str) -> str:
+    """A folder by its whole path, so that a reader finds it from any other; a hub id as it is."""
+    place = Path(model).expanduser()
+    return str(place.absolute()) if place.is_dir() else model
+
+
+def save_lora(model: Any, folder: Path, base: str, revision: str | None = None) -> Path:
     """Write a PEFT adapter, which `AutoModelForCausalLM.from_pretrained` and `PeftModel.from_pretrained` read.
 
     Written beside, brought to disk and renamed.
+    Args:
+        base: where its base is found from any folder: see `from_anywhere`.
+        revision: of the base, on the hub.
     Returns: the path of the weights.
     """
     from peft.utils import get_peft_model_state_dict
@@ -292,6 +301,7 @@ def save_lora(model: Any, folder: Path, base: str) -> Path:
     config = copy.copy(model.peft_config[ADAPTER_NAME])
     config.inference_mode = True
     config.base_model_name_or_path = base
+    config.revision = revision
     with _scratch(folder / ADAPTER_FILES[-1]) as scratch:
         config.save_pretrained(str(scratch))
         save_file(weights, scratch / ADAPTER_FILES[-1], metadata={"format": "pt"})
