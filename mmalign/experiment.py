@@ -16,7 +16,7 @@ from mmalign.adapters.text_policy import EXTRAS
 from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
-from mmalign.losses import LOSSES, OF_ERRORS, OF_SCORERS
+from mmalign.losses import KNOWN_AS, LOSSES, OF_ERRORS, OF_SCORERS
 from mmalign.objective import AutoBeta, Objective, Term
 from mmalign.records import SIDE_DEFAULTS, VIEWS, Comparison, Content, Dropped, Example, Examples
 from mmalign.sources import SOURCES, Offline, Shape
@@ -25,7 +25,9 @@ from mmalign.training import Training, changed_keys
 
 logger = logging.getLogger(__name__)
 
-Loss = Annotated[Choice, Table(LOSSES, extra={"weight": (float, 1.0)}, widen={"beta": float | Literal["auto"]})]
+Loss = Annotated[
+    Choice, Table(LOSSES, extra={"weight": (float, 1.0)}, widen={"beta": float | Literal["auto"]}, known_as=KNOWN_AS)
+]
 
 # What rows may bring that no view's settings tell, each alone.
 OF_ROWS: tuple[Mapping[str, Any], ...] = ({}, {"margin": 1.0}, {"prob": 0.5})

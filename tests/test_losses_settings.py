@@ -18,7 +18,7 @@ from mmalign.config import read_config
 from mmalign.errors import UserError
 from mmalign.experiment import TrainConfig, build_objective, read_examples
 from mmalign.held_out import run_config
-from mmalign.losses import LOSSES
+from mmalign.losses import KNOWN_AS, LOSSES
 from mmalign.objective import Objective, Term
 
 NOT_NEGATIVE = {
@@ -309,6 +309,14 @@ def test_what_some_rows_lack_or_bring_is_told_before_the_run(
     config = read_config(TrainConfig, config_file(tmp_path, data=data, **changes))
     with pytest.raises(UserError, match=message):
         build_objective(config, read_examples(config.data)[0])
+
+
+def test_the_name_that_another_library_has_for_a_loss_is_answered_with_ours(tmp_path: Path) -> None:
+    for name, here in {"sigmoid": "dpo", "sppo_hard": "sppo", "js": "dpo with divergence: js"}.items():
+        with pytest.raises(UserError, match=rf"got '{name}', want one of .*\. Here {name} is {here}\."):
+            read_config(TrainConfig, config_file(tmp_path, loss={"name": name}))
+    for name, here in KNOWN_AS.items():
+        assert name not in LOSSES and here.replace(",", "").split()[0] in LOSSES
 
 
 def test_what_a_pair_of_each_list_leaves_out_is_told(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from mmalign.losses.statistics import STATISTICS, Statistic
 from mmalign.losses.terms import adpa, chosen_anchor, chosen_guard, dckd, nll, rationale, selm, tpo
 
 __all__ = [
+    "KNOWN_AS",
     "LOSSES",
     "MEASURES",
     "OF_DIFFERENCES",
@@ -110,6 +111,30 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "vdpo": vdpo,
     "tpo_visual": tpo_visual,
     "opa_dpo": opa_dpo,
+}
+
+# Names of other libraries (TRL's `loss_type` first) and of papers -> what is written here.
+KNOWN_AS = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "ln_dpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "bco_pair": "bco with shifted: false",
+    "sppo_hard": "sppo",
+    "kto_pair": "kto with data.view: unpaired",
+    "dpo_norm": "ln_dpo",
+    "cdpo": "dpo with label_smoothing",
+    "rdpo": "robust",
+    "r_dpo": "length_dpo",
+    "smaug": "dpop",
+    "rso": "hinge",
+    "list_mle": "plackett_luce",
+    "step_dpo": "dpo with data.view: step",
+    "iterative_rpo": "dpo and nll, a list of two losses",
+    "mpo": "dpo, bco and nll, a list of losses with their weights",
+    **{name: f"dpo with divergence: {name}" for name in ("forward_kl", "reverse_kl", "js", "alpha")},
+    "js_divergence": "dpo with divergence: js",
+    "alpha_divergence": "dpo with divergence: alpha",
 }
 
 # Losses of the log-ratio of one candidate less that of the other, and of nothing else that the logps tell.
