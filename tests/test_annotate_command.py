@@ -57,7 +57,8 @@ def test_a_vote_survives_kill_9_between_commit_and_reply_and_is_counted_once(tmp
     port = free_port()
     arguments = ["text", str(rows(tmp_path)), "--store", str(tmp_path / "j.db"), "--port", str(port)]
     arguments += ["protocol.min_dwell_ms=0", "protocol.overlap_share=0", "protocol.repeat_share=0"]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+    alone = httpx.Limits(max_keepalive_connections=0)  # a connection that waits is closed by the server at some moment
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, limits=alone) as client:
         with running(*arguments, program=DYING) as server:
             assert "5 new items" in "".join(server.told)
             client.headers["x-csrf-token"] = client.get("/api/session").json()["csrf"]

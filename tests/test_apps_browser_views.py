@@ -45,7 +45,9 @@ def test_zoom_and_pan_move_both_pictures_together_by_keys_wheel_and_mouse(site: 
     before = boxes()[0]
     dragged = moved(lambda: (page.mouse.down(), page.mouse.move(320, 415, steps=3), page.mouse.up()))
     assert (dragged[0] - before[0], dragged[1] - before[1]) == (20, 15)
-    assert moved(lambda: page.mouse.wheel(0, -240))[2] > 900
+    page.mouse.wheel(0, -240)
+    page.wait_for_function("() => document.querySelector('.frame > img').getBoundingClientRect().width > 900")
+    assert moved(lambda: None)[2] > 900
     assert moved(lambda: page.keyboard.press("z")) == fit
     site.votes(project, 0)
 
