@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ class Maker:
             if getattr(self, name) < 1:
                 least = "2 or more" if name == "num_candidates" and not where else "1 or more"
                 raise ValueError(f"{where}{name}: got {getattr(self, name)}, want {least}.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"{where}guidance_scale: got {self.guidance_scale}, want 0 or more; 1 is no guidance.")
         if self.size is not None and any(side <= 0 or side % 8 for side in self.size):
             raise ValueError(f"{where}size: got {list(self.size)}, want multiples of 8, [height, width].")
 

@@ -23,6 +23,7 @@ from mmalign.records import (
     outline_rows,
     preference_scores,
     read,
+    told_faults,
     write,
 )
 from mmalign.records.rows import nearest
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENSEMBLE = "ensemble"
-SHOWN_FAULTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +145,7 @@ class Ranked:
             lines.append(f"  {self.missing} fewer experts than asked for: there are no more images")
         if self.faults:
             lines.append(f"{len(self.faults)} rows not usable:")
-            lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
-            lines += [f"  and {len(self.faults) - SHOWN_FAULTS} more"] * (len(self.faults) > SHOWN_FAULTS)
+            lines += [f"  {line}" for line in told_faults(self.faults)]
         read = f"mmalign train CONFIG.yaml data.importer.name=comparisons data.importer.path={self.output} data.view="
         ways = [f"{read}best"] if self.experts else [f"{read}pair  (dpo)", f"{read}ranked  (rank_dpo, other losses of lists)"]
         return "\n".join(
@@ -271,7 +270,7 @@ def _judges(config: RankConfig, rows: Sequence[Row], faults: Sequence[Fault]) ->
         UserError: no rows, no judges, a judge that nobody knows, or a row that one of them has not judged.
     """
     if not rows:
-        raise UserError("\n".join(["data: got no usable row, want scored comparisons.", *map(str, faults[:SHOWN_FAULTS])]))
+        raise UserError("\n".join(["data: got no usable row, want scored comparisons.", *told_faults(faults)]))
     known = tuple(dict.fromkeys(judge for row in rows for judge in row.outline.scores if judge != PHI))
     if not known:
         raise UserError(f"{rows[0].outline.where}: got no scores, want those of at least one judge. Run `mmalign score` first.")

@@ -12,15 +12,13 @@ from mmalign.config import Choice, check_folder, resolved
 from mmalign.config.writing import environment
 from mmalign.errors import UserError
 from mmalign.importers import Imported, comparisons
-from mmalign.records import Comparison, Fault, check_target, comparison, outline_rows, write
+from mmalign.records import Comparison, Fault, check_target, comparison, outline_rows, told_faults, write
 from mmalign.records.stamps import replace_file
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-
-SHOWN_FAULTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +80,7 @@ class Curated:
         lines += self.told
         if self.faults:
             lines.append(f"{len(self.faults)} rows not usable:")
-            lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
-            lines += [f"  and {len(self.faults) - SHOWN_FAULTS} more"] * (len(self.faults) > SHOWN_FAULTS)
+            lines += [f"  {line}" for line in told_faults(self.faults)]
         if self.dry_run:
             return "\n".join([*lines, *(f"{path}: {count} rows, not written (dry run)" for path, count in self.files.items())])
         lines += [f"{path}: {count} rows" for path, count in self.files.items()]
@@ -117,7 +114,7 @@ def read_rows(path: str | None, data: Choice | None) -> Rows:
     for fault in faults:
         logger.warning("%s", fault)
     if not outlines:
-        raise UserError("\n".join(["data: got no usable row, want comparisons.", *map(str, faults[:SHOWN_FAULTS])]))
+        raise UserError("\n".join(["data: got no usable row, want comparisons.", *told_faults(faults)]))
     return Rows(table=imported.dataset, outlines=tuple(outlines), places=tuple(places), faults=tuple(faults))
 
 

@@ -25,6 +25,7 @@ from mmalign.records import (
     outline_rows,
     read,
     read_judgements,
+    told_faults,
     with_judgements,
     write,
 )
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 SCORER_TABLE = Table(SCORERS, extra={"label": (str | None, None)})
 NOT_PART_OF_THE_SCORE = ("batch_size", "device")  # settings that change speed only
-SHOWN_FAULTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,7 @@ class ScoreResult:
         lines += [f"  {judge}: mean {mean:.4g}" for judge, mean in self.means.items()]
         if self.faults:
             lines.append(f"{len(self.faults)} rows not judged:")
-            lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
-            if len(self.faults) > SHOWN_FAULTS:
-                lines.append(f"  and {len(self.faults) - SHOWN_FAULTS} more")
+            lines += [f"  {line}" for line in told_faults(self.faults)]
         return "\n".join([*lines, str(self.output), str(self.judgements)])
 
 
@@ -159,7 +157,7 @@ def main(config: ScoreConfig) -> ScoreResult:
     faults += [fault for one in shares for fault in one.faults]
     good = {place: content for one in shares for place, content in one.rows}
     if not good:
-        raise UserError("\n".join([f"{config.data}: got no usable row, want at least one.", *map(str, faults[:SHOWN_FAULTS])]))
+        raise UserError("\n".join([f"{config.data}: got no usable row, want at least one.", *told_faults(faults)]))
     means: dict[str, float] = {}
     if processes.is_main:
         for fault in faults:
@@ -187,12 +185,17 @@ def build_scorers(choices: Sequence[Choice], *, device: str | None = None, kind:
         kind: what they must judge, `images` or `texts`; None: the one or the other.
 
     Raises:
-        UserError: two judges of one name, or of two kinds.
+        UserError: what is no scorer, two judges of one name, or of two kinds.
     """
     scorers: list[Any] = []
     for choice in choices:
         more = {"device": device} if device is not None and "device" in choice.settings else {}
         scorer = choice.build(**more)
+        if not isinstance(scorer, Scorer | TextScorer):
+            raise UserError(
+                f"scorers: got {choice.name}, which makes a {type(scorer).__name__}, want a scorer: a `name`, and a call that "
+                "gives prompts and candidates one score each."
+            )
         wanted = kind or judged_kind((scorers or [scorer])[0])
         if judged_kind(scorer) != wanted:
             raise UserError(f"scorers: got {scorer.name}, which judges {judged_kind(scorer)}, want judges of {wanted}.")

@@ -190,8 +190,9 @@ def test_an_unknown_sampler_or_lora_is_refused_with_the_remedy(tmp_path: Path) -
     denoiser = Denoiser("sdxl", pipe.unet)
     add_lora(denoiser, rank=2)
     save_lora(find_family("sdxl"), denoiser, tmp_path / "sdxl")
-    with pytest.raises(UserError, match="do not fit this model"):
+    with pytest.raises(UserError, match=r"do not fit this model \(size mismatch for .*, the shape .* and \d+ more\)") as told:
         main(settings(tmp_path / "c", lora=str(tmp_path / "sdxl")))
+    assert "\n" not in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == ["sdxl"], "nothing half-written"
 
 
@@ -361,6 +362,7 @@ def test_other_settings_of_a_generator_are_refused_by_name_but_not_another_batch
         (makers(SMALL, SMALL), "got the names small, small, want each once"),
         (makers({**SMALL, "num_candidates": 1}), "num_candidates: got 1, want 2 or more"),
         (makers(SMALL, {**LARGE, "steps": 0}), "generators: large: steps: got 0, want 1 or more"),
+        (makers(SMALL, {**LARGE, "guidance_scale": -3}), r"generators: large: guidance_scale: got -3, want 0 or more"),
         (makers(SMALL, {**LARGE, "size": (12, 16)}), r"generators: large: size: got \[12, 16\]"),
     ],
 )

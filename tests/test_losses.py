@@ -286,3 +286,22 @@ def test_hinges_take_one_margin_for_all_or_one_for_each_pair(name: str) -> None:
     for row, margin in enumerate(margins):
         alone = call(name, rows(values, slice(row, row + 1)), margin=margin).losses
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-14, atol=0)
+
+
+OF_IMAGES = {"dpo": 2, "robust": 2, "ipo": 2, "hinge": 2, "dro": 2, "spo": 2, "mapo": 2, "kto": 1}
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_a_caller_without_shape_checks_is_told_of_candidates_too_many_or_too_few(name: str) -> None:
+    wanted = OF_IMAGES[name]
+    loss = inspect.unwrap(LOSSES[name])  # without the checks of the tests, as users call it
+    pairs = {"policy": torch.zeros(3, wanted), "reference": torch.zeros(3, wanted), "labels": torch.ones(3)}
+    taken = {key: value for key, value in pairs.items() if key in inspect.signature(loss).parameters}
+    loss(**taken)
+    for columns in (1, 2, 3):
+        if columns != wanted:
+            with pytest.raises(ValueError, match=rf"^{name}: got logps of shape \(3, {columns}\), want \(batch, {wanted}\)"):
+                loss(**{**taken, "policy": torch.zeros(3, columns)})
+    if "reference" in taken:
+        with pytest.raises(ValueError, match=rf"^{name}: got reference logps of shape \(1, {wanted}\), want \(3, {wanted}\)"):
+            loss(**{**taken, "reference": torch.zeros(1, wanted)})

@@ -284,6 +284,8 @@ def test_a_run_resumed_with_a_pool_that_is_not_empty_ends_bit_for_bit_the_same(t
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ode": ({"source": rollouts(eta=0.0)}, r"eta: got 0\.0, a sampler without noise \(an ODE\)"),
+    "guidance": ({"source": rollouts(guidance_scale=-5)}, r"guidance_scale: got -5\.0, want a positive number; 1 is no"),
+    "endless": ({"source": rollouts(eta=float("inf"))}, r"eta: got inf"),
     "window": ({"source": rollouts(window=[2, 240])}, r"source\.window: got \[2, 240\], in which none.*1 \.\.\. 751"),
     "upside_down": ({"source": rollouts(window=[750, 0])}, r"window: got \[750, 0\], want 0 <= lowest <= highest"),
     "threshold": ({"source": rollouts(threshold=1)}, r"threshold: got 1.*from 0 to below 1"),

@@ -156,6 +156,58 @@ def test_a_score_that_is_no_number_is_refused_with_the_image_it_belongs_to(data)
         score(data, f"scorers={{name: '{__name__}:not_a_number'}}")
 
 
+class Of:
+    """A scorer that gives what it is told to, a number of images in."""
+
+    name = "of"
+
+    def __init__(self, gives):
+        self.gives = gives
+
+    def __call__(self, prompts, images):
+        return self.gives(len(images))
+
+
+def column():
+    return Of(lambda count: torch.ones(count, 1))
+
+
+def too_few():
+    return Of(lambda count: torch.ones(count - 1))
+
+
+def numbers():
+    return Of(lambda count: [1.0] * count)
+
+
+def no_scorer():
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("column", r"scorer of: got shape \(7, 1\) for 7 candidates, want a tensor of shape \(7,\)"),
+        ("too_few", r"scorer of: got shape \(6,\) for 7 candidates"),
+        ("numbers", r"scorer of: got a list for 7 candidates"),
+        ("no_scorer", r"scorers: got .*:no_scorer, which makes a int, want a scorer: a `name`, and a call"),
+    ],
+)
+def test_a_scorer_from_outside_that_gives_no_score_a_candidate_is_told_so(data, name, told):
+    with pytest.raises(UserError, match=told):
+        score(data, f"scorers={{name: '{__name__}:{name}'}}")
+
+
+def test_rows_without_use_of_one_kind_are_one_line(tmp_path):
+    rows = [{"prompt": "p", "candidates": [{"image": "a.png"}]} for _ in range(9)]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as told:
+        score(tmp_path / "one.jsonl", "scorers=brightness")
+    heading, line = str(told.value).splitlines()
+    assert "got no usable row" in heading
+    assert line.startswith(f"{tmp_path}/one.jsonl:1: got 1 candidate, want at least 2.") and "Such faults: 9" in line
+
+
 def test_what_one_judge_said_is_kept_when_another_one_fails(data):
     address = f"{__name__}:"
     with pytest.raises(UserError, match="from scorer not_a_number"):

@@ -318,3 +318,7 @@ def test_what_a_reward_model_cannot_do_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, {**STEP_AWARE, "clip": "/nowhere"})
     with pytest.raises(UserError, match=r"reward"):
         opened(tmp_path, {"name": "step_awar", "clip": "tiny"})
+    with pytest.raises(UserError, match=r"reward\.guidance_scale: got 0\.0, want a positive number"):
+        opened(tmp_path, {**STEP_AWARE, "guidance_scale": 0})
+    with pytest.raises(UserError, match=r"reward\.dim: got 0, want 1 or more"):
+        opened(tmp_path, {**LATENT, "dim": 0})

@@ -72,6 +72,8 @@ class Validation:
             raise ValueError("prompts: got none, want one or more, or validation: null.")
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, want 1 or more.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, want 0 or more; 1 is no guidance.")
 
     def check_sources(self, family: Family) -> None:
         """Refuse sources that are not what the family wants.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class StepAware:
     resize: Literal["squash", "shortest"] = "squash"
     gradient_checkpointing: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse a guidance that would leave the prompt out or push away from it."""
+        if not 0 < self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, want a positive number; 1 is no guidance.")
+
     def open(self, images: NoisedImages, seed: int) -> StepAwareReward:
         """Load the CLIP and make all of it trainable."""
         return StepAwareReward(self, images, seed)
@@ -119,6 +125,11 @@ class Latent:
 
     tune: Literal["head", "network"] = "head"
     dim: int = 768
+
+    def __post_init__(self) -> None:
+        """Refuse a space without dimensions."""
+        if self.dim < 1:
+            raise ValueError(f"dim: got {self.dim}, want 1 or more.")
 
     def open(self, images: NoisedImages, seed: int) -> LatentRewardTraining:
         """Put a new head on the UNet of the images."""

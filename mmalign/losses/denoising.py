@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_positive, logistic, two_sided, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_candidates, check_positive, logistic, two_sided, weighted
 from mmalign.losses.pairwise import check_margin, hinge
 
 
@@ -41,6 +41,7 @@ def dro(
         ValueError: beta is not positive, or margin below zero.
     """
     check_beta("dro", beta)
+    check_candidates("dro", 2, policy, reference)
     check_margin("dro", margin)
     return hinge(policy, reference, prob, weight, beta=beta, margin=margin)
 
@@ -68,6 +69,7 @@ def spo(
         clip: half-width of the allowed ratio. Published: 0.1.
     """
     check_beta("spo", beta)
+    check_candidates("spo", 2, policy, reference)
     if not 0.0 < clip < 1.0:
         raise ValueError(f"spo.clip: got {clip}, want a number between 0 and 1.")
     # Clamped in logarithms: the same value and gradient, and no overflow of the ratio.
@@ -105,6 +107,7 @@ def mapo(
         ValueError: beta, snr or scale is not positive.
     """
     check_beta("mapo", beta)
+    check_candidates("mapo", 2, policy)
     check_positive("mapo", "snr", snr)
     check_positive("mapo", "scale", scale)
     error = -2 * policy

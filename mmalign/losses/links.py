@@ -55,6 +55,17 @@ def check_finite(name: str, setting: str, value: float) -> None:
         raise ValueError(f"{name}.{setting}: got {value}, want a finite number.")
 
 
+def check_candidates(name: str, wanted: int, policy: Tensor, reference: Tensor | None = None) -> None:
+    """Refuse rows of another number of candidates, of which some would not be looked at, and a reference of other rows."""
+    if policy.ndim != 2 or policy.shape[1] != wanted:
+        remedy = "Single candidates are for kto and sft, lists for rank_dpo and plackett_luce." if wanted == 2 else "Take one."
+        raise ValueError(f"{name}: got logps of shape {tuple(policy.shape)}, want (batch, {wanted}). {remedy}")
+    if reference is not None and reference.shape != policy.shape:
+        raise ValueError(
+            f"{name}: got reference logps of shape {tuple(reference.shape)}, want {tuple(policy.shape)}, as the policy's."
+        )
+
+
 def pair_delta(policy: Float[Tensor, "batch 2"], reference: Float[Tensor, "batch 2"]) -> Float[Tensor, " batch"]:
     """How much more than the reference the policy prefers the best candidate, in nats."""
     ratios = policy - reference

@@ -17,6 +17,7 @@ from mmalign.losses.divergences import Divergence, check_divergence, transform
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_candidates,
     check_label_smoothing,
     check_not_negative,
     less_margin,
@@ -60,6 +61,7 @@ def dpo(
         ValueError: beta not positive, label_smoothing outside [0, 0.5), or an unknown divergence.
     """
     check_beta("dpo", beta)
+    check_candidates("dpo", 2, policy, reference)
     check_label_smoothing("dpo", label_smoothing)
     check_divergence("dpo", divergence, divergence_alpha)
     scores = transform(policy - reference, divergence, divergence_alpha)
@@ -92,6 +94,7 @@ def robust(
         ValueError: label_smoothing outside [0, 0.5).
     """
     check_beta("robust", beta)
+    check_candidates("robust", 2, policy, reference)
     check_label_smoothing("robust", label_smoothing)
     check_divergence("robust", divergence, divergence_alpha)
     scores = transform(policy - reference, divergence, divergence_alpha)
@@ -138,6 +141,7 @@ def ipo(
         ValueError: `normalise: length` without lengths, beta not positive, or an unknown divergence.
     """
     check_beta("ipo", beta)
+    check_candidates("ipo", 2, policy, reference)
     check_divergence("ipo", divergence, divergence_alpha)
     scores = transform(policy - reference, divergence, divergence_alpha)
     if normalise == "length" or (normalise == "auto" and lengths is not None):
@@ -175,6 +179,7 @@ def hinge(
         ValueError: beta is not positive, margin below zero, or an unknown divergence.
     """
     check_beta("hinge", beta)
+    check_candidates("hinge", 2, policy, reference)
     check_margin("hinge", margin)
     check_divergence("hinge", divergence, divergence_alpha)
     scores = transform(policy - reference, divergence, divergence_alpha)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, log_loss, two_sided, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_candidates, check_not_negative, log_loss, two_sided, weighted
 from mmalign.losses.statistics import log_ratios
 
 Labels = Bool[Tensor, " batch"] | Float[Tensor, " batch"] | Int[Tensor, " batch"]
@@ -41,6 +41,7 @@ def kto(
         ValueError: beta is not positive, or a lambda below zero.
     """
     check_beta("kto", beta)
+    check_candidates("kto", 1, policy, reference)
     check_not_negative("kto", "desirable_weight", desirable_weight)
     check_not_negative("kto", "undesirable_weight", undesirable_weight)
     ratio = (policy - reference)[:, 0]

@@ -17,7 +17,7 @@ from mmalign.checkpoints import move_into_place
 from mmalign.errors import UserError
 from mmalign.families import Family
 from mmalign.models.denoiser import Denoiser
-from mmalign.models.peft_adapter import PEFT_CONFIG_FILE, PEFT_FILE, read_adapter, write_adapter
+from mmalign.models.peft_adapter import PEFT_CONFIG_FILE, PEFT_FILE, first_misfit, read_adapter, write_adapter
 from mmalign.models.pipeline_folder import opening_code
 from mmalign.models.quiet import quiet_libraries
 
@@ -241,7 +241,7 @@ def _load_into_diffusers(denoiser: Denoiser, folder: Path) -> None:
             adapter_name=ADAPTER_NAME,
         )
     except (RuntimeError, ValueError) as fault:
-        text = f"{folder / LORA_FILE}: its layers do not fit this {family.name} network ({fault})."
+        text = f"{folder / LORA_FILE}: its layers do not fit this {family.name} network ({first_misfit(fault)})."
         raise UserError(f"{text} Load it into the base model it was trained on.") from fault
 
 

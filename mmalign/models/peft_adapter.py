@@ -54,7 +54,16 @@ def read_adapter(network: nn.Module, folder: Path, adapter_name: str) -> None:
             network, {name.removeprefix(_PREFIX): value for name, value in weights.items()}, adapter_name
         )
     except (RuntimeError, ValueError) as fault:
-        raise UserError(f"{folder / PEFT_FILE}: its layers do not fit this network ({fault}). {remedy}") from fault
+        raise UserError(
+            f"{folder / PEFT_FILE}: its layers do not fit this network ({first_misfit(fault)}). {remedy}"
+        ) from fault
     strangers = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]
     if strangers:
         raise UserError(f"{folder / PEFT_FILE}: its layers do not fit this network (first: {strangers[0]}). {remedy}")
+
+
+def first_misfit(fault: Exception) -> str:
+    """The first layer of torch's long list of those that do not fit, and how many there are; else what the exception says."""
+    heading, *layers = [line.strip() for line in str(fault).splitlines() if line.strip()] or [type(fault).__name__]
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return f"{layers[0].rstrip('.')}{more}" if layers else heading

@@ -12,7 +12,7 @@ from PIL import Image
 from mmalign.errors import UserError
 from mmalign.families import Family
 from mmalign.models.lora import LORA_FILE, LORA_FILES
-from mmalign.models.peft_adapter import read_adapter
+from mmalign.models.peft_adapter import first_misfit, read_adapter
 from mmalign.models.quiet import quiet_libraries
 
 SAMPLING_ADAPTER = "mmalign"
@@ -122,7 +122,9 @@ def use_lora(family: Family, pipe: Any, lora: Path | str, *, scale: float = 1.0)
         with quiet_libraries():
             pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=SAMPLING_ADAPTER)
     except (RuntimeError, ValueError, KeyError) as fault:
-        raise UserError(f"{file}: its layers do not fit this model ({fault}). Name the base it was trained on.") from fault
+        raise UserError(
+            f"{file}: its layers do not fit this model ({first_misfit(fault)}). Name the base it was trained on."
+        ) from fault
     if SAMPLING_ADAPTER not in getattr(family.core(pipe), "peft_config", {}):
         raise UserError(f"{file}: got no layers for the network of this model, want a LoRA trained on it.")
     pipe.set_adapters([SAMPLING_ADAPTER], [scale])

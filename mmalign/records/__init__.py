@@ -6,7 +6,7 @@ from mmalign.records.faults import faults_of
 from mmalign.records.frames import animation
 from mmalign.records.judgements import append_judgements, read_judgements, with_judgements
 from mmalign.records.media import Media, to_rgb
-from mmalign.records.reading import IMAGE_SUFFIXES, MEDIA_SUFFIXES, collect, fault_of, raise_faults, read
+from mmalign.records.reading import IMAGE_SUFFIXES, MEDIA_SUFFIXES, collect, fault_of, raise_faults, read, told_faults
 from mmalign.records.rows import Comparison, Content, Dropped, Example, Fault, Judgement, Message, Sample
 from mmalign.records.table import COLUMNS, Conversion, comparison, features, outline_rows, outlines, to_dataset, to_row
 from mmalign.records.verdicts import PHI, preference_scores, thinned
@@ -58,6 +58,7 @@ __all__ = [
     "to_dataset",
     "to_rgb",
     "to_row",
+    "told_faults",
     "unpaired",
     "with_judgements",
     "write",

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,21 +90,27 @@ def collect(
 
 
 def raise_faults(faults: list[Fault], place: str | Path) -> None:
-    """Raise one error that names the first fault of each of the first few kinds and counts the others, if there are any.
-
-    Faults are of one kind that differ in nothing but numbers.
+    """Raise one error that tells the faults as `told_faults` does, if there are any.
 
     Raises:
         UserError: there are faults.
+    """
+    if faults:
+        lines = told_faults(faults)
+        raise UserError("\n".join(f"{place}: {line}" if line.startswith("and ") else line for line in lines))
+
+
+def told_faults(faults: Sequence[Fault]) -> list[str]:
+    """A line for each of the first few kinds of faults: the first one, their number, where the next are; then how many more.
+
+    Faults are of one kind that differ in nothing but numbers.
     """
     kinds: dict[str, list[Fault]] = {}
     for fault in faults:
         kinds.setdefault(NUMBER.sub("0", fault.problem), []).append(fault)
     shown = list(kinds.values())[:SHOWN_FAULTS]
-    if shown:
-        rest = len(faults) - sum(map(len, shown))
-        more = f"\n{place}: and {rest} rows more." if rest else ""
-        raise UserError("\n".join(map(_told, shown)) + more)
+    rest = len(faults) - sum(map(len, shown))
+    return [*map(_told, shown), *([f"and {rest} rows more."] if rest else [])]
 
 
 def _told(alike: list[Fault]) -> str:

@@ -86,10 +86,16 @@ def finite_scores(
         places: what to call each candidate in a message: `comparisons.parquet:17: candidate 2`.
 
     Raises:
-        UserError: a score is not finite; the message names the candidate.
+        UserError: a score is not finite; the message names the candidate. Not one number a candidate.
     """
-    judge: Callable[..., Tensor] = scorer
+    judge: Callable[..., Any] = scorer
     scores = judge(prompts, candidates)
+    if not isinstance(scores, Tensor) or scores.shape != (len(places),):
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise UserError(
+            f"scorer {scorer.name}: got {got} for {len(places)} candidates, want a tensor of shape ({len(places)},), one score "
+            "each. Correct the scorer."
+        )
     for place, score in zip(places, scores.tolist(), strict=True):
         if not math.isfinite(score):
             raise UserError(

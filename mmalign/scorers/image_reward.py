@@ -253,6 +253,7 @@ def _tokenizer(name: str, vocab_size: int) -> Any:
     if len(tokenizer) != vocab_size:
         raise UserError(
             f"image_reward.tokenizer: got {name!r} with {len(tokenizer)} words, {', '.join(BLIP_TOKENS)} among them, want "
-            f"{vocab_size}. ImageReward reads the words of bert-base-uncased."
+            f"{vocab_size}. ImageReward reads the words of bert-base-uncased; where there are few, they were not to be had: "
+            "check the name and the connection."
         )
     return tokenizer

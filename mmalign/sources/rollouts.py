@@ -79,7 +79,9 @@ class Rollouts:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want {low} or more.")
-        if self.eta is not None and not self.eta > 0:
+        if not 0 < self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, want a positive number; 1 is no guidance.")
+        if self.eta is not None and not 0 < self.eta < math.inf:
             raise ValueError(
                 f"eta: got {self.eta}, a sampler without noise (an ODE), want a positive number, or the successors of a step "
                 "are one and the same."
