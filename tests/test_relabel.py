@@ -13,7 +13,7 @@ from mmalign.cli import main as mmalign
 from mmalign.config import read_config
 from mmalign.curation import RELABELS
 from mmalign.curation.edits import Edit, edited
-from mmalign.curation.relabels import density_ratio, ratings, reward_augmented, self_labels, voting
+from mmalign.curation.relabels import density_ratio, r3, ratings, reward_augmented, self_labels, voting
 from mmalign.errors import UserError
 from mmalign.records import Comparison, Content, Dropped, Message, comparison, pair, read, read_judgements, write
 from mmalign.relabel import RelabelConfig, main
@@ -114,6 +114,16 @@ def test_one_judges_ratings_become_soft_labels() -> None:
     made = ratings(rows, by="rm", temperature=2.0, margin=True)
     assert only(made.outcomes[0]).labels == {"ranks": (1.0, 2.0), "prob": pytest.approx(sigmoid(1.5)), "margin": 3.0}
     assert made.outcomes[1] == Dropped("tie")
+
+
+def test_the_reward_by_rule_ranks_candidates_by_relevance_length_and_repetition() -> None:
+    long, often = "a b c d e f", "a b c a b c a b c"
+    one = row("r", long, often, scores={"relevance": (0.5, 0.7)})
+    edit = only(r3([one, row("unjudged")], relevance="relevance").outcomes[0])
+    assert edit.scores["r3"] == pytest.approx((0.5 * 0.06, 0.7 * 0.09 * 3 / 7)) and edit.labels["ranks"] == (1.0, 2.0)
+    edit = only(r3([one], relevance="relevance", mode="closed", label="rule").outcomes[0])
+    assert edit.scores["rule"] == pytest.approx((0.5, 0.7 * 3 / 7))
+    assert r3([one, row("unjudged")], relevance="relevance").outcomes[1] == Dropped("no relevance")
 
 
 def test_density_ratios_rank_candidates() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from mmalign.curation.density_ratio import density_ratio as density_ratios
 from mmalign.curation.edits import Edit, Relabelled, order_labels
 from mmalign.curation.followup_labels import followups
+from mmalign.curation.grounding import r3_reward
 from mmalign.curation.judged import judged
 from mmalign.curation.likelihood import likelihood
 from mmalign.curation.order import best_and_worst, check_judges, known_judges, numbers_of
@@ -138,11 +140,50 @@ def density_ratio(
             outcomes.append(Dropped(f"no {', '.join(lacking)}"))
             continue
         columns = [torch.tensor(row.scores[one], dtype=torch.float64) for one in wanted]
-        scores = tuple(density_ratios(*columns).tolist())
-        ranks = tuple(1.0 + sum(other > score for other in scores) for score in scores)
-        note = {"strong": strong, "weak": weak}
-        outcomes.append((Edit(scores={label: scores}, labels={"ranks": ranks, "prob": None}, note=note),))
+        outcomes.append((_ranked(label, tuple(density_ratios(*columns).tolist()), {"strong": strong, "weak": weak}),))
     return Relabelled(outcomes=outcomes)
+
+
+def r3(
+    rows: Sequence[Comparison],
+    *,
+    relevance: str,
+    mode: Literal["open", "closed"] = "open",
+    label: str = "r3",
+) -> Relabelled:
+    """Candidates ranked by a reward by rule, which is kept as a judge's scores.
+
+    open: relevance * words / 100 * unique trigrams / trigrams;  closed: relevance * unique trigrams / trigrams
+
+    Source: R3 (naver-ai/RRR), whose relevance is the dot product of a retriever's embeddings of prompt and response.
+
+    Args:
+        relevance: name under which the rows have each response's relevance.
+        mode: open-ended questions; or closed ones, where length earns nothing.
+        label: name of the new judge.
+    """
+    check_judges(rows, [relevance])
+    outcomes: list[Outcome] = []
+    for row in rows:
+        if relevance not in row.scores:
+            outcomes.append(Dropped(f"no {relevance}"))
+            continue
+        scores = tuple(
+            r3_reward("", candidate.words(), relevance=partial(_given, found), mode=mode)
+            for candidate, found in zip(row.candidates, row.scores[relevance], strict=True)
+        )
+        outcomes.append((_ranked(label, scores, {"relevance": relevance, "mode": mode}),))
+    return Relabelled(outcomes=outcomes)
+
+
+def _given(value: float, prompt: str, response: str) -> float:
+    return value
+
+
+def _ranked(label: str, scores: tuple[float, ...], note: dict[str, str]) -> Edit:
+    """A new judge's scores, and the order that they give."""
+    ranks = tuple(1.0 + sum(other > score for other in scores) for score in scores)
+    return Edit(scores={label: scores}, labels={"ranks": ranks, "prob": None}, note=note)
 
 
 def self_labels(
@@ -241,6 +282,7 @@ RELABELS: dict[str, Callable[..., Relabelled]] = {
     "voting": voting,
     "ratings": ratings,
     "density_ratio": density_ratio,
+    "r3": r3,
     "self_labels": self_labels,
     "judge": judged,
     "likelihood": likelihood,
