@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from mmalign.errors import UserError
 from mmalign.evaluate_texts import evaluate_texts, holds_texts, paired_texts, write_text_report
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
+from mmalign.kept_scores import KeptScores
 from mmalign.records import Comparison, Content, comparison, read
 from mmalign.report import (
     Checkpoint,
@@ -34,12 +35,13 @@ from mmalign.report import (
     task_changes,
     training_drift,
 )
-from mmalign.score import SCORER_TABLE, Labelled, build_scorers
+from mmalign.score import SCORER_TABLE, Labelled, build_scorers, judge_settings
 from mmalign.scorers import Scorer, TaskScorer, finite_scores
 from mmalign.statistics import diversity, pixel_std
 
 logger = logging.getLogger(__name__)
 
+Judging = Callable[..., torch.Tensor]
 IMAGES_AT_ONCE = 64  # opened together; a scorer's own batch_size may be smaller
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -59,7 +61,7 @@ class EvaluateConfig:
         checkpoints: comparisons from `mmalign generate` with lora (or model), or `mmalign answer` with tuned, set to a run's
             checkpoint-N, on the same prompts and seeds: shown side by side in checkpoints.png, their scores as curves.
         output: folder for results.json, report.html, evaluation.yaml and, of images, grid.png; it may be the run's, whose files
-            stay.
+            stay. Killed, the same command goes on with what was judged of images (`OUTPUT.scores.jsonl`).
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
         run: output folder of the training run, for its implicit-reward accuracy and error drift.
@@ -139,6 +141,8 @@ def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dic
     prompts, before, after = paired_images(base, tuned)
     between = checkpoint_images(base, found)
     told = _judged(config, tuned, "images")
+    output = Path(config.output).expanduser()
+    kept = KeptScores(output.with_name(f"{output.name}.scores.jsonl"), told.settings)
     evaluation = evaluate_pairs(
         prompts,
         OpenedLate(before),
@@ -150,6 +154,7 @@ def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dic
         training=told.training,
         checkpoints=[(step, OpenedLate(images)) for step, images in between],
         last_step=told.last_step,
+        judge=kept,
     )
     evaluation = replace(evaluation, pairs=told.pairs)
     write_report(
@@ -157,12 +162,13 @@ def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dic
         prompts,
         OpenedLate(before),
         OpenedLate(after),
-        Path(config.output).expanduser(),
+        output,
         rows=config.rows,
         cols=config.cols,
         title=config.title,
         checkpoints=[(step, OpenedLate(images)) for step, images in between],
     )
+    kept.forget()
     return evaluation
 
 
@@ -198,10 +204,12 @@ class _Judged:
     training: TrainingDrift | None
     pairs: PairFit | None
     last_step: int | None
+    settings: dict[str, Any]
 
 
 def _judged(config: EvaluateConfig, tuned: Rows, kind: str) -> _Judged:
-    scorers = build_scorers((*config.scorers, *config.held_out), device=config.device, kind=kind)
+    choices = (*config.scorers, *config.held_out)
+    scorers = build_scorers(choices, device=config.device, kind=kind)
     training = None if config.run is None else training_drift(Path(config.run))
     fit = None
     if config.pairs is not None:
@@ -212,6 +220,7 @@ def _judged(config: EvaluateConfig, tuned: Rows, kind: str) -> _Judged:
         training=training,
         pairs=fit,
         last_step=_step_of(tuned) or (None if training is None else training.last_step),
+        settings={scorer.name: judge_settings(choice) for scorer, choice in zip(scorers, choices, strict=True)},
     )
 
 
@@ -227,6 +236,7 @@ def evaluate_pairs(
     training: TrainingDrift | None = None,
     checkpoints: Sequence[tuple[int, Images]] = (),
     last_step: int | None = None,
+    judge: Judging = finite_scores,
 ) -> Evaluation:
     """Compare two images per entry, made from the same prompt and seed.
 
@@ -239,6 +249,7 @@ def evaluate_pairs(
         training: from `training_drift`, to be told along.
         checkpoints: (step, images), the images paired with `before`; in the order of the steps.
         last_step: of the images after, where it is known.
+        judge: asks a scorer; `KeptScores` remembers what it said.
 
     Raises:
         UserError: nothing to compare, two judges of one name, a score that is not finite, an image that cannot be read.
@@ -256,10 +267,10 @@ def evaluate_pairs(
         )
     changes: list[list[ScorerChange]] = [[] for _ in range(len(checkpoints) + 1)]
     for scorer in (*scorers, *held_out):
-        old = _scores(scorer, prompts, before, "before")
+        old = _scores(judge, scorer, prompts, before, "before")
         sides = [*((f"checkpoint {step}", images) for step, images in checkpoints), ("after", after)]
         for found, (side, images) in zip(changes, sides, strict=True):
-            new = _scores(scorer, prompts, images, side)
+            new = _scores(judge, scorer, prompts, images, side)
             found.append(_change(scorer, prompts, old, new, interval, tie_eps, held_out=scorer.name in names[len(scorers) :]))
     return Evaluation(
         num_pairs=len(prompts),
@@ -301,7 +312,7 @@ def _change(
     )
 
 
-def _scores(scorer: Scorer, prompts: Sequence[str], images: Images, side: str) -> torch.Tensor:
+def _scores(judge: Judging, scorer: Scorer, prompts: Sequence[str], images: Images, side: str) -> torch.Tensor:
     """The score of each image; of each video its mean over the frames that scorers see."""
     parts: list[torch.Tensor] = []
     counts: list[int] = []
@@ -312,7 +323,7 @@ def _scores(scorer: Scorer, prompts: Sequence[str], images: Images, side: str) -
         waiting += [(prompt, frame, f"{side}, image {index + 1} ({prompt!r})") for frame in frames]
         if len(waiting) >= IMAGES_AT_ONCE or index == len(prompts) - 1:
             texts, opened, places = zip(*waiting, strict=True)
-            parts.append(finite_scores(scorer, texts, opened, places))
+            parts.append(judge(scorer, texts, opened, places))
             waiting = []
     return torch.stack([score.mean() for score in torch.split(torch.cat(parts).double(), counts)])
 

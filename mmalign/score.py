@@ -138,7 +138,7 @@ def main(config: ScoreConfig) -> ScoreResult:
     processes = launched_processes()
     device = str(processes.device("auto")) if processes.several and config.device is None else config.device
     judges = [
-        Judge(scorer=scorer, settings=_settings(choice))
+        Judge(scorer=scorer, settings=judge_settings(choice))
         for scorer, choice in zip(build_scorers(config.scorers, device=device), config.scorers, strict=True)
     ]
     kind = judged_kind(judges[0].scorer)
@@ -208,7 +208,8 @@ def build_scorers(choices: Sequence[Choice], *, device: str | None = None, kind:
     return scorers
 
 
-def _settings(choice: Choice) -> dict[str, Any]:
+def judge_settings(choice: Choice) -> dict[str, Any]:
+    """What of a scorer's settings its scores depend on, as JSON values."""
     kept = {name: value for name, value in choice.settings.items() if name not in NOT_PART_OF_THE_SCORE}
     plain: dict[str, Any] = resolved({"scorer": choice.name, **kept})
     return plain

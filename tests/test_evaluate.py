@@ -57,6 +57,57 @@ def evaluate(before, after, tmp_path, *settings):
     return main(read_config(EvaluateConfig, None, [*fixed, *settings]))
 
 
+class Failing:
+    """Brightness, which counts its images and fails once it has seen so many."""
+
+    name = "failing"
+    seen = 0
+    last = 0
+
+    def __call__(self, prompts, images):
+        Failing.seen += len(images)
+        if Failing.seen > Failing.last:
+            raise KeyboardInterrupt
+        return SCORERS["brightness"]()(prompts, images)
+
+
+def failing(*, grain: float = 1.0):
+    return Failing()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_killed_evaluation_goes_on_with_what_was_judged(sides, tmp_path, monkeypatch, torn):
+    monkeypatch.setattr("mmalign.evaluate.IMAGES_AT_ONCE", 5)
+    scorers = f"scorers=[sharpness, {{name: '{__name__}:failing'}}]"
+    kept = tmp_path / "report.scores.jsonl"
+    monkeypatch.setattr(Failing, "last", 10)
+    monkeypatch.setattr(Failing, "seen", 0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*sides, tmp_path, scorers)
+    assert kept.exists() and not (tmp_path / "report").exists()
+    if torn:
+        kept.write_text(kept.read_text() + '{"group": "ab')
+    monkeypatch.setattr(Failing, "last", 1000)
+    monkeypatch.setattr(Failing, "seen", 0)
+    resumed = evaluate(*sides, tmp_path, scorers).evaluation
+    assert Failing.seen == 24 - 10, "two groups of five were judged before"
+    assert not kept.exists(), "the next evaluation judges anew"
+    assert evaluate(*sides, tmp_path, scorers).evaluation == resumed
+    assert Failing.seen == 24 - 10 + 24
+
+
+def test_what_was_judged_with_other_settings_is_judged_again(sides, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmalign.evaluate.IMAGES_AT_ONCE", 5)
+    monkeypatch.setattr(Failing, "last", 10)
+    monkeypatch.setattr(Failing, "seen", 0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*sides, tmp_path, f"scorers={{name: '{__name__}:failing'}}")
+    monkeypatch.setattr(Failing, "last", 1000)
+    monkeypatch.setattr(Failing, "seen", 0)
+    evaluate(*sides, tmp_path, f"scorers={{name: '{__name__}:failing', grain: 2.0}}")
+    assert Failing.seen == 24
+
+
 def metrics(folder, rows):
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
