@@ -183,6 +183,8 @@ def test_trackers_write_into_the_output_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    for patience in ("WANDB_X_SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # of a machine that does other things
+        monkeypatch.setenv(patience, "600")
     output = train(tmp_path / "out", training={"trackers": ["tensorboard", "wandb"]})
     assert [path for path in (output / "tensorboard").rglob("events.out.tfevents.*") if path.stat().st_size > 1000]
     assert list((output / "wandb").rglob("*.wandb"))
