@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal
 
 from mmalign import checkpoints
 from mmalign.adapters import ADAPTERS
-from mmalign.adapters.image_text import OF_DEGRADED
-from mmalign.adapters.text_policy import EXTRAS
 from mmalign.config import Choice, Table, read_config, resolved
 from mmalign.errors import UserError
 from mmalign.importers import IMPORTERS
+from mmalign.loss_data import check_extras, check_gaps, without_effect
 from mmalign.losses import KNOWN_AS, LOSSES, OF_ERRORS, OF_SCORERS
 from mmalign.objective import AutoBeta, Objective, Term
 from mmalign.records import SIDE_DEFAULTS, VIEWS, Comparison, Content, Dropped, Example, Examples
@@ -35,8 +34,6 @@ OF_ROWS: tuple[Mapping[str, Any], ...] = ({}, {"margin": 1.0}, {"prob": 0.5})
 MAKES = {"rollouts": check_samples, "replay": check_samples, "online_pairs": check_answers, "self_play": check_answers}
 # Adapters of models that make samples -> those of scorers of what they make.
 SCORERS_OF = {"text": "text_reward", "image_text": "text_reward", "diffusion": "step_reward"}
-# Losses whose method is in the pairs that a source makes: loss -> (source, the plain loss for given pairs).
-OF_SOURCES = {"spo": ("rollouts", "dpo"), "dro": ("replay", "hinge")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,53 +158,13 @@ def build_objective(config: TrainConfig, examples: Examples) -> Objective:
     _check_measures(config, objective, shape.measures)
     objective.try_out(shape.side, shape.num_candidates)
     _check_errors(objective, shape)
-    _check_gaps(config, examples)
-    _check_extras(config, objective, examples)
-    for note in _without_effect(config, objective):
+    check_gaps(config.loss, examples)
+    if isinstance(config.source.build(), Offline):
+        check_extras(objective, examples)
+    told = without_effect(config.loss, objective, adapter=config.adapter, source=config.source, view=config.data.view)
+    for note in told:
         logger.warning("%s", note)
     return objective
-
-
-def _check_gaps(config: TrainConfig, examples: Examples) -> None:
-    """Refuse gaps below zero where a loss takes their logarithm."""
-    if examples.against and any(loss.target is LOSSES["odpo"] for loss in config.loss):
-        raise UserError(
-            f"loss.odpo: {len(examples.against)} of {len(examples)} examples (first: {examples.against[0]}) have a chosen "
-            "answer that is scored below the rejected one, of whose gap there is no logarithm. Leave them out with "
-            "data.view.margin: gap, which counts them, or let the scores order the pairs (data.view.by: their name)."
-        )
-
-
-def _check_extras(config: TrainConfig, objective: Objective, examples: Examples) -> None:
-    """Refuse further completions that some examples lack: the run would stop at the first of them."""
-    wanted = objective.measures & set(EXTRAS) if isinstance(config.source.build(), Offline) else ()
-    for name in sorted(wanted):
-        if lacking := len(examples) - examples.extras[name]:
-            first = next(example.id for example in examples if name not in example.extras)
-            raise UserError(
-                f"{first}: has no {name}, which the loss asks for, as {lacking} of {len(examples)} examples. Add it, or filter "
-                "the rows."
-            )
-
-
-def _without_effect(config: TrainConfig, objective: Objective) -> list[str]:
-    """Settings that the losses pass over, and losses that want one to be what they are called."""
-    told, settings = [], config.adapter.settings
-    names = {loss.name for loss in config.loss}
-    if "ddpo" in names and settings.get("token_weights", ()) is None:
-        told.append("loss ddpo is dpo where all tokens weigh alike. Set adapter.token_weights: changed_segments (gamma: 5).")
-    if settings.get("degradation") is not None and not objective.measures & OF_DEGRADED:
-        told.append(
-            f"adapter.degradation: got {settings['degradation'].name}, which no loss asks for ({', '.join(sorted(names))}). "
-            "Set it to null, or add a loss that does, as mdpo."
-        )
-    for loss, (source, plain) in OF_SOURCES.items():
-        if loss in names and config.source.name == "offline":
-            told.append(
-                f"loss {loss} on given pairs is not the method of that name, whose pairs the policy makes. "
-                f"Set source: {source} (with adapter diffusion), or take loss {plain}."
-            )
-    return told
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -319,6 +319,17 @@ def test_the_name_that_another_library_has_for_a_loss_is_answered_with_ours(tmp_
         assert name not in LOSSES and here.replace(",", "").split()[0] in LOSSES
 
 
+def test_gpo_on_scores_that_are_never_below_zero_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 0.0, -0.5]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    data = {"importer": {"name": "trl", "path": str(tmp_path / "rows.jsonl")}}
+    for raw in (True, False):
+        changes = {"loss": "gpo", "data": {**data, "view": {"name": "ranked", "raw_scores": raw}}}
+        config = read_config(TrainConfig, config_file(tmp_path, **changes))
+        build_objective(config, read_examples(config.data)[0])
+        assert ("loss gpo: the scores of data.view ranked are 0 to 1" in caplog.text) is not raw
+
+
 def test_what_a_pair_of_each_list_leaves_out_is_told(tmp_path: Path) -> None:
     row = {"prompt": "p", "chosen": "c", "rejected": ["r", "s"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
