@@ -88,8 +88,9 @@ def start(training: Training, output: Path, *, dry_run: bool = False) -> Any:
     """The `accelerate` state of this process; call it before models are opened.
 
     Raises:
-        UserError: a tracker that is not installed; sharded training; float16 without a GPU; or one of several processes that do
-            not find each other, and would all write the same files.
+        UserError: a tracker that is not installed; sharded training; float16 without a GPU; another mixed precision than an
+            earlier run of this process; or one of several processes that do not find each other, and would all write the same
+            files.
     """
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
@@ -97,14 +98,22 @@ def start(training: Training, output: Path, *, dry_run: bool = False) -> Any:
     for tracker in training.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f'training.trackers: {tracker} is not installed. Run `pip install "mmalign[trackers]"`.')
-    accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
-        # The loop accumulates by itself: whatever the launcher was told must not divide the loss again.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(training.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
-        step_scheduler_with_optimizer=False,
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision,
+            # The loop accumulates by itself: whatever the launcher was told must not divide the loss again.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=list(training.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as fault:
+        if "already been initialized" not in str(fault):
+            raise
+        raise UserError(
+            f"training.mixed_precision: got {training.mixed_precision} in a process whose earlier run had another one, which "
+            "stays. Start this run in a process of its own."
+        ) from fault
     if not dry_run:
         _check_launch(accelerator)
     return accelerator

@@ -108,6 +108,13 @@ def test_a_run_resumed_into_another_folder_is_whole_there(tmp_path: Path) -> Non
         train(tmp_path / "third", training={"steps": 2}, resume=str(first / "checkpoint-1"))
 
 
+def test_another_precision_than_that_of_an_earlier_run_of_the_process_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "first", training={"steps": 1})
+    changed = config_of(tree(tmp_path / "second", training={"steps": 1, "mixed_precision": "bf16"}))
+    with pytest.raises(UserError, match=r"training\.mixed_precision: got bf16 in a process whose earlier run had another one"):
+        main(changed)
+
+
 @pytest.mark.parametrize(("loss", "view"), [("kto", "unpaired"), ("aot", "pair")])
 def test_a_loss_of_whole_batches_needs_more_than_one_example(tmp_path: Path, loss: str, view: str) -> None:
     with pytest.raises(UserError, match=f"got 1 on one process with loss {loss}, .* want 2 or more"):
