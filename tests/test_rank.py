@@ -351,3 +351,9 @@ def test_joint_rows_keep_the_prompt_of_each_candidate(tmp_path: Path) -> None:
     data = write([row], tmp_path / "rows.jsonl")
     (made,) = rows_of(rank(f"data={data}", f"output={tmp_path / 'out.jsonl'}").output)
     assert [(p.text, c.text) for p, c in zip(made.prompts or (), made.candidates, strict=True)] == [("p1", "a1"), ("p2", "a2")]
+
+
+@pytest.mark.parametrize("judges", [[], [(1.0,)], [(1.0, 2.0), (1.0, 2.0, 3.0)], [(1.0, float("nan"))]])
+def test_wins_of_nothing_to_compare_are_refused(judges):
+    with pytest.raises(ValueError, match=r"preference_scores: got .*, want two or more numbers of each judge"):
+        preference_scores(judges)

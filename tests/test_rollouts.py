@@ -282,7 +282,38 @@ def test_a_run_resumed_with_a_pool_that_is_not_empty_ends_bit_for_bit_the_same(t
     assert numbers(output) == numbers_before
 
 
+class Giving:
+    """A scorer of images that gives the same whatever it is shown."""
+
+    name = "giving"
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[Any]) -> Any:
+        return self.value
+
+
+def not_a_number() -> Giving:
+    return Giving(torch.tensor([math.nan]))
+
+
+def column() -> Giving:
+    return Giving(torch.ones(1, 1))
+
+
+def listed() -> Giving:
+    return Giving([1.0])
+
+
+def judged_by(name: str) -> dict[str, Any]:
+    return {"source": rollouts(scorer={"name": "image", "scorer": f"{__name__}:{name}"})}
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "nan": (judged_by("not_a_number"), r"source\.scorer: gave NaN or an infinite score"),
+    "column": (judged_by("column"), r"scorer giving: got shape \(1, 1\) for 1 candidates, want a tensor of shape \(1,\)"),
+    "listed": (judged_by("listed"), r"scorer giving: got a list for 1 candidates"),
     "ode": ({"source": rollouts(eta=0.0)}, r"eta: got 0\.0, a sampler without noise \(an ODE\)"),
     "guidance": ({"source": rollouts(guidance_scale=-5)}, r"guidance_scale: got -5\.0, want a positive number; 1 is no"),
     "endless": ({"source": rollouts(eta=float("inf"))}, r"eta: got inf"),

@@ -1,5 +1,6 @@
 """Scorers over a CLIP, on tiny random models of the same classes: formulas, preprocessing, batches, gradients, checkpoints."""
 
+import inspect
 import json
 import logging
 import math
@@ -268,6 +269,16 @@ def test_prompts_and_images_of_unequal_number_are_refused(name, build):
         scorer(["a"], IMAGES[:2])
     with pytest.raises(ValueError, match=rf"{name}: got 1 prompts and 3 images"):
         scorer.score_pixels(["a"], torch.rand(3, 3, 8, 8))
+
+
+@pytest.mark.parametrize("pixels", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.rand(3, 8, 8), torch.rand(1, 8, 8, 3)])
+def test_pixels_of_8_bits_or_another_layout_are_refused(build, pixels):
+    for name in ("pick_score", "aesthetic"):
+        unchecked = inspect.unwrap(type(build(name)).score_pixels)  # without the checks of the tests, as users call it
+        with pytest.raises(
+            ValueError, match=rf"{name}: got pixels of shape .*, want \(n, 3, height, width\) of a floating type"
+        ):
+            unchecked(build(name), ["a"] * len(pixels), pixels)
 
 
 @pytest.mark.parametrize("name", ALL)

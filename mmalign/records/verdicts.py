@@ -13,8 +13,16 @@ Pairs = Literal["best_worst", "all", "best_vs_rest", "adjacent"]
 
 
 def preference_scores(judges: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return phi (see `ranked`) from one tuple of values a judge, higher is better."""
-    k = len(judges[0])
+    """Return phi (see `ranked`) from one tuple of values a judge, higher is better.
+
+    Raises:
+        ValueError: no judge, fewer than two values, numbers of values that differ, or NaN.
+    """
+    k = len(judges[0]) if judges else 0
+    if k < 2 or any(len(values) != k for values in judges) or any(value != value for values in judges for value in values):
+        raise ValueError(
+            f"preference_scores: got {[tuple(values) for values in judges]}, want two or more numbers of each judge."
+        )
     wins = [sum((v[i] > o) + 0.5 * (v[i] == o) for v in judges for j, o in enumerate(v) if j != i) for i in range(k)]
     return tuple(w / (len(judges) * (k - 1)) for w in wins)
 

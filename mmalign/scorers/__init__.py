@@ -75,6 +75,21 @@ def judged_kind(scorer: Any) -> str:
     return kind
 
 
+def one_each(name: str, scores: Any, count: int) -> Float[Tensor, " n"]:
+    """What a scorer gave, refused unless it is one number a candidate.
+
+    Raises:
+        UserError: another shape, or no tensor.
+    """
+    if isinstance(scores, Tensor) and scores.shape == (count,):
+        return scores
+    got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    raise UserError(
+        f"scorer {name}: got {got} for {count} candidates, want a tensor of shape ({count},), one score each. "
+        "Correct the scorer."
+    )
+
+
 def finite_scores(
     scorer: Scorer | TextScorer, prompts: Sequence[Any], candidates: Sequence[Image] | Sequence[str], places: Sequence[str]
 ) -> Float[Tensor, " n"]:
@@ -89,13 +104,7 @@ def finite_scores(
         UserError: a score is not finite; the message names the candidate. Not one number a candidate.
     """
     judge: Callable[..., Any] = scorer
-    scores = judge(prompts, candidates)
-    if not isinstance(scores, Tensor) or scores.shape != (len(places),):
-        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-        raise UserError(
-            f"scorer {scorer.name}: got {got} for {len(places)} candidates, want a tensor of shape ({len(places)},), one score "
-            "each. Correct the scorer."
-        )
+    scores = one_each(scorer.name, judge(prompts, candidates), len(places))
     for place, score in zip(places, scores.tolist(), strict=True):
         if not math.isfinite(score):
             raise UserError(

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from mmalign.scorers.checkpoints import load_checked, read_checkpoint
-from mmalign.scorers.clip import Clip, check_lengths, load_transformers_clip, transformers_clip
+from mmalign.scorers.clip import Clip, check_lengths, check_pixels, load_transformers_clip, transformers_clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class AestheticScorer:
 
         It differs from the rating of the 8-bit image by what rounding to 8 bits does.
         """
-        check_lengths(self.name, prompts, len(pixels))
+        check_pixels(self.name, prompts, pixels)
         return self._rated(self.clip.of_pixels(pixels))
 
     def _rated(self, features: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:

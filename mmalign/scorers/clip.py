@@ -172,7 +172,7 @@ class CosineScorer:
 
         It differs from the score of the 8-bit image by what rounding to 8 bits does.
         """
-        check_lengths(self.name, prompts, len(pixels))
+        check_pixels(self.name, prompts, pixels)
         return self.formula(torch.cosine_similarity(self.clip.of_pixels(pixels), self.clip.of_prompts(prompts), dim=-1))
 
 
@@ -180,6 +180,16 @@ def check_lengths(name: str, prompts: Sequence[str], num_images: int) -> None:
     """Raises ValueError unless there is one prompt per image."""
     if len(prompts) != num_images:
         raise ValueError(f"{name}: got {len(prompts)} prompts and {num_images} images, want one prompt per image")
+
+
+def check_pixels(name: str, prompts: Sequence[str], pixels: Tensor) -> None:
+    """Raises ValueError unless there is one prompt per image, and pixels are (n, 3, height, width) of a floating type."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        raise ValueError(
+            f"{name}: got pixels of shape {tuple(pixels.shape)} and type {pixels.dtype}, want (n, 3, height, width) of a "
+            "floating type in [0, 1]"
+        )
+    check_lengths(name, prompts, len(pixels))
 
 
 def load_transformers_clip(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmalign.devices import torch_device
 from mmalign.errors import UserError
 from mmalign.scorers.checkpoints import first_line, load_checked, read_checkpoint
-from mmalign.scorers.clip import PixelPreprocess, check_lengths
+from mmalign.scorers.clip import PixelPreprocess, check_lengths, check_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class ImageReward:
 
     def score_pixels(self, prompts: Sequence[str], pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
         """The same score of pixels in [0, 1], with a gradient: for training through the scorer. One forward, not split."""
-        check_lengths(self.name, prompts, len(pixels))
+        check_pixels(self.name, prompts, pixels)
         return self._score(prompts, self.preprocess(pixels.to(self.device, torch.float32)))
 
     def _score(self, prompts: Sequence[str], pixels: Float[Tensor, "n 3 size size"]) -> Float[Tensor, " n"]:

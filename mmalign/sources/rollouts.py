@@ -19,7 +19,7 @@ from mmalign.models.diffusion import find_family
 from mmalign.models.step_scorers import STEP_SCORERS, Kept
 from mmalign.sources.order import Order
 from mmalign.sources.prepared import Prepared, Shape, check_samples
-from mmalign.sources.trajectories import Grid, Guided, Pair, Segments, Settings, judged_pairs
+from mmalign.sources.trajectories import Grid, Guided, Pair, Segments, Settings, check_finite_scores, judged_pairs
 
 logger = logging.getLogger(__name__)
 FRUITLESS_ROUNDS = 10  # in a row without one valid pair
@@ -120,7 +120,7 @@ class Rollouts:
         """Read the prompts of the examples and build the scorer.
 
         Raises:
-            UserError: the window holds no step, the scorer cannot be opened, or the family edits source images.
+            UserError: the window holds no step, the scorer cannot be opened or gives no numbers, or the family edits images.
         """
         return RolloutStream(self, examples, policy, accelerator, seed)
 
@@ -142,6 +142,7 @@ class RolloutStream:
         self.fruitless = 0
         self.pool: list[Pair] = []
         self.notes: dict[str, float] = {}
+        self._try_scorer()
 
     def batches(self, order: Order, first_step: int, last_step: int) -> Iterator[Prepared]:
         """Micro-batches of pairs; whenever they run out, the policy as it is now samples the next round.
@@ -203,6 +204,13 @@ class RolloutStream:
         finally:
             self.policy.network.train(training)
         self._mix(found, scores)
+
+    def _try_scorer(self) -> None:
+        """Have a state of noise judged: a scorer that gives no numbers is refused before anything is written."""
+        state = torch.randn(1, *self.policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(self.policy.device)
+        prompt = self.examples[0].samples[0].prompt.text or ""
+        timestep = torch.zeros(1, dtype=torch.long, device=self.policy.device)
+        check_finite_scores(self.scorer(prompts=[prompt], noisy=state, clean=state, timestep=timestep))
 
     def _sampled(self, prompts: list[str], keys: list[str]) -> tuple[list[Pair], Tensor]:
         settings = self.settings

@@ -148,6 +148,16 @@ class Guided:
         return plain + self.guidance_scale * (prompted - plain)
 
 
+def check_finite_scores(scores: Float[Tensor, "*shape"]) -> None:
+    """Refuse a judge of steps by whose scores nothing can be compared.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    if not torch.isfinite(scores).all():
+        raise UserError("source.scorer: gave NaN or an infinite score. Look at the scorer and its weights; try dtype float32.")
+
+
 def select(
     scores: Float[Tensor, "prompts k"], threshold: float
 ) -> tuple[Int[Tensor, " prompts"], Int[Tensor, " prompts"], Bool[Tensor, " prompts"]]:
@@ -159,8 +169,7 @@ def select(
     Raises:
         UserError: a score is not finite.
     """
-    if not torch.isfinite(scores).all():
-        raise UserError("source.scorer: gave NaN or an infinite score. Look at the scorer and its weights; try dtype float32.")
+    check_finite_scores(scores)
     best, worst = scores.argmax(1), scores.argmin(1)
     gap = torch.tanh((scores.gather(1, best[:, None]) - scores.gather(1, worst[:, None]))[:, 0] / 2)
     return best, worst, gap > threshold
