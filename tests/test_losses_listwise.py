@@ -116,6 +116,19 @@ def test_top_m_counts_candidates_that_are_there() -> None:
 # What they become
 
 
+def test_candidates_of_equal_score_are_not_ranked_among_themselves() -> None:
+    policy = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
+
+    def loss(*scores: float) -> float:
+        given = torch.tensor([scores], dtype=torch.float64)
+        return plackett_luce(policy, torch.zeros_like(policy), scores=given, beta=1.0).losses.item()
+
+    assert loss(1.0, 0.0, 0.0) == pytest.approx(math.log(math.e**2 + math.e + 1) - 2)
+    assert loss(1.0, 1.0, 0.0) == pytest.approx(math.log(math.e**2 + 1) - 2 + math.log(math.e + 1) - 1)
+    assert loss(3.0, 2.0, 1.0) == plackett_luce(policy, torch.zeros_like(policy), beta=1.0).losses.item()
+    assert loss(1.0, 1.0, 1.0) == 0.0
+
+
 def test_for_a_pair_plackett_luce_info_nca_and_unweighted_lipo_are_dpo() -> None:
     policy, reference = pairs()
     expected = dpo(policy, reference).losses

@@ -113,6 +113,7 @@ def plackett_luce(
     reference: Float[Tensor, "batch k"],
     weight: Float[Tensor, " batch"] | None = None,
     mask: Bool[Tensor, "batch k"] | None = None,
+    scores: Float[Tensor, "batch k"] | None = None,
     *,
     beta: float = 0.1,
     top_m: int | None = None,
@@ -121,13 +122,15 @@ def plackett_luce(
 
     sum over i < k of log(sum over j >= i of exp(r_j)) - r_i,  r = beta * (policy - reference),  best first
 
-    With k = 2 it is `dpo`. Candidates of equal score stand in the order of the list.
+    With k = 2 it is `dpo`. Candidates of equal score are not ranked among themselves, each only above those that follow them
+    all, so that one best candidate before equal ones is `top_m: 1`. That is ours; without scores the order counts alone.
 
     Source: Rafailov et al. 2023 (DPO), appendix A.3, eq. 20; Xia et al. 2008 (ListMLE).
     Args:
         policy, reference: logps, best first.
         weight: factor of each list's loss.
         mask: whether a candidate is there (True) or padding, which may stand anywhere. None: all are.
+        scores: what the order was made of, to tell ties; in any unit.
         beta: reward per nat. Published: 0.1.
         top_m: how many places of the ranking count, from the best; None: all. 1 is the best against all others.
     Raises:
@@ -141,6 +144,8 @@ def plackett_luce(
     k = rewards.shape[1]
     there = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     behind = torch.ones(k, k, dtype=torch.bool, device=rewards.device).triu(1) & there[:, None, :]
+    if scores is not None:
+        behind = behind & (_differences(_without_padding(scores, mask)) != 0)
     behind = behind | torch.eye(k, dtype=torch.bool, device=rewards.device)  # no candidate's sum is empty
     sums = rewards[:, None, :].expand(-1, k, -1).masked_fill(~behind, -torch.inf).logsumexp(2)
     counted = there if top_m is None else there & (there.cumsum(1) <= top_m)
