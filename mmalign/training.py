@@ -78,10 +78,22 @@ class Training:
             raise ValueError(f"ema_decay: got {self.ema_decay}, want a number between 0 and 1, such as 0.9999.")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps: got {self.warmup_steps}, want 0 or more.")
+        if OPTIMISERS.get(self.optimiser.name) is self.optimiser.target:
+            _check_optimiser(self.optimiser.settings)
 
     def num_steps(self, num_examples: int, per_step: int) -> int:
         """Optimiser steps of the run; a last, partly filled step of the epochs is filled from the next epoch."""
         return self.steps if self.steps is not None else max(1, math.ceil((self.epochs or 0) * num_examples / per_step - 1e-9))
+
+
+def _check_optimiser(settings: Mapping[str, Any]) -> None:
+    """Refuse what would only fail, or climb, once the run has begun; a learning rate of 0 is one for trying things out."""
+    for name in ("learning_rate", "weight_decay", "eps"):
+        value = settings.get(name, 0.0)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"optimiser.{name}: got {value}, want a finite number, 0 or more.")
+    if not all(0 <= beta < 1 for beta in settings.get("betas", ())):
+        raise ValueError(f"optimiser.betas: got {list(settings['betas'])}, want numbers from 0 to below 1.")
 
 
 def start(training: Training, output: Path, *, dry_run: bool = False) -> Any:

@@ -128,6 +128,8 @@ class Report:
             return f"Refused: {len(self.faults)} rows are broken and strict is set. Mend or remove them."
         if self.faults:
             return f"Usable without the {len(self.faults)} broken rows."
+        if self.num_pairs and self.num_ties == self.num_pairs:
+            return "All pairs are ties, of which losses learn nothing but with data.view.ties: soft. Judge the rows again."
         if self.repeated_ids:
             return "Usable, but verdicts are kept by id: give each row its own before it is scored or annotated."
         if concerns := self.texts.concerns():

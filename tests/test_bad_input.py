@@ -62,6 +62,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha_0": ({"adapter": {"lora": {"alpha": 0}}}, r"adapter\.lora\.alpha: got 0\.0, want a positive number"),
     "no_targets": ({"adapter": {"lora": {"targets": []}}}, r"adapter\.lora\.targets: got an empty list, want"),
     "dropout_1": ({"adapter": {"lora": {"dropout": 1}}}, r"adapter\.lora\.dropout: got 1\.0, want a share from 0"),
+    "uphill": ({"training": {"optimiser": {"learning_rate": -1e-3}}}, r"optimiser\.learning_rate: got -0\.001, want a finite"),
+    "no_rate": ({"training": {"optimiser": {"learning_rate": float("inf")}}}, r"optimiser\.learning_rate: got inf, want"),
+    "betas": ({"training": {"optimiser": {"betas": [0.9, 1.0]}}}, r"optimiser\.betas: got \[0\.9, 1\.0\], want numbers from 0"),
     "ema": ({"training": {"ema_decay": 1.5}}, r"ema_decay: got 1\.5, want a number between 0 and 1"),
 }
 

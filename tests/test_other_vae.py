@@ -143,8 +143,10 @@ def test_a_vae_of_another_class_and_an_absent_one_are_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match="which is a AutoencoderTiny, want a AutoencoderKL"):
         opened(tmp_path, vae=str(tmp_path / "tiny"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"adapter\.vae: got .*empty, which diffusers cannot load"):
-        opened(tmp_path, vae=str(tmp_path / "empty"))
+    for name in ("empty", "absent"):
+        with pytest.raises(UserError, match=rf"adapter\.vae: got .*{name}, which diffusers cannot load") as told:
+            opened(tmp_path, vae=str(tmp_path / name))
+        assert "\n" not in str(told.value)
 
 
 def test_a_vae_of_another_scale_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -168,6 +168,8 @@ def test_the_told_guidance_is_a_setting_that_reference_logps_in_the_cache_rememb
     assert told[1::2] == [{3500.0}, {3500.0}]
     with pytest.raises(UserError, match="guidance_embedding"):
         train(tmp_path / "other", family="flux", adapter={**adapter, "guidance_embedding": 1.0})
+    with pytest.raises(UserError, match=r"guidance_embedding: got -3\.0, want 0 or more"):
+        config_of(tree(tmp_path / "out", family="flux", adapter={"guidance_embedding": -3.0}))
     with pytest.raises(UserError, match=r"guidance_embedding: got 3\.5, but sd3 is told no guidance"):
         config_of(tree(tmp_path / "out", family="sd3", adapter={"guidance_embedding": 3.5}))
 

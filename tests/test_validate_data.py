@@ -91,6 +91,16 @@ def test_good_data_pass_strictly(tmp_path, capsys):
     assert capsys.readouterr().out.rstrip().endswith("Good.")
 
 
+def test_data_whose_pairs_are_all_ties_are_not_called_good(tmp_path):
+    red, blue = save(tmp_path / "red.png", "red"), save(tmp_path / "blue.png", "blue")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "candidates": [red, blue], "ranks": [1, 1]}) + "\n")
+    told = str(main(read_config(ValidateDataConfig, None, [f"data={path}"])))
+    assert told.endswith(
+        "All pairs are ties, of which losses learn nothing but with data.view.ties: soft. Judge the rows again."
+    )
+
+
 def test_data_without_any_verdict_are_unusable(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "p", "candidates": [{"text": "a"}, {"text": "b"}]}))
     report = main(ValidateDataConfig(path=str(tmp_path / "x.jsonl")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,10 +97,12 @@ class Family:
         """The family with another guidance scale that its networks are told in training, by policy and reference alike.
 
         Raises:
-            ValueError: a family whose networks are told none.
+            ValueError: a family whose networks are told none; a scale below 0.
         """
         if not self.embeds_guidance:
             raise ValueError(f"guidance_embedding: got {value}, but {self.name} is told no guidance. Remove the setting.")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"guidance_embedding: got {value}, want 0 or more; published for FLUX.1 dev: 3.5.")
         return replace(self, forward=functools.partial(self.forward, guidance_embedding=value))
 
     def core(self, pipe: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from mmalign.errors import UserError
 from mmalign.models.latents import vae_dtype
 from mmalign.models.quiet import quiet_libraries
+from mmalign.scorers.checkpoints import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def replace_vae(pipe: Any, vae: str, dtype: torch.dtype) -> None:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         raise UserError(
-            f"adapter.vae: got {vae}, which diffusers cannot load ({fault}). Check the name and the files."
+            f"adapter.vae: got {vae}, which diffusers cannot load ({first_line(fault)}). Check the name and the files."
         ) from fault
     nn.Module.to(found, vae_dtype(found.config, dtype))
     pipe.register_modules(vae=found)
