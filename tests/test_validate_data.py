@@ -95,7 +95,7 @@ def test_data_whose_pairs_are_all_ties_are_not_called_good(tmp_path):
     red, blue = save(tmp_path / "red.png", "red"), save(tmp_path / "blue.png", "blue")
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "a", "candidates": [red, blue], "ranks": [1, 1]}) + "\n")
-    told = str(main(read_config(ValidateDataConfig, None, [f"data={path}"])))
+    told = str(main(ValidateDataConfig(path=str(path))))
     assert told.endswith(
         "All pairs are ties, of which losses learn nothing but with data.view.ties: soft. Judge the rows again."
     )
