@@ -313,3 +313,17 @@ def test_robust_refuses_labels_that_say_nothing_or_the_opposite(noise: float) ->
     policy, reference = pairs()
     with pytest.raises(ValueError, match=f"robust.label_smoothing: got {noise}, want at least 0 and below 0.5"):
         robust(policy, reference, label_smoothing=noise)
+
+
+# A candidate without any probability
+
+
+@pytest.mark.parametrize("name", ["dpo", "exo", "nca", "info_nca", "plackett_luce", "hinge", "apo_zero", "discopop"])
+def test_a_rejected_candidate_that_cannot_be_written_at_all_costs_the_limit_and_has_no_gradient(name: str) -> None:
+    reference = tensor([-3.0, -4.0])
+    far, never = (tensor([-3.0, -4.0 - distance]).requires_grad_() for distance in (1e6, math.inf))
+    loss, limit = (LOSSES[name](policy, reference, beta=0.1) for policy in (never, far))
+    same(loss, limit)
+    (gradient,) = torch.autograd.grad(loss.losses.sum(), never)
+    (expected,) = torch.autograd.grad(limit.losses.sum(), far)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)

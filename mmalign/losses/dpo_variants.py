@@ -85,7 +85,8 @@ def exo(
     hard = torch.ones_like(logit) if prob is None else prob.to(logit)
     target_won = label_smoothing + hard * (1 - 2 * label_smoothing)
     target_lost = label_smoothing + (1 - hard) * (1 - 2 * label_smoothing)
-    log_won, log_lost = logsigmoid(logit), logsigmoid(-logit)
+    least = torch.finfo(logit.dtype).min  # a probability of 0 times its logarithm is 0
+    log_won, log_lost = logsigmoid(logit).clamp(min=least), logsigmoid(-logit).clamp(min=least)
     losses = log_won.exp() * (log_won - target_won.log()) + log_lost.exp() * (log_lost - target_lost.log())
     return PreferenceLoss(weighted(losses, weight), (beta * scores).detach())
 

@@ -146,10 +146,11 @@ def plackett_luce(
     behind = torch.ones(k, k, dtype=torch.bool, device=rewards.device).triu(1) & there[:, None, :]
     if scores is not None:
         behind = behind & (_differences(_without_padding(scores, mask)) != 0)
-    behind = behind | torch.eye(k, dtype=torch.bool, device=rewards.device)  # no candidate's sum is empty
-    sums = rewards[:, None, :].expand(-1, k, -1).masked_fill(~behind, -torch.inf).logsumexp(2)
-    counted = there if top_m is None else there & (there.cumsum(1) <= top_m)
-    losses = torch.where(counted, sums - rewards, 0.0).sum(1)
+    counted = there & behind.any(2)  # who has nobody behind him costs nothing, whatever his reward
+    counted = counted if top_m is None else counted & (there.cumsum(1) <= top_m)
+    behind = behind | torch.eye(k, dtype=torch.bool, device=rewards.device)
+    met = rewards[:, None, :].expand(-1, k, -1).masked_fill(~behind, -torch.inf).masked_fill(~counted[:, :, None], 0.0)
+    losses = torch.where(counted, met.logsumexp(2) - rewards, 0.0).sum(1)
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
 
 
@@ -189,7 +190,7 @@ def info_nca(
     _check_several("info_nca", policy)
     rewards = beta * _without_padding(policy - reference, mask)
     target = _target("info_nca", rewards, scores, prob, mask, temperature)
-    losses = -(target * _log_softmax(rewards, mask)).sum(1)
+    losses = -_expected(target, _log_softmax(rewards, mask)).sum(1)
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
 
 
@@ -222,7 +223,7 @@ def nca(
     target = _target("nca", rewards, scores, prob, mask, temperature)
     there = torch.ones_like(rewards) if mask is None else mask.to(rewards)
     noise = there / there.sum(1, keepdim=True)
-    losses = (target * log_loss(rewards) + noise * log_loss(-rewards)).sum(1)
+    losses = (_expected(target, log_loss(rewards)) + _expected(noise, log_loss(-rewards))).sum(1)
     return PreferenceLoss(weighted(losses, weight), rewards.detach())
 
 
@@ -257,7 +258,7 @@ def exo_listwise(
     _check_several("exo_listwise", policy)
     check_positive("exo_listwise", "temperature", temperature)
     rewards = beta * _without_padding(policy - reference, mask)
-    logs = _log_softmax(rewards, mask)
+    logs = _log_softmax(rewards, mask).clamp(min=torch.finfo(rewards.dtype).min)  # a share of 0 times its logarithm is 0
     wanted = _log_softmax(_without_padding(scores, mask).to(rewards) / temperature, mask)
     share = logs.exp() if mask is None else logs.exp() * mask.to(rewards)
     losses = (share * (logs - wanted)).sum(1)
@@ -280,6 +281,11 @@ def _log_softmax(values: Float[Tensor, "batch k"], mask: Bool[Tensor, "batch k"]
     if mask is None:
         return torch.log_softmax(values, 1)
     return torch.log_softmax(values.masked_fill(~mask, -torch.inf), 1).masked_fill(~mask, 0.0)
+
+
+def _expected(share: Float[Tensor, "batch k"], values: Float[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
+    """Values times their share of the target; what has no share counts for nothing, though it be infinite."""
+    return torch.where(share > 0, share * values, 0.0)
 
 
 def _target(
