@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from loss_inputs import OF_IMAGES, OF_SCORES
+from loss_inputs import OF_IMAGES
 from PIL import Image
 from runs import (
     SGD,
@@ -246,7 +246,6 @@ SUITS: dict[str, dict[str, Any]] = {
     "dro": {"loss": {"name": "dro"}},
     "mapo": {"loss": {"name": "mapo"}},
     "spo": {"loss": {"name": "spo"}},
-    "bradley_terry": {"loss": {"name": "bradley_terry"}},
     "rank_dpo": {"loss": {"name": "rank_dpo", "beta": 500}, "data": {"view": "ranked"}},
     "kto": {"loss": {"name": "kto", "beta": 500}, "data": {"view": "unpaired"}},
     "sft": {"loss": {"name": "sft"}, "data": {"view": "best"}},
@@ -255,7 +254,7 @@ SUITS: dict[str, dict[str, Any]] = {
 
 def test_every_loss_is_trained_below() -> None:
     elsewhere = {"output_anchor"}  # alone it has no gradient: see test_moving_reference.py
-    assert SUITS.keys() >= (OF_IMAGES | OF_SCORES) - elsewhere - {"gpm"}
+    assert SUITS.keys() >= OF_IMAGES - elsewhere
     assert SUITS.keys() <= LOSSES.keys()
 
 
@@ -264,7 +263,7 @@ def test_every_loss_trains(tmp_path: Path, name: str) -> None:
     rows = preference_data(num_candidates=3) if name == "rank_dpo" else None
     with counted_passes() as passes:
         output = train(tmp_path / "out", rows=rows, **SUITS[name], training={"steps": 2, "batch_size": 4})
-    referenced = name not in ("mapo", "sft", "bradley_terry")
+    referenced = name not in ("mapo", "sft")
     candidates = {"rank_dpo": 3, "kto": 1, "sft": 1}.get(name, 2)
     assert passes == [4 * candidates] * (4 if referenced else 2)
     assert ("logps/ref_chosen" in metrics_of(output)[0]) == referenced
