@@ -122,13 +122,9 @@ def likeliest(
     return target
 
 
-def tile_rows(vocab: int, device: torch.device, *, trained: bool) -> int:
-    """Tokens whose float32 logits fill 64 MiB (CPU) or 256 MiB (CUDA), but 128 to 1024.
-
-    On a CPU twice as many where the output layer is not trained: its gradient, which is larger, takes no memory then.
-    """
-    room = TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) * (2 if device.type == "cpu" and not trained else 1)
-    return max(128, min(1024, room // (4 * vocab)))
+def tile_rows(vocab: int, device: torch.device) -> int:
+    """Tokens whose float32 logits fill 64 MiB (CPU) or 256 MiB (CUDA), but 128 to 1024."""
+    return max(128, min(1024, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * vocab)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +170,7 @@ class Job:
             scale=head.scale,
             softcap=head.softcap,
             wanted=wanted,
-            rows=rows or tile_rows(head.weight.shape[0], hidden.device, trained=head.weight.requires_grad),
+            rows=rows or tile_rows(head.weight.shape[0], hidden.device),
             accumulators=accumulators,
             opposed=opposed,
             dtype=dtype,
