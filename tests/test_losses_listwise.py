@@ -113,6 +113,21 @@ def test_top_m_counts_candidates_that_are_there() -> None:
     torch.testing.assert_close(counted, plackett_luce(policy[:, 1:], reference[:, 1:], top_m=1).losses, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("top_m", [1, 2, 3])
+def test_with_top_m_candidates_of_equal_score_may_stand_in_any_order(top_m: int) -> None:
+    policy, scores = torch.tensor([[-1.0, -2.0, -3.0, -2.5]]), torch.tensor([[1.0, 1.0, 0.5, 0.0]])
+    swapped = [1, 0, 2, 3]
+
+    def loss(order: list[int], **more: Any) -> Tensor:
+        given = policy[:, order]
+        return plackett_luce(given, torch.zeros_like(given), scores=scores[:, order], beta=1.0, top_m=top_m, **more).losses
+
+    torch.testing.assert_close(loss(swapped), loss([0, 1, 2, 3]))
+    alone = [math.log(math.exp(one) + math.exp(-3.0) + math.exp(-2.5)) - one for one in (-1.0, -2.0)]
+    third = math.log(1 + math.exp(-2.5 + 3.0)) if top_m == 3 else 0.0
+    assert loss([0, 1, 2, 3]).item() == pytest.approx(sum(alone) + third, rel=1e-5)
+
+
 # What they become
 
 

@@ -132,7 +132,8 @@ def plackett_luce(
         mask: whether a candidate is there (True) or padding, which may stand anywhere. None: all are.
         scores: what the order was made of, to tell ties; in any unit.
         beta: reward per nat. Published: 0.1.
-        top_m: how many places of the ranking count, from the best; None: all. 1 is the best against all others.
+        top_m: how many places of the ranking count, from the best; None: all. 1 is the best against all others. Candidates of
+            equal score share their place.
     Raises:
         ValueError: beta is not positive, top_m below 1, or rows of one candidate.
     """
@@ -143,11 +144,11 @@ def plackett_luce(
     rewards = beta * _without_padding(policy - reference, mask)
     k = rewards.shape[1]
     there = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    behind = torch.ones(k, k, dtype=torch.bool, device=rewards.device).triu(1) & there[:, None, :]
-    if scores is not None:
-        behind = behind & (_differences(_without_padding(scores, mask)) != 0)
+    ranked = there[:, None, :] if scores is None else there[:, None, :] & (_differences(_without_padding(scores, mask)) != 0)
+    places = torch.ones(k, k, dtype=torch.bool, device=rewards.device)
+    behind, ahead = places.triu(1) & ranked, places.tril(-1) & ranked
     counted = there & behind.any(2)  # who has nobody behind him costs nothing, whatever his reward
-    counted = counted if top_m is None else counted & (there.cumsum(1) <= top_m)
+    counted = counted if top_m is None else counted & (ahead.sum(2) < top_m)
     behind = behind | torch.eye(k, dtype=torch.bool, device=rewards.device)
     met = rewards[:, None, :].expand(-1, k, -1).masked_fill(~behind, -torch.inf).masked_fill(~counted[:, :, None], 0.0)
     losses = torch.where(counted, met.logsumexp(2) - rewards, 0.0).sum(1)
