@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import mmalign
-from mmalign.config import command_line
+from mmalign.config import command_line, tell
 
 # verb -> (module with main(config), config class in it, one line of help)
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code; without a verb, or with --help, lists them."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(_help())
+        tell(_help())
         return 0
     verb, *rest = argv
     if verb in ("--version", "-V"):
-        print(f"mmalign {mmalign.__version__}")
+        tell(f"mmalign {mmalign.__version__}")
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb.replace("_", "-"), VERBS, n=1)

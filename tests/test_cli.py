@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,17 @@ def test_help_loads_nothing_slow() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["doctor"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_seen_enough_is_no_fault(words: list[str], unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    told = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    run = subprocess.run([sys.executable, "-m", "mmalign", *words], stdout=writing, stderr=subprocess.PIPE, text=True, env=told)
+    os.close(writing)
+    assert run.returncode == 0 and "BrokenPipe" not in run.stderr
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ config = read_config(TrainConfig, "configs/x.yaml", ["loss.beta=2000"])
 config.loss.build(policy, reference)
 """
 
-from mmalign.config.command import command_line, read_config
+from mmalign.config.command import command_line, read_config, tell
 from mmalign.config.description import describe, describe_names
 from mmalign.config.schema import Choice, Setting, Table, import_address, settings_of
 from mmalign.config.writing import check_folder, differences, environment, resolved, write_resolved
@@ -29,5 +29,6 @@ __all__ = [
     "read_config",
     "resolved",
     "settings_of",
+    "tell",
     "write_resolved",
 ]

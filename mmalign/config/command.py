@@ -60,7 +60,7 @@ def command_line(cls: type[Any], main: Callable[[Any], Any], argv: Sequence[str]
         sys.path.append(os.getcwd())  # so that an address may name a module of the working directory
     try:
         if asks:
-            print(help_text(cls, main, prog or Path(sys.argv[0]).name, [word for word in argv if not word.startswith("-")]))
+            tell(help_text(cls, main, prog or Path(sys.argv[0]).name, [word for word in argv if not word.startswith("-")]))
             return 0
         path, overrides = parse_arguments(cls, argv)
         result = main(read_config(cls, path, overrides))
@@ -71,8 +71,16 @@ def command_line(cls: type[Any], main: Callable[[Any], Any], argv: Sequence[str]
         print("interrupted", file=sys.stderr)
         return 130
     if result is not None:
-        print(result)
+        tell(result)
     return int(getattr(result, "exit_code", 0))
+
+
+def tell(text: Any) -> None:
+    """Print to a reader who may have seen enough: `mmalign --help | head -1` ends quietly."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered is flushed at exit
 
 
 def parse_arguments(cls: type[Any], argv: Sequence[str]) -> tuple[str | None, list[str]]:
