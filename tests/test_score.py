@@ -176,6 +176,30 @@ def too_few():
     return Of(lambda count: torch.ones(count - 1))
 
 
+def an_array(kind):
+    return Of(lambda count: np.arange(count, dtype=kind)[::-1])
+
+
+def float64s():
+    return an_array(np.float64)
+
+
+def float16s():
+    return an_array(np.float16)
+
+
+def int64s():
+    return an_array(np.int64)
+
+
+def words():
+    return Of(lambda count: np.array(["1"] * count))
+
+
+def square():
+    return Of(lambda count: np.ones((count, count)))
+
+
 def numbers():
     return Of(lambda count: [1.0] * count)
 
@@ -189,6 +213,8 @@ def no_scorer():
     [
         ("column", r"scorer of: got shape \(7, 1\) for 7 candidates, want a tensor of shape \(7,\)"),
         ("too_few", r"scorer of: got shape \(6,\) for 7 candidates"),
+        ("words", r"scorer of: got a ndarray for 7 candidates"),
+        ("square", r"scorer of: got shape \(7, 7\) for 7 candidates"),
         ("numbers", r"scorer of: got a list for 7 candidates"),
         ("no_scorer", r"scorers: got .*:no_scorer, which makes a int, want a scorer: a `name`, and a call"),
     ],
@@ -196,6 +222,13 @@ def no_scorer():
 def test_a_scorer_from_outside_that_gives_no_score_a_candidate_is_told_so(data, name, told):
     with pytest.raises(UserError, match=told):
         score(data, f"scorers={{name: '{__name__}:{name}'}}")
+
+
+@pytest.mark.parametrize("name", ["float64s", "float16s", "int64s"])
+def test_a_scorer_from_outside_may_give_an_array_of_numpy(data, name):
+    result = score(data, f"scorers={{name: '{__name__}:{name}'}}")
+    assert result.means == {"of": 3.0}
+    assert [row["scores"][-1]["values"] for row in read(result.output)] == [[6.0, 5.0], [4.0, 3.0, 2.0], [1.0, 0.0]]
 
 
 def test_rows_without_use_of_one_kind_are_one_line(tmp_path):

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
@@ -76,11 +78,13 @@ def judged_kind(scorer: Any) -> str:
 
 
 def one_each(name: str, scores: Any, count: int) -> Float[Tensor, " n"]:
-    """What a scorer gave, refused unless it is one number a candidate.
+    """What a scorer gave, refused unless it is one number a candidate; an array of NumPy is taken for the tensor it holds.
 
     Raises:
-        UserError: another shape, or no tensor.
+        UserError: another shape, or neither tensor nor array.
     """
+    if isinstance(scores, np.ndarray) and scores.dtype.kind in "iuf":
+        scores = torch.tensor(scores.astype(np.float32 if scores.dtype in (np.float16, np.float32) else np.float64))
     if isinstance(scores, Tensor) and scores.shape == (count,):
         return scores
     got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
