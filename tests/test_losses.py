@@ -305,3 +305,22 @@ def test_a_caller_without_shape_checks_is_told_of_candidates_too_many_or_too_few
     if "reference" in taken:
         with pytest.raises(ValueError, match=rf"^{name}: got reference logps of shape \(1, {wanted}\), want \(3, {wanted}\)"):
             loss(**{**taken, "reference": torch.zeros(1, wanted)})
+
+
+def of_rows(name: str) -> int:
+    """Candidates of a row that a loss's signature wants; 0: any number, or another thing than logps."""
+    parameters = inspect.signature(inspect.unwrap(LOSSES[name])).parameters
+    said = str(parameters["policy"].annotation) if "policy" in parameters else ""
+    return next((count for count in (1, 2, 3) if f"'batch {count}'" in said or f'"batch {count}"' in said), 0)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in LOSSES if of_rows(name)))
+def test_a_loss_for_rows_of_so_many_candidates_refuses_others(name: str) -> None:
+    loss, wide = inspect.unwrap(LOSSES[name]), torch.zeros(4, of_rows(name) + 1)
+    required = [one.name for one in inspect.signature(loss).parameters.values() if one.default is one.empty]
+    with pytest.raises(ValueError, match=r"got logps of shape \(4, \d\), want \(batch, \d\)"):
+        loss(**dict.fromkeys(required, wide))
+
+
+def test_most_losses_tell_in_their_signature_how_many_candidates_a_row_has() -> None:
+    assert sum(map(bool, map(of_rows, LOSSES))) > 35

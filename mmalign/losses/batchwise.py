@@ -9,6 +9,7 @@ from torch import Tensor
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_candidates,
     check_label_smoothing,
     check_not_negative,
     less_margin,
@@ -42,6 +43,7 @@ def aot(
         beta: reward per nat. Published: 0.1.
         label_smoothing: as in `dpo`.
     """
+    check_candidates("aot", 2, policy, reference)
     check_beta("aot", beta)
     check_label_smoothing("aot", label_smoothing)
     rows = both_logps(policy, reference) if everyone is None else everyone.detach()
@@ -70,6 +72,7 @@ def aot_unpaired(
     Args:
         policy, reference, everyone, beta, label_smoothing: as in `aot`.
     """
+    check_candidates("aot_unpaired", 2, policy, reference)
     check_beta("aot_unpaired", beta)
     check_label_smoothing("aot_unpaired", label_smoothing)
     rows = both_logps(policy, reference) if everyone is None else everyone.detach()
@@ -124,6 +127,7 @@ def beta_dpo(
     Raises:
         ValueError: rho outside [0, 1), or alpha below zero.
     """
+    check_candidates("beta_dpo", 2, policy, reference)
     check_beta("beta_dpo", beta)
     check_label_smoothing("beta_dpo", label_smoothing)
     check_not_negative("beta_dpo", "alpha", alpha)

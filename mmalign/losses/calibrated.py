@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.losses.links import PreferenceLoss, check_beta, pair_delta, two_sided, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_candidates, pair_delta, two_sided, weighted
 
 
 def apo_zero(
@@ -32,6 +32,7 @@ def apo_zero(
         policy, reference, prob, weight: as in `dpo`.
         beta: reward per nat. Published: 0.1.
     """
+    check_candidates("apo_zero", 2, policy, reference)
     check_beta("apo_zero", beta)
     rewards = beta * (policy - reference)
     up, down = torch.sigmoid(-rewards), torch.sigmoid(rewards)
@@ -56,6 +57,7 @@ def apo_down(
         policy, reference, prob, weight: as in `dpo`.
         beta: reward per nat. Published: 0.1.
     """
+    check_candidates("apo_down", 2, policy, reference)
     check_beta("apo_down", beta)
     rewards = beta * (policy - reference)
     logit = rewards[:, 0] - rewards[:, 1]
@@ -127,6 +129,7 @@ def cal_dpo(
         policy, reference, prob, weight: as in `dpo`.
         beta: reward per nat. Published: 0.1 (the targets are then 5 nats).
     """
+    check_candidates("cal_dpo", 2, policy, reference)
     check_beta("cal_dpo", beta)
     ratios, delta, goal = policy - reference, pair_delta(policy, reference), 0.5 / beta
     above, below = (ratios - goal) ** 2, (ratios + goal) ** 2

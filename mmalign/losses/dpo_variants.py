@@ -14,6 +14,7 @@ from mmalign.losses.divergences import Divergence, check_divergence, transform
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_candidates,
     check_label_smoothing,
     check_not_negative,
     less_margin,
@@ -44,6 +45,7 @@ def tr_dpo(
     Args:
         policy, reference, prob, weight, margin, beta, label_smoothing: as in `dpo`.
     """
+    check_candidates("tr_dpo", 2, policy, reference)
     check_beta("tr_dpo", beta)
     check_label_smoothing("tr_dpo", label_smoothing)
     return dpo(policy, reference, prob, weight, margin, beta=beta, label_smoothing=label_smoothing)
@@ -76,6 +78,7 @@ def exo(
     Raises:
         ValueError: label_smoothing outside (0, 0.5): a target of zero is infinitely far.
     """
+    check_candidates("exo", 2, policy, reference)
     check_beta("exo", beta)
     if not 0.0 < label_smoothing < 0.5:
         raise ValueError(f"exo.label_smoothing: got {label_smoothing}, want above 0 and below 0.5.")
@@ -118,6 +121,7 @@ def discopop(
     Raises:
         ValueError: tau outside (0, 1], where the exponential would win on badly ranked pairs.
     """
+    check_candidates("discopop", 2, policy, reference)
     check_beta("discopop", beta)
     if not 0.0 < tau <= 1.0:
         raise ValueError(f"discopop.tau: got {tau}, want above 0 and at most 1.")
@@ -157,6 +161,7 @@ def dpop(
     Raises:
         ValueError: penalty below zero.
     """
+    check_candidates("dpop", 2, policy, reference)
     check_beta("dpop", beta)
     check_not_negative("dpop", "penalty", penalty)
     ratios = policy - reference
@@ -194,6 +199,7 @@ def wpo(
         beta: reward per nat. Published: 0.01; TRL's is 0.1.
         clamp: no pair weighs more than 1. Published: True.
     """
+    check_candidates("wpo", 2, policy, reference)
     check_beta("wpo", beta)
     check_label_smoothing("wpo", label_smoothing)
     check_divergence("wpo", divergence, divergence_alpha)

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mmalign.losses.divergences import Divergence, check_divergence, transform
-from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, check_positive, logistic, weighted
+from mmalign.losses.links import (
+    PreferenceLoss,
+    check_beta,
+    check_candidates,
+    check_not_negative,
+    check_positive,
+    logistic,
+    weighted,
+)
 
 
 def odpo(
@@ -40,6 +48,7 @@ def odpo(
     Raises:
         ValueError: neither margin nor scores, or alpha below zero.
     """
+    check_candidates("odpo", 2, policy, reference)
     check_beta("odpo", beta)
     check_not_negative("odpo", "alpha", alpha)
     check_divergence("odpo", divergence, divergence_alpha)
@@ -79,6 +88,7 @@ def rpo(
     Raises:
         ValueError: neither margin nor scores, or reward_scale not positive.
     """
+    check_candidates("rpo", 2, policy, reference)
     check_beta("rpo", beta)
     check_positive("rpo", "reward_scale", reward_scale)
     rewards = beta * (policy - reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_not_negative, log_loss, weighted
+from mmalign.losses.links import PreferenceLoss, check_beta, check_candidates, check_not_negative, log_loss, weighted
 
 
 def svco(
@@ -34,6 +34,7 @@ def svco(
     Raises:
         ValueError: beta is not positive.
     """
+    check_candidates("svco", 2, policy, reference)
     check_beta("svco", beta)
     own = beta * (policy - reference)
     absent = beta * (each_absent - reference_each_absent)
@@ -71,6 +72,7 @@ def symmpo(
     Raises:
         ValueError: beta is not positive, or a weight negative.
     """
+    check_candidates("symmpo", 3, policy, reference)
     check_beta("symmpo", beta)
     check_not_negative("symmpo", "symmetric_weight", symmetric_weight)
     check_not_negative("symmpo", "regulariser", regulariser)

@@ -12,6 +12,7 @@ from mmalign.losses.divergences import LARGEST_EXPONENT
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_candidates,
     check_finite,
     check_label_smoothing,
     check_not_negative,
@@ -51,6 +52,7 @@ def ddpo(
     Raises:
         ValueError: beta is not positive, or label_smoothing outside [0, 0.5).
     """
+    check_candidates("ddpo", 2, policy, reference)
     check_beta("ddpo", beta)
     check_label_smoothing("ddpo", label_smoothing)
     return dpo(policy, reference, prob, weight, margin, beta=beta, label_smoothing=label_smoothing)
@@ -87,6 +89,7 @@ def mmrlhf(
     Raises:
         ValueError: beta or slope is not positive, or scale negative.
     """
+    check_candidates("mmrlhf", 2, policy, reference)
     check_beta("mmrlhf", beta)
     check_not_negative("mmrlhf", "scale", scale)
     check_positive("mmrlhf", "slope", slope)
@@ -127,6 +130,7 @@ def povid(
     Raises:
         ValueError: beta is not positive, or noisy_weight outside [0, 1].
     """
+    check_candidates("povid", 2, policy, reference)
     check_beta("povid", beta)
     if not 0.0 <= noisy_weight <= 1.0:
         raise ValueError(f"povid.noisy_weight: got {noisy_weight}, want 0 to 1.")
@@ -162,6 +166,7 @@ def vdpo(
     Raises:
         ValueError: beta is not positive, or gamma below 1.
     """
+    check_candidates("vdpo", 2, policy, reference)
     check_beta("vdpo", beta)
     check_finite("vdpo", "gamma", gamma)
     if gamma < 1:
@@ -244,6 +249,7 @@ def opa_dpo(
     Raises:
         ValueError: beta is not positive, a weight negative, margin not finite, or released with a margin or without tokens.
     """
+    check_candidates("opa_dpo", 3, policy, reference)
     check_beta("opa_dpo", beta)
     check_not_negative("opa_dpo", "image_weight", image_weight)
     check_not_negative("opa_dpo", "anchor_weight", anchor_weight)

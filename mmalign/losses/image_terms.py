@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.losses.links import PreferenceLoss, check_beta, check_finite, check_not_negative, log_loss, weighted
+from mmalign.losses.links import (
+    PreferenceLoss,
+    check_beta,
+    check_candidates,
+    check_finite,
+    check_not_negative,
+    log_loss,
+    weighted,
+)
 from mmalign.losses.pairwise import dpo
 
 PerRow = Float[Tensor, " batch"]
@@ -80,6 +88,7 @@ def mdpo(
     Raises:
         ValueError: beta is not positive, margin is not finite, or released without another draw.
     """
+    check_candidates("mdpo", 2, policy, reference)
     check_beta("mdpo", beta)
     check_finite("mdpo", "margin", margin)
     if variant == "released":
@@ -125,6 +134,7 @@ def re_align(
     Raises:
         ValueError: beta is not positive, or released without rivals.
     """
+    check_candidates("re_align", 2, policy, reference)
     check_beta("re_align", beta)
     if variant == "released":
         if rival is None or reference_rival is None or degraded_rival is None or reference_degraded_rival is None:
@@ -171,6 +181,7 @@ def chip(
     Raises:
         ValueError: beta is not positive, or kappa negative.
     """
+    check_candidates("chip", 2, policy, reference)
     check_beta("chip", beta)
     check_not_negative("chip", "kappa", kappa)
     rewards = beta * (policy - reference)

@@ -13,6 +13,7 @@ from mmalign.losses.divergences import Divergence, check_divergence, transform
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_candidates,
     check_label_smoothing,
     check_not_negative,
     less_margin,
@@ -46,6 +47,7 @@ def ln_dpo(
         lengths: number of scored tokens of each candidate.
         beta: reward per mean nat of a token. Published: 5 (2 to 10).
     """
+    check_candidates("ln_dpo", 2, policy, reference)
     check_beta("ln_dpo", beta)
     check_label_smoothing("ln_dpo", label_smoothing)
     check_divergence("ln_dpo", divergence, divergence_alpha)
@@ -85,6 +87,7 @@ def ld_dpo(
     Raises:
         ValueError: an alpha outside [0, 1].
     """
+    check_candidates("ld_dpo", 2, policy, reference)
     check_beta("ld_dpo", beta)
     check_label_smoothing("ld_dpo", label_smoothing)
     check_divergence("ld_dpo", divergence, divergence_alpha)
@@ -117,6 +120,7 @@ def davir_dpo(
         policy, reference, prob, weight, margin, label_smoothing: as in `dpo`.
         beta: reward per unit of relative change. Not published; tune 1 to 10.
     """
+    check_candidates("davir_dpo", 2, policy, reference)
     check_beta("davir_dpo", beta)
     check_label_smoothing("davir_dpo", label_smoothing)
     scores = (policy - reference) / reference.abs().clamp(min=torch.finfo(torch.float32).eps)
@@ -148,6 +152,7 @@ def length_dpo(
     Raises:
         ValueError: alpha below zero, which would favour the longer candidate.
     """
+    check_candidates("length_dpo", 2, policy, reference)
     check_beta("length_dpo", beta)
     check_not_negative("length_dpo", "alpha", alpha)
     check_divergence("length_dpo", divergence, divergence_alpha)

@@ -58,8 +58,11 @@ def check_finite(name: str, setting: str, value: float) -> None:
 def check_candidates(name: str, wanted: int, policy: Tensor, reference: Tensor | None = None) -> None:
     """Refuse rows of another number of candidates, of which some would not be looked at, and a reference of other rows."""
     if policy.ndim != 2 or policy.shape[1] != wanted:
-        remedy = "Single candidates are for kto and sft, lists for rank_dpo and plackett_luce." if wanted == 2 else "Take one."
-        raise ValueError(f"{name}: got logps of shape {tuple(policy.shape)}, want (batch, {wanted}). {remedy}")
+        remedies = {
+            1: " Give each candidate a row of its own.",
+            2: " Single candidates are for kto and sft, lists for rank_dpo and plackett_luce.",
+        }
+        raise ValueError(f"{name}: got logps of shape {tuple(policy.shape)}, want (batch, {wanted}).{remedies.get(wanted, '')}")
     if reference is not None and reference.shape != policy.shape:
         raise ValueError(
             f"{name}: got reference logps of shape {tuple(reference.shape)}, want {tuple(policy.shape)}, as the policy's."

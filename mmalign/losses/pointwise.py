@@ -75,6 +75,7 @@ def apo_zero_unpaired(
     Raises:
         ValueError: beta is not positive, or a lambda below zero.
     """
+    check_candidates("apo_zero_unpaired", 1, policy, reference)
     check_beta("apo_zero_unpaired", beta)
     check_not_negative("apo_zero_unpaired", "desirable_weight", desirable_weight)
     check_not_negative("apo_zero_unpaired", "undesirable_weight", undesirable_weight)

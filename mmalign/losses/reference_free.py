@@ -17,6 +17,7 @@ from mmalign.losses.divergences import transform
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_candidates,
     check_finite,
     check_label_smoothing,
     check_not_negative,
@@ -51,6 +52,7 @@ def slic(
     Raises:
         ValueError: delta or nll_weight below zero.
     """
+    check_candidates("slic", 2, policy)
     check_not_negative("slic", "delta", delta)
     check_not_negative("slic", "nll_weight", nll_weight)
     gap = policy[:, 0] - policy[:, 1]
@@ -86,6 +88,7 @@ def simpo(
     Raises:
         ValueError: gamma below zero: pairs would be left alone while the worse candidate leads.
     """
+    check_candidates("simpo", 2, policy)
     return _target_margin("simpo", per_token(policy, lengths), prob, weight, margin, beta, gamma, label_smoothing)
 
 
@@ -114,6 +117,7 @@ def alphapo(
     Raises:
         ValueError: gamma below zero, or alpha is not finite.
     """
+    check_candidates("alphapo", 2, policy)
     check_finite("alphapo", "alpha", alpha)
     scores = transform(per_token(policy, lengths), "alpha", alpha)
     return _target_margin("alphapo", scores, prob, weight, margin, beta, gamma, label_smoothing)
@@ -166,6 +170,7 @@ def cpo(
     Raises:
         ValueError: nll_weight below zero, or lengths are needed and not there.
     """
+    check_candidates("cpo", 2, policy)
     check_beta("cpo", beta)
     check_label_smoothing("cpo", label_smoothing)
     check_not_negative("cpo", "nll_weight", nll_weight)
@@ -200,6 +205,7 @@ def orpo(
         beta: the paper's lambda, factor of the odds-ratio term, and of the rewards that are reported (beta * a, as TRL's).
             Published: 0.1.
     """
+    check_candidates("orpo", 2, policy)
     check_beta("orpo", beta)
     means = per_token(policy, lengths)
     odds = _log_odds(means)
@@ -228,6 +234,7 @@ def asft(
         policy, lengths, prob, weight: as in `orpo`.
         beta: factor of the alignment term, and of the rewards that are reported (beta * a). Published: 1.
     """
+    check_candidates("asft", 2, policy)
     check_beta("asft", beta)
     means = per_token(policy, lengths)
     odds = _log_odds(means)

@@ -10,7 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmalign.losses.links import PreferenceLoss, check_not_negative, check_positive, logistic, two_sided, weighted
+from mmalign.losses.links import (
+    PreferenceLoss,
+    check_candidates,
+    check_not_negative,
+    check_positive,
+    logistic,
+    two_sided,
+    weighted,
+)
 
 
 def bradley_terry(
@@ -47,6 +55,7 @@ def bradley_terry(
     Raises:
         ValueError: centring is negative.
     """
+    check_candidates("bradley_terry", 2, policy)
     check_not_negative("bradley_terry", "centring", centring)
     difference = policy[:, 0] - policy[:, 1]
     losses = logistic(difference if margin is None else difference - margin.to(difference), prob)
@@ -84,6 +93,7 @@ def gpm(
     Raises:
         ValueError: tau or target is not positive.
     """
+    check_candidates("gpm", 1, policy)
     for name, value in {"tau": tau, "target": target}.items():
         check_positive("gpm", name, value)
     rewards = policy / tau

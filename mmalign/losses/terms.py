@@ -14,6 +14,7 @@ from torch.nn.functional import relu
 from mmalign.losses.links import (
     PreferenceLoss,
     check_beta,
+    check_candidates,
     check_finite,
     check_not_negative,
     check_positive,
@@ -203,6 +204,7 @@ def tpo(
     Raises:
         ValueError: beta is not positive, alpha or margin negative, or normalised without lengths.
     """
+    check_candidates("tpo", 2, policy)
     check_beta("tpo", beta)
     check_not_negative("tpo", "alpha", alpha)
     check_not_negative("tpo", "margin", margin)
