@@ -128,6 +128,13 @@ def test_with_top_m_candidates_of_equal_score_may_stand_in_any_order(top_m: int)
     assert loss([0, 1, 2, 3]).item() == pytest.approx(sum(alone) + third, rel=1e-5)
 
 
+def test_a_padded_pair_of_equal_scores_is_a_pair() -> None:
+    policy, reference = torch.tensor([[1.0, 0.0, math.nan]]), torch.zeros(1, 3)
+    mask, scores = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 1.0, math.nan]])
+    padded = plackett_luce(policy, reference, mask=mask, scores=scores).losses
+    torch.testing.assert_close(padded, dpo(policy[:, :2], reference[:, :2]).losses)
+
+
 # What they become
 
 
@@ -148,8 +155,12 @@ def test_for_a_pair_plackett_luce_info_nca_and_unweighted_lipo_are_dpo() -> None
     policy, reference = pairs()
     expected = dpo(policy, reference).losses
     scores = tensor([0.8, 0.1]).expand(8, 2)
+    equal = torch.ones_like(policy)
     for losses in (
         plackett_luce(policy, reference).losses,
+        plackett_luce(policy, reference, scores=scores).losses,
+        plackett_luce(policy, reference, scores=equal, top_m=1).losses,  # something else ordered them
+        plackett_luce(policy, reference, scores=scores.flip(1)).losses,
         info_nca(policy, reference, beta=0.1).losses,
         info_nca(policy, reference, scores, beta=0.1).losses,  # the published temperature leaves all to the best
         lipo(policy, reference, scores, gain="none", discount="none").losses,

@@ -122,15 +122,16 @@ def plackett_luce(
 
     sum over i < k of log(sum over j >= i of exp(r_j)) - r_i,  r = beta * (policy - reference),  best first
 
-    With k = 2 it is `dpo`. Candidates of equal score are not ranked among themselves, each only above those that follow them
-    all, so that one best candidate before equal ones is `top_m: 1`. That is ours; without scores the order counts alone.
+    With k = 2 it is `dpo`, whatever the scores. Of more candidates those of equal score are not ranked among themselves, each
+    only above those that follow them all, so that one best candidate before equal ones is `top_m: 1`. That is ours; without
+    scores the order counts alone.
 
     Source: Rafailov et al. 2023 (DPO), appendix A.3, eq. 20; Xia et al. 2008 (ListMLE).
     Args:
         policy, reference: logps, best first.
         weight: factor of each list's loss.
         mask: whether a candidate is there (True) or padding, which may stand anywhere. None: all are.
-        scores: what the order was made of, to tell ties; in any unit.
+        scores: what the order of three or more was made of, as by the view `ranked`, to tell ties; in any unit.
         beta: reward per nat. Published: 0.1.
         top_m: how many places of the ranking count, from the best; None: all. 1 is the best against all others. Candidates of
             equal score share their place.
@@ -144,7 +145,9 @@ def plackett_luce(
     rewards = beta * _without_padding(policy - reference, mask)
     k = rewards.shape[1]
     there = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    ranked = there[:, None, :] if scores is None else there[:, None, :] & (_differences(_without_padding(scores, mask)) != 0)
+    ranked = there[:, None, :].expand(-1, k, -1)
+    if scores is not None:  # a pair whose scores are equal was ordered by something else: views by scores leave it out
+        ranked = ranked & ((_differences(_without_padding(scores, mask)) != 0) | (there.sum(1) == 2)[:, None, None])
     places = torch.ones(k, k, dtype=torch.bool, device=rewards.device)
     behind, ahead = places.triu(1) & ranked, places.tril(-1) & ranked
     counted = there & behind.any(2)  # who has nobody behind him costs nothing, whatever his reward
