@@ -20,7 +20,7 @@ from mmalign.models.latent_reward import LatentReward, open_latent_reward
 from mmalign.models.lora import lora_off
 from mmalign.models.small_decoder import open_small_decoder
 from mmalign.models.step_aware import ClipInputs, StepAwareCLIP, open_step_aware
-from mmalign.scorers import SCORERS, DifferentiableScorer, Scorer, judged_kind, one_each
+from mmalign.scorers import SCORERS, DifferentiableScorer, Scorer, judged_kind, one_score_each
 
 KEPT_PROMPTS = 256
 PATH = "source.scorer.path"  # what messages call it
@@ -206,7 +206,7 @@ class ImageScorer:
             if isinstance(self.scorer, DifferentiableScorer):
                 return self.scorer.score_pixels(some, pixels).to(self.model.device)
             given = self.scorer(some, [_image(one) for one in pixels])
-            return one_each(self.scorer.name, given, len(some)).to(self.model.device)
+            return one_score_each(self.scorer.name, given, len(some)).to(self.model.device)
 
         return _by_parts(score, len(prompts), self.batch_size)
 

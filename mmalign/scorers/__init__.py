@@ -77,7 +77,7 @@ def judged_kind(scorer: Any) -> str:
     return kind
 
 
-def one_each(name: str, scores: Any, count: int) -> Float[Tensor, " n"]:
+def one_score_each(name: str, scores: Any, count: int) -> Float[Tensor, " n"]:
     """What a scorer gave, refused unless it is one number a candidate; an array of NumPy is taken for the tensor it holds.
 
     Raises:
@@ -108,7 +108,7 @@ def finite_scores(
         UserError: a score is not finite; the message names the candidate. Not one number a candidate.
     """
     judge: Callable[..., Any] = scorer
-    scores = one_each(scorer.name, judge(prompts, candidates), len(places))
+    scores = one_score_each(scorer.name, judge(prompts, candidates), len(places))
     for place, score in zip(places, scores.tolist(), strict=True):
         if not math.isfinite(score):
             raise UserError(
