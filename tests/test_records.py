@@ -25,11 +25,13 @@ from mmalign.records import (
     outlines,
     pair,
     preference_scores,
+    raise_faults,
     ranked,
     read,
     read_judgements,
     to_dataset,
     to_row,
+    told_faults,
     unpaired,
     with_judgements,
     write,
@@ -476,6 +478,15 @@ def test_each_fault_of_a_line_is_told_with_file_and_line(tmp_path, line, fault):
     faults: list[Fault] = []
     assert len(read(path, faults=faults)) == 1
     assert [f.where for f in faults] == [f"{path}:3"]
+
+
+def test_only_the_closing_line_of_many_faults_is_told_with_the_place(tmp_path):
+    faults = [Fault(f"and {letter}.jsonl:1", f"has no {letter}.") for letter in "abcdefg"]
+    with pytest.raises(UserError) as told:
+        raise_faults(faults, "folder")
+    lines = [str(fault) for fault in faults[:5]]
+    assert str(told.value).splitlines() == [*lines, "folder: and 2 rows more."]
+    assert told_faults(faults) == [*lines, "and 2 rows more."]
 
 
 def test_many_faulty_lines_are_told_at_once_and_counted(tmp_path):

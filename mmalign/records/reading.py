@@ -96,8 +96,8 @@ def raise_faults(faults: list[Fault], place: str | Path) -> None:
         UserError: there are faults.
     """
     if faults:
-        lines = told_faults(faults)
-        raise UserError("\n".join(f"{place}: {line}" if line.startswith("and ") else line for line in lines))
+        lines, rest = _told_kinds(faults)
+        raise UserError("\n".join([*lines, *([f"{place}: {rest}"] if rest else [])]))
 
 
 def told_faults(faults: Sequence[Fault]) -> list[str]:
@@ -105,12 +105,18 @@ def told_faults(faults: Sequence[Fault]) -> list[str]:
 
     Faults are of one kind that differ in nothing but numbers.
     """
+    lines, rest = _told_kinds(faults)
+    return [*lines, *([rest] if rest else [])]
+
+
+def _told_kinds(faults: Sequence[Fault]) -> tuple[list[str], str]:
+    """The lines of `told_faults`, and apart the closing one; empty where nothing is left out."""
     kinds: dict[str, list[Fault]] = {}
     for fault in faults:
         kinds.setdefault(NUMBER.sub("0", fault.problem), []).append(fault)
     shown = list(kinds.values())[:SHOWN_FAULTS]
     rest = len(faults) - sum(map(len, shown))
-    return [*map(_told, shown), *([f"and {rest} rows more."] if rest else [])]
+    return [_told(alike) for alike in shown], f"and {rest} rows more." if rest else ""
 
 
 def _told(alike: list[Fault]) -> str:
