@@ -1,7 +1,7 @@
 """SPO's source: pairs are what their noise says, draws are told by their place, faults have one clear message, reward rises."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,14 +195,16 @@ def test_every_pair_is_trained_on_once(tmp_path: Path) -> None:
 # Runs
 
 
-@dataclass(frozen=True)
+@dataclass
 class Spoilt:
-    """NaN for the second image."""
+    """NaN for the second image, but not when it is tried."""
 
     name: str = "spoilt"
+    asked: int = 0
 
     def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        return torch.tensor([0.0, math.nan, *[0.0] * len(images)])[: len(images)]
+        self.asked += 1
+        return torch.tensor([0.0, 0.0 if self.asked == 1 else math.nan, *[0.0] * len(images)])[: len(images)]
 
 
 def spoilt() -> Spoilt:
@@ -221,6 +223,21 @@ class Darkness:
 
 def darkness() -> Darkness:
     return Darkness()
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Brightness against that of the images beside it."""
+
+    name: str = "relative"
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        found = brightness()(prompts, images)
+        return (found - found.mean()) / found.std()
+
+
+def relative() -> Relative:
+    return Relative()
 
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -283,27 +300,27 @@ def test_a_run_resumed_with_a_pool_that_is_not_empty_ends_bit_for_bit_the_same(t
 
 
 class Giving:
-    """A scorer of images that gives the same whatever it is shown."""
+    """A scorer of images that gives what it is told to, a number of images in."""
 
     name = "giving"
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, gives: Callable[[int], Any]) -> None:
+        self.gives = gives
 
     def __call__(self, prompts: Sequence[str], images: Sequence[Any]) -> Any:
-        return self.value
+        return self.gives(len(images))
 
 
 def not_a_number() -> Giving:
-    return Giving(torch.tensor([math.nan]))
+    return Giving(lambda count: torch.full((count,), math.nan))
 
 
 def column() -> Giving:
-    return Giving(torch.ones(1, 1))
+    return Giving(lambda count: torch.ones(count, 1))
 
 
 def listed() -> Giving:
-    return Giving([1.0])
+    return Giving(lambda count: [1.0] * count)
 
 
 def judged_by(name: str) -> dict[str, Any]:
@@ -312,8 +329,8 @@ def judged_by(name: str) -> dict[str, Any]:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nan": (judged_by("not_a_number"), r"source\.scorer: gave NaN or an infinite score"),
-    "column": (judged_by("column"), r"scorer giving: got shape \(1, 1\) for 1 candidates, want a tensor of shape \(1,\)"),
-    "listed": (judged_by("listed"), r"scorer giving: got a list for 1 candidates"),
+    "column": (judged_by("column"), r"scorer giving: got shape \(3, 1\) for 3 candidates, want a tensor of shape \(3,\)"),
+    "listed": (judged_by("listed"), r"scorer giving: got a list for 3 candidates"),
     "ode": ({"source": rollouts(eta=0.0)}, r"eta: got 0\.0, a sampler without noise \(an ODE\)"),
     "guidance": ({"source": rollouts(guidance_scale=-5)}, r"guidance_scale: got -5\.0, want a positive number; 1 is no"),
     "endless": ({"source": rollouts(eta=float("inf"))}, r"eta: got inf"),
@@ -393,6 +410,12 @@ def test_a_score_that_is_nan_stops_the_run(tmp_path: Path) -> None:
     source = rollouts(scorer={"name": "image", "scorer": "test_rollouts:spoilt"})
     with pytest.raises(UserError, match=r"source\.scorer: gave NaN or an infinite score"):
         train(tmp_path / "out", **SPO, source=source)
+    assert (tmp_path / "out").exists(), "the trial went well"
+
+
+def test_a_judge_may_compare_the_branches_of_a_prompt(tmp_path: Path) -> None:
+    stream = Opened(tmp_path, scorer={"name": "image", "scorer": "test_rollouts:relative"})
+    assert stream.round()
 
 
 def test_a_threshold_that_nobody_passes_is_told_after_ten_rounds(tmp_path: Path) -> None:

@@ -206,11 +206,15 @@ class RolloutStream:
         self._mix(found, scores)
 
     def _try_scorer(self) -> None:
-        """Have a state of noise judged: a scorer that gives no numbers is refused before anything is written."""
-        state = torch.randn(1, *self.policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(self.policy.device)
-        prompt = self.examples[0].samples[0].prompt.text or ""
-        timestep = torch.zeros(1, dtype=torch.long, device=self.policy.device)
-        check_finite_scores(self.scorer(prompts=[prompt], noisy=state, clean=state, timestep=timestep))
+        """Have states of noise judged, as many as a prompt has branches, which a judge may look at together.
+
+        A scorer that gives no numbers is refused before anything is written.
+        """
+        count, generator = self.settings.num_candidates, torch.Generator().manual_seed(0)
+        states = torch.randn(count, *self.policy.latent_shape, generator=generator).to(self.policy.device)
+        prompts = [self.examples[0].samples[0].prompt.text or ""] * count
+        timestep = torch.zeros(count, dtype=torch.long, device=self.policy.device)
+        check_finite_scores(self.scorer(prompts=prompts, noisy=states, clean=states, timestep=timestep))
 
     def _sampled(self, prompts: list[str], keys: list[str]) -> tuple[list[Pair], Tensor]:
         settings = self.settings
