@@ -32,8 +32,12 @@ Loss = Annotated[
 OF_ROWS: tuple[Mapping[str, Any], ...] = ({}, {"margin": 1.0}, {"prob": 0.5})
 # What a source that makes samples of its own wants of the adapter.
 MAKES = {"rollouts": check_samples, "replay": check_samples, "online_pairs": check_answers, "self_play": check_answers}
-# Adapters of models that make samples -> those of scorers of what they make.
-SCORERS_OF = {"text": "text_reward", "image_text": "text_reward", "diffusion": "step_reward"}
+# Adapters of models that make samples -> by loss of scorers, the adapter that trains one of what they make.
+SCORERS_OF: dict[str, Mapping[str, str]] = {
+    "text": {"bradley_terry": "text_reward", "gpm": "text_reward"},
+    "image_text": {},
+    "diffusion": {"bradley_terry": "step_reward"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,11 @@ class TrainConfig:
     dry_run: bool = field(default=False, metadata={"help": "print the plan and stop"})
 
     def __post_init__(self) -> None:
-        """Refuse what only several keys together tell; a run that has begun did so by the rules of its time."""
+        """Refuse what only several keys together tell; a run that goes on began by the rules of its time."""
         if not self.loss:
             raise ValueError("loss: got an empty list, want at least one loss.")
         try:
-            if self.resume is None:  # a resumed config is that of its run, which is checked against the data again
+            if self.resume is None:  # else that of a run that has begun, which `find_checkpoint` sees to
                 _check_together(self)
         except UserError as fault:
             raise ValueError(str(fault)) from fault
@@ -95,7 +99,7 @@ class TrainConfig:
 
 
 def read_run(path: Path) -> TrainConfig:
-    """The config of a run that has begun, to examine it or to compare with it; no combination of an older version is refused.
+    """The config of a run that has begun, to examine it or to compare with it; combinations of settings are not refused.
 
     Its `resume` is set: it is no config of a new run.
 
@@ -255,9 +259,9 @@ def _check_scorers(config: TrainConfig) -> None:
         return
     for loss in config.loss:
         if LOSSES.get(loss.name) is loss.target and loss.name in OF_SCORERS:
-            raise UserError(
-                f"loss.{loss.name}: trains a reward model, want adapter: {SCORERS_OF[name]}. Set it, or choose another loss."
-            )
+            trained = SCORERS_OF[name].get(loss.name)
+            remedy = f"want adapter: {trained}. Set it, or choose" if trained else f"which none of adapter {name} is. Choose"
+            raise UserError(f"loss.{loss.name}: trains a reward model, {remedy} another loss, as dpo.")
 
 
 def _check_losses(config: TrainConfig, num_candidates: int) -> None:
@@ -397,6 +401,7 @@ def find_checkpoint(config: TrainConfig, accelerator: Any) -> Path | None:
         changed = changed_keys(resolved(read_run(begun)), resolved(config))
         if changed:
             raise UserError(f"{begun}: is of another run ({'; '.join(changed[:6])}). Set overwrite=true instead of resume.")
+        _check_together(config)  # it begins by the rules of today
         logger.info("%s holds a run without a checkpoint yet: it starts again", config.output)
         return None
     if found is None or not found.is_dir():
@@ -404,4 +409,5 @@ def find_checkpoint(config: TrainConfig, accelerator: Any) -> Path | None:
             f"resume: got {config.resume}, and {config.output} holds no checkpoint. Leave resume out to start anew, and set "
             "training.checkpoint_every to have checkpoints."
         )
+    checkpoints.check_complete(found)
     return found

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import final_weights, forget_accelerate, largest_difference, metrics_of, preference_data, train
+from runs import config_of, final_weights, forget_accelerate, largest_difference, metrics_of, preference_data, train, tree
 from safetensors.torch import load_file
 
 from mmalign.config import read_config
+from mmalign.config.writing import write_resolved
 from mmalign.errors import UserError
 from mmalign.experiment import TrainConfig
 from mmalign.train import main
@@ -225,3 +226,18 @@ def test_latest_without_a_run_is_refused_and_with_a_run_killed_early_starts_it_a
     assert "without a checkpoint yet" in caplog.text
     assert largest_difference(final_weights(early), final_weights(train(tmp_path / "other"))) == 0
     assert [row["step"] for row in metrics_of(early)] == [1, 2]
+
+
+def test_no_new_run_gets_past_the_checks_of_its_config_by_resuming(tmp_path: Path) -> None:
+    output, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    refused = {"loss": "tr_dpo"}  # without training.moving_reference
+    for more in ({}, {"dry_run": True}):
+        with pytest.raises(UserError, match="incomplete checkpoint"):
+            train(output, resume=str(other), **refused, **more)
+    assert not output.exists()
+    output.mkdir()
+    write_resolved(config_of(tree(output, resume="latest", **refused)), output)  # as of a run that was killed at once
+    with pytest.raises(UserError, match=r"tr_dpo.*training\.moving_reference"):
+        train(output, resume="latest", **refused)
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "environment.json"]
