@@ -152,6 +152,11 @@ def test_alpaca_rows_join_instruction_and_input_and_put_system_and_history_befor
     assert turns(llama_factory_row({**ALPACA, "input": ""}).prompt) == [("user", "Add.")]
 
 
+def test_an_alpaca_row_may_have_its_question_in_input_alone_and_a_column_of_conversations_beside():
+    row = llama_factory_row({"input": "Add.", "chosen": "3", "rejected": "4", "conversations": [{"from": "x", "value": "y"}]})
+    assert turns(row.prompt) == [("user", "Add.")]
+
+
 def test_sharegpt_rows_are_read_under_the_tags_of_dataset_info():
     value = llama_factory_row(SHAREGPT, formatting="sharegpt")
     assert turns(value.prompt) == [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?")]
@@ -199,6 +204,7 @@ def test_kto_rows_of_llama_factory_are_single_answers_with_their_label():
         ({**ALPACA, "videos": ["a.mp4"]}, "alpaca", "got videos"),
         ({"instruction": "Add.", "output": "3", "kto_tag": "yes"}, "alpaca", 'got kto_tag "yes"'),
         (ALPACA, "sharegpt", "got nothing for messages"),
+        ({**SHAREGPT, "instruction": "", "input": ""}, "alpaca", "got the column conversations, .* Set formatting: sharegpt"),
         ({**SHAREGPT, "chosen": "So."}, "sharegpt", 'got "So.", want a message with from and value'),
         ({**SHAREGPT, "rejected": {"from": "human", "value": "x"}}, "sharegpt", "got an answer that does not follow"),
         ({**SHAREGPT, "conversations": []}, "sharegpt", "got an answer that does not follow"),

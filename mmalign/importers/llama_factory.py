@@ -131,7 +131,7 @@ def llama_factory_row(
     unread = next((name for name in UNREAD if found.get(name)), None)
     if unread is not None:
         raise UserError(f"got {columns[unread]}, want texts and images only. Leave such rows out.")
-    if formatting == "alpaca" and "messages" in found and "prompt" not in found:
+    if formatting == "alpaca" and "messages" in found and not (found.get("prompt") or found.get("query")):
         raise UserError(f"got the column {columns['messages']}, which alpaca rows have not. Set formatting: sharegpt.")
     rated = "kto_tag" in found
     if not rated and not ("chosen" in found and "rejected" in found):
