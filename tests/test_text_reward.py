@@ -10,10 +10,12 @@ import pytest
 import torch
 from runs import config_of, forget_accelerate, metrics_of
 
+from mmalign.adapters.options import Lora
 from mmalign.adapters.text_reward import HEADS, TextRewardAdapter, TextRewardPolicy
 from mmalign.config import Table, read_config
 from mmalign.errors import UserError
 from mmalign.experiment import TrainConfig, read_examples
+from mmalign.language.tiny import tiny_folder
 from mmalign.likelihoods import padded_texts
 from mmalign.losses.reward_models import mean_skew_scores, prompt_gate, skew_score
 from mmalign.records import Example
@@ -193,6 +195,17 @@ def test_a_scalar_reward_model_loads_in_stock_transformers_with_its_scores(tmp_p
     stock = names["model"].eval()(**batch).logits.detach()[:, 0]
     assert not torch.allclose(before.flatten(), ours, atol=1e-5)
     torch.testing.assert_close(stock, ours, rtol=0, atol=1e-5)
+
+
+def test_a_saved_adapter_names_its_base_by_the_whole_path_wherever_the_run_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_folder(None)
+    monkeypatch.chdir(base.parent)
+    policy = TextRewardAdapter(model=base.name, lora=Lora(rank=2)).open()
+    monkeypatch.chdir(tmp_path)
+    policy.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
 
 def test_losses_that_want_a_reference_and_rows_that_are_no_pairs_are_refused(tmp_path: Path) -> None:

@@ -216,6 +216,7 @@ class TextRewardPolicy:
         self.pad = padding_token(self.tokenizer)
         self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.pad)
         self.scalar = settings.head.target is Scalar
+        self.base = str(tiny_folder(settings.tiny)) if settings.model == TINY else from_anywhere(settings.model)
         self.model = self._opened(mixed_precision, seed)
         lora = settings.lora
         if weights is not None:
@@ -309,7 +310,7 @@ class TextRewardPolicy:
     def save(self, folder: Path) -> None:
         """LoRA: a PEFT adapter with the head in it; full: the folder `model`. A preference model's head lies beside."""
         if self.settings.lora is not None:
-            save_lora(self.model, folder, self._base(), self.settings.revision)
+            save_lora(self.model, folder, self.base, self.settings.revision)
             self.tokenizer.save_pretrained(folder)
         else:
             save_full(self.model, self.tokenizer, folder / FULL)
@@ -359,7 +360,3 @@ class TextRewardPolicy:
 
     def _whole(self, folder: Path) -> Path:
         return folder if self.settings.lora is not None else folder / FULL
-
-    def _base(self) -> str:
-        """Where a saved LoRA finds its base."""
-        return str(tiny_folder(self.settings.tiny)) if self.settings.model == TINY else from_anywhere(self.settings.model)
