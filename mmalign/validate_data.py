@@ -129,7 +129,9 @@ class Report:
         if self.faults:
             return f"Usable without the {len(self.faults)} broken rows."
         if self.num_pairs and self.num_ties == self.num_pairs:
-            return "All pairs are ties, of which losses learn nothing but with data.view.ties: soft. Judge the rows again."
+            ties = "All pairs are ties, of which losses learn nothing but with data.view.ties: soft."
+            again = "Give each row an id of its own, by which verdicts are kept, and judge them again."
+            return f"{ties} {again if self.repeated_ids else 'Judge the rows again.'}"
         if self.repeated_ids:
             return "Usable, but verdicts are kept by id: give each row its own before it is scored or annotated."
         if concerns := self.texts.concerns():

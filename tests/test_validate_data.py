@@ -150,6 +150,14 @@ def test_an_id_given_twice_is_reported_with_both_rows(tmp_path, images):
     assert str(report).splitlines()[-1].startswith("Usable, but")
 
 
+def test_that_ids_are_repeated_is_told_also_where_all_pairs_are_ties(tmp_path):
+    rows = [{"id": "x", "prompt": p, "candidates": [{"text": "a"}, {"text": "b"}], "ranks": [1, 1]} for p in "pq"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = str(main(ValidateDataConfig(path=str(tmp_path / "pairs.jsonl"))))
+    assert told.splitlines()[-1].startswith("All pairs are ties, ")
+    assert told.endswith("Give each row an id of its own, by which verdicts are kept, and judge them again.")
+
+
 @pytest.mark.parametrize("line", ['{"prompt": "caf\xe9"}', '{"prompt": "a", "candidates": ["a", "b"], "provenance": [1, 2]}'])
 def test_data_that_will_not_do_end_with_2_and_the_line(tmp_path, capsys, line):
     (tmp_path / "pairs.jsonl").write_bytes(line.encode("latin-1"))
