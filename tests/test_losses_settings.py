@@ -188,7 +188,7 @@ SIGHTED = {"adapter": {"name": "image_text", "model": "none"}}
         ({"loss": {"name": "mapo"}}, r"loss\.mapo: reads log-likelihoods as denoising errors, which these are not"),
         ({"loss": {"name": "gpm"}}, r"loss\.gpm: trains a reward model, want adapter: text_reward"),
         ({"loss": {"name": "bradley_terry"}}, r"loss\.bradley_terry: trains a reward model, want adapter: text_reward"),
-        ({"loss": "bradley_terry", **SIGHTED}, r"loss\.bradley_terry: trains a reward model, which none of adapter image_text is"),
+        ({"loss": "bradley_terry", **SIGHTED}, r"loss\.bradley_terry: trains a reward model, which none of adapter"),
         ({"loss": "bradley_terry", **IMAGES}, r"loss\.bradley_terry: trains a reward model, want adapter: step_reward"),
         ({"loss": "gpm", **IMAGES}, r"loss\.gpm: trains a reward model, which none of adapter diffusion is"),
         ({"loss": [{"name": "dpo"}, {"name": "bradley_terry"}], **IMAGES}, r"loss\.bradley_terry: trains a reward model"),
@@ -315,6 +315,8 @@ def test_the_name_that_another_library_has_for_a_loss_is_answered_with_ours(tmp_
     for name, here in {"sigmoid": "dpo", "sppo_hard": "sppo", "js": "dpo with divergence: js"}.items():
         with pytest.raises(UserError, match=rf"got '{name}', want one of .*\. Here {name} is {here}\."):
             read_config(TrainConfig, config_file(tmp_path, loss={"name": name}))
+    with pytest.raises(UserError, match=r"got 'Sigmoid', want one of .*\. Here Sigmoid is dpo\."):
+        read_config(TrainConfig, config_file(tmp_path, loss="Sigmoid"))
     for name, here in KNOWN_AS.items():
         assert name not in LOSSES and here.replace(",", "").split()[0] in LOSSES
 

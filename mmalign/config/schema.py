@@ -66,7 +66,7 @@ class Table:
             function giving that dict, or the address of the dict. A name with a colon is an address, always allowed.
         extra: keys added to every entry, name -> (type, default); `dataclasses.MISSING` as default makes the key required.
         widen: settings that the config accepts in a wider type than the target, name -> type.
-        known_as: other names that people know an entry by -> what to write instead, which the error tells.
+        known_as: other names that people know an entry by, in small letters -> what to write instead, which the error tells.
     """
 
     source: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | str
@@ -270,7 +270,8 @@ def _find(table: Table, name: str) -> Any:
         return import_address(name)
     entries = table.entries()
     if name not in entries:
-        hint = f" Here {name} is {table.known_as[name]}." if name in table.known_as else nearest(name, entries)
+        here = table.known_as.get(name.lower())
+        hint = f" Here {name} is {here}." if here else nearest(name, entries)
         raise UserError(f"got {name!r}, want one of {', '.join(entries)}.{hint} A thing of yours is package.module:thing.")
     target = entries[name]
     return import_address(target) if isinstance(target, str) else target
