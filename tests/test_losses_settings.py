@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -312,13 +313,32 @@ def test_what_some_rows_lack_or_bring_is_told_before_the_run(
 
 
 def test_the_name_that_another_library_has_for_a_loss_is_answered_with_ours(tmp_path: Path) -> None:
-    for name, here in {"sigmoid": "dpo", "sppo_hard": "sppo", "js": "dpo with divergence: js"}.items():
+    for name, here in {"sigmoid": "dpo", "rdpo": "robust .*, or length_dpo .*", "js": "dpo with divergence: js"}.items():
         with pytest.raises(UserError, match=rf"got '{name}', want one of .*\. Here {name} is {here}\."):
             read_config(TrainConfig, config_file(tmp_path, loss={"name": name}))
     with pytest.raises(UserError, match=r"got 'Sigmoid', want one of .*\. Here Sigmoid is dpo\."):
         read_config(TrainConfig, config_file(tmp_path, loss="Sigmoid"))
-    for name, here in KNOWN_AS.items():
-        assert name not in LOSSES and here.replace(",", "").split()[0] in LOSSES
+
+
+@pytest.mark.parametrize("name", KNOWN_AS)
+def test_what_is_written_for_the_name_of_another_library_is_read(name: str, tmp_path: Path) -> None:
+    assert name not in LOSSES and name == name.lower()
+    here = re.sub(r" \(.*?\)", "", KNOWN_AS[name])
+    listed, _, note = here.partition(", a list of")
+    several = [[{"name": one} for one in re.split(", | and ", listed)]] if note else []
+    for choice in several or here.split(", or "):
+        changes = {"loss": choice} if several else written(choice)
+        told = read_config(TrainConfig, config_file(tmp_path, **changes)).loss
+        assert [one.name for one in told] == [one["name"] for one in (choice if several else [changes["loss"]])]
+
+
+def written(choice: str) -> dict[str, Any]:
+    """A loss, and the setting that follows its name: `dpo with divergence: js`."""
+    loss, _, setting = choice.partition(" with ")
+    changes: dict[str, Any] = yaml.safe_load(setting) if setting else {}
+    assert not setting or isinstance(changes, dict), f"{choice}: want a setting with its value"
+    view = changes.pop("data.view", None)
+    return {"loss": {"name": loss, **changes}, **(seen(view) if view else {})}
 
 
 def test_gpo_on_scores_that_are_never_below_zero_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
