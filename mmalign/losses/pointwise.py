@@ -184,6 +184,8 @@ def sft(policy: Float[Tensor, "batch k"], weight: Float[Tensor, " batch"] | None
 
     -policy_best
 
+    For text that is the sum over the answer's tokens. TRL's `sft` is a mean over tokens: here `nll` with `reduction: token`.
+
     Source: the honest baseline of every preference paper. For diffusion this is 1/2 * the mean squared error.
     Args:
         policy: logps, best first; the other columns are not used.
