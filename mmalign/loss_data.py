@@ -26,7 +26,7 @@ def check_gaps(losses: Sequence[Choice], examples: Examples) -> None:
         raise UserError(
             f"loss.odpo: {len(examples.against)} of {len(examples)} examples (first: {examples.against[0]}) have a chosen "
             "answer that is scored below the rejected one, of whose gap there is no logarithm. Leave them out with "
-            "data.view.margin: gap, which counts them, or let the scores order the pairs (data.view.by: their name)."
+            "data.view.margin: gap, or let the scores order the pairs (data.view.by: their name)."
         )
 
 

@@ -281,7 +281,7 @@ def test_odpo_refuses_pairs_whose_chosen_answer_is_scored_below_the_other(tmp_pa
         config = read_config(TrainConfig, config_file(tmp_path, **changes))
         return build_objective(config, read_examples(config.data)[0])
 
-    with pytest.raises(UserError, match=r"loss\.odpo: 2 of 3 examples \(first: .*rows\.jsonl:2\) .* scored below"):
+    with pytest.raises(UserError, match=r"odpo: 2 of 3 examples \(first: .*rows\.jsonl:2\) .*margin: gap, or let"):
         built("odpo", with_scores=True)
     built("rpo", with_scores=True)  # whose margin may be below zero
     built("odpo", margin="gap")
