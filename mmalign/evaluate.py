@@ -20,7 +20,7 @@ from mmalign.errors import UserError
 from mmalign.evaluate_texts import evaluate_texts, holds_texts, paired_texts, write_text_report
 from mmalign.experiment import Data
 from mmalign.held_out import pair_fit
-from mmalign.kept_scores import KeptScores
+from mmalign.kept_scores import KeptScores, identity
 from mmalign.records import Comparison, Content, comparison, read
 from mmalign.report import (
     Checkpoint,
@@ -35,13 +35,13 @@ from mmalign.report import (
     task_changes,
     training_drift,
 )
-from mmalign.score import SCORER_TABLE, Labelled, build_scorers, judge_settings
+from mmalign.score import SCORER_TABLE, build_scorers, judge_settings, unlabelled
 from mmalign.scorers import Scorer, TaskScorer, finite_scores
 from mmalign.statistics import diversity, pixel_std
 
 logger = logging.getLogger(__name__)
 
-Judging = Callable[..., torch.Tensor]
+Judging = Callable[..., torch.Tensor]  # asks a scorer for the scores of images, as `finite_scores` does
 IMAGES_AT_ONCE = 64  # opened together; a scorer's own batch_size may be smaller
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -61,7 +61,8 @@ class EvaluateConfig:
         checkpoints: comparisons from `mmalign generate` with lora (or model), or `mmalign answer` with tuned, set to a run's
             checkpoint-N, on the same prompts and seeds: shown side by side in checkpoints.png, their scores as curves.
         output: folder for results.json, report.html, evaluation.yaml and, of images, grid.png; it may be the run's, whose files
-            stay. Killed, the same command goes on with what was judged of images (`OUTPUT.scores.jsonl`).
+            stay. Killed, the same command goes on with what was judged of images (`OUTPUT.scores.jsonl`); after an error it
+            judges anew.
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
         run: output folder of the training run, for its implicit-reward accuracy and error drift.
@@ -142,33 +143,32 @@ def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dic
     between = checkpoint_images(base, found)
     told = _judged(config, tuned, "images")
     output = Path(config.output).expanduser()
-    kept = KeptScores(output.with_name(f"{output.name}.scores.jsonl"), told.settings)
-    evaluation = evaluate_pairs(
-        prompts,
-        OpenedLate(before),
-        OpenedLate(after),
-        scorers=told.scorers,
-        held_out=told.held_out,
-        interval=config.interval,
-        tie_eps=config.tie_eps,
-        training=told.training,
-        checkpoints=[(step, OpenedLate(images)) for step, images in between],
-        last_step=told.last_step,
-        judge=kept,
-    )
-    evaluation = replace(evaluation, pairs=told.pairs)
-    write_report(
-        evaluation,
-        prompts,
-        OpenedLate(before),
-        OpenedLate(after),
-        output,
-        rows=config.rows,
-        cols=config.cols,
-        title=config.title,
-        checkpoints=[(step, OpenedLate(images)) for step, images in between],
-    )
-    kept.forget()
+    with KeptScores(output.with_name(f"{output.name}.scores.jsonl"), told.settings) as kept:
+        evaluation = evaluate_pairs(
+            prompts,
+            OpenedLate(before),
+            OpenedLate(after),
+            scorers=told.scorers,
+            held_out=told.held_out,
+            interval=config.interval,
+            tie_eps=config.tie_eps,
+            training=told.training,
+            checkpoints=[(step, OpenedLate(images)) for step, images in between],
+            last_step=told.last_step,
+            judge=kept,
+        )
+        evaluation = replace(evaluation, pairs=told.pairs)
+        write_report(
+            evaluation,
+            prompts,
+            OpenedLate(before),
+            OpenedLate(after),
+            output,
+            rows=config.rows,
+            cols=config.cols,
+            title=config.title,
+            checkpoints=[(step, OpenedLate(images)) for step, images in between],
+        )
     return evaluation
 
 
@@ -220,7 +220,10 @@ def _judged(config: EvaluateConfig, tuned: Rows, kind: str) -> _Judged:
         training=training,
         pairs=fit,
         last_step=_step_of(tuned) or (None if training is None else training.last_step),
-        settings={scorer.name: judge_settings(choice) for scorer, choice in zip(scorers, choices, strict=True)},
+        settings={
+            scorer.name: identity(unlabelled(scorer), judge_settings(choice))
+            for scorer, choice in zip(scorers, choices, strict=True)
+        },
     )
 
 
@@ -299,7 +302,7 @@ def _change(
     *,
     held_out: bool,
 ) -> ScorerChange:
-    judge = scorer.scorer if isinstance(scorer, Labelled) else scorer
+    judge = unlabelled(scorer)
     tasks = [judge.task(prompt) for prompt in prompts] if isinstance(judge, TaskScorer) else []
     return scorer_change(
         scorer.name,

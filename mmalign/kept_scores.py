@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,38 @@ logger = logging.getLogger(__name__)
 
 
 class KeptScores:
-    """`finite_scores` with a memory on disk, of groups of images: the same judge, settings, prompts and pixels score once."""
+    """`finite_scores` with a memory on disk, of groups of images: the same judge, settings, prompts and pixels score once.
+
+    A context: the file outlives a kill and an interrupt alone. After an error, which may be the judge's, the next evaluation
+    judges anew, as it does after one that is done.
+    """
 
     def __init__(self, journal: Path, settings: Mapping[str, Any]) -> None:
         """Read what a killed run has left.
 
         Args:
             journal: the file; it is written from the first scores on.
-            settings: of each judge, by its name, as JSON values: other settings are another judge.
+            settings: of each judge, by its name, as JSON values: other settings are another judge; see `identity`.
         """
         self.journal, self.settings = journal, settings
         gather_parts(journal)
         lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
         self.known: dict[str, list[float]] = {entry["group"]: entry["scores"] for entry in map(json.loads, lines)}
         if self.known:
-            logger.info("%s: %d groups of images are judged already", journal, len(self.known))
+            logger.warning(
+                "%s: %d groups of images are judged already, in an evaluation that was stopped. Delete the file to judge anew.",
+                journal,
+                len(self.known),
+            )
+
+    def __enter__(self) -> "KeptScores":
+        """Itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Remove the file, unless the evaluation is stopped from outside."""
+        if kind is None or issubclass(kind, Exception):
+            self.journal.unlink(missing_ok=True)
 
     def __call__(
         self, scorer: Scorer | TextScorer, prompts: Sequence[str], images: Sequence[Image], places: Sequence[str]
@@ -49,13 +68,45 @@ class KeptScores:
                 file.write(json.dumps({"group": group, "scores": self.known[group]}) + "\n")
         return torch.tensor(self.known[group], dtype=torch.float64)
 
-    def forget(self) -> None:
-        """Remove the file: the evaluation is done, and the next one judges anew."""
-        self.journal.unlink(missing_ok=True)
-
     def _group(self, name: str, prompts: Sequence[str], images: Sequence[Image]) -> str:
         digest = hashlib.sha256(json.dumps([name, self.settings.get(name), list(prompts)], sort_keys=True).encode())
         for image in images:
             digest.update(f"{image.mode} {image.size}".encode())
             digest.update(image.tobytes())
         return digest.hexdigest()
+
+
+def identity(judge: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, and size and time of change of the files behind them: what is mended at the same place is another judge.
+
+    The files are the modules of the judge and of the addresses in its settings, and the files, or folders of files, that its
+    settings name. Contents are not read: a setting may name gigabytes.
+
+    Args:
+        judge: as built, without a label.
+        settings: of the judge, as JSON values.
+    """
+    texts = list(_texts(settings))
+    names = {type(judge).__module__, *(text.partition(":")[0] for text in texts if ":" in text)}
+    modules = (getattr(sys.modules.get(name), "__file__", None) for name in sorted(names))
+    places = [*filter(None, modules), *(os.path.expanduser(text) for text in texts)]
+    return {**settings, "files": {place: list(_stamps(place)) for place in places if os.path.exists(place)}}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts among JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
+
+
+def _stamps(place: str) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time of change of a file, or of what lies in a folder."""
+    inside = sorted(os.listdir(place)) if os.path.isdir(place) and os.access(place, os.R_OK) else [""]
+    for name in inside:
+        path = os.path.join(place, name) if name else place
+        if os.path.exists(path):  # not so a link into nothing
+            found = os.stat(path)
+            yield name, found.st_size, found.st_mtime_ns

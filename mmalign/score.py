@@ -208,6 +208,11 @@ def build_scorers(choices: Sequence[Choice], *, device: str | None = None, kind:
     return scorers
 
 
+def unlabelled(scorer: Any) -> Any:
+    """The scorer under a label, or itself."""
+    return scorer.scorer if isinstance(scorer, Labelled) else scorer
+
+
 def judge_settings(choice: Choice) -> dict[str, Any]:
     """What of a scorer's settings its scores depend on, as JSON values."""
     kept = {name: value for name, value in choice.settings.items() if name not in NOT_PART_OF_THE_SCORE}

@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -94,6 +95,85 @@ def test_a_killed_evaluation_goes_on_with_what_was_judged(sides, tmp_path, monke
     assert not kept.exists(), "the next evaluation judges anew"
     assert evaluate(*sides, tmp_path, scorers).evaluation == resumed
     assert Failing.seen == 24 - 10 + 24
+
+
+class Mended:
+    """1 for an image while it is broken, and NaN from the eleventh image on; then 100."""
+
+    name = "mended"
+    broken = True
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, prompts, images):
+        self.seen += len(images)
+        value = 100.0 if not self.broken else 1.0 if self.seen <= 10 else float("nan")
+        return torch.full((len(images),), value)
+
+
+def mended():
+    return Mended()
+
+
+def test_nothing_that_a_refused_judge_said_is_kept(sides, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmalign.evaluate.IMAGES_AT_ONCE", 5)
+    monkeypatch.setattr(Mended, "broken", True)
+    scorers = f"scorers={{name: '{__name__}:mended'}}"
+    with pytest.raises(UserError, match="got nan from scorer mended"):
+        evaluate(*sides, tmp_path, scorers)
+    assert not list(tmp_path.glob("*.scores.jsonl"))
+    monkeypatch.setattr(Mended, "broken", False)
+    change = evaluate(*sides, tmp_path, scorers).evaluation.headline
+    assert (change.mean_before, change.mean_after) == (100, 100)
+
+
+OWN = """
+import torch
+
+class Own:
+    name = "own"
+    seen = 0
+
+    def __call__(self, prompts, images):
+        self.seen += len(images)
+        if VALUE == 1.0 and self.seen > 10:
+            raise KeyboardInterrupt
+        return torch.full((len(images),), VALUE)
+
+def own(*, weights: str = ""):
+    return Own()
+"""
+
+
+@pytest.mark.parametrize("where", ["code", "file", "folder"])
+@pytest.mark.parametrize("label", ["", ", label: mine"])
+def test_code_and_weights_that_were_changed_after_a_kill_are_another_judge(sides, tmp_path, monkeypatch, caplog, where, label):
+    monkeypatch.setattr("mmalign.evaluate.IMAGES_AT_ONCE", 5)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_judge", raising=False)
+    folder, code = tmp_path / "weights", tmp_path / "own_judge.py"
+    folder.mkdir()
+    weights = folder / "model.bin"
+    weights.write_text("1")
+    reads = {"code": "VALUE = 1.0", "file": f"import pathlib; VALUE = float(pathlib.Path({str(weights)!r}).read_text())"}
+    code.write_text(reads.get(where, reads["file"]) + OWN)
+    path = {"code": "", "file": str(weights), "folder": str(folder)}[where]
+    scorers = f"scorers={{name: 'own_judge:own', weights: '{path}'{label}}}"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*sides, tmp_path, scorers)
+    kept = tmp_path / "report.scores.jsonl"
+    assert len(kept.read_text().splitlines()) == 2
+    if where == "code":
+        code.write_text("VALUE = 100.0" + OWN)
+    else:
+        weights.write_text("100")
+    monkeypatch.delitem(sys.modules, "own_judge")
+    change = evaluate(*sides, tmp_path, scorers).evaluation.headline
+    assert (change.mean_before, change.mean_after) == (100, 100)
+    (line,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{kept}: 2 groups of images are judged already" in line.getMessage() and "Delete the file" in line.getMessage()
+    assert not kept.exists()
 
 
 def test_what_was_judged_with_other_settings_is_judged_again(sides, tmp_path, monkeypatch):
