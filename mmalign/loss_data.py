@@ -23,9 +23,10 @@ def check_gaps(losses: Sequence[Choice], examples: Examples) -> None:
         UserError: says how many there are, and where the first is.
     """
     if examples.against and any(loss.target is LOSSES["odpo"] for loss in losses):
+        number = f"{examples.against} of {len(examples)} examples (first: {examples.first_against})"
         raise UserError(
-            f"loss.odpo: {len(examples.against)} of {len(examples)} examples (first: {examples.against[0]}) have a chosen "
-            "answer that is scored below the rejected one, of whose gap there is no logarithm. Leave them out with "
+            f"loss.odpo: {number} have a chosen answer that is scored below the rejected one, of whose gap there is no "
+            "logarithm. Leave them out with "
             "data.view.margin: gap, or let the scores order the pairs (data.view.by: their name)."
         )
 
@@ -34,14 +35,13 @@ def check_extras(objective: Objective, examples: Examples) -> None:
     """Refuse further completions that some examples lack: the run would stop at the first of them.
 
     Raises:
-        UserError: names the first one.
+        UserError: names the row of the first one.
     """
     for name in sorted(objective.measures & set(EXTRAS)):
         if lacking := len(examples) - examples.extras[name]:
-            first = next(example.id for example in examples if name not in example.extras)
             raise UserError(
-                f"{first}: has no {name}, which the loss asks for, as {lacking} of {len(examples)} examples. Add it, or filter "
-                "the rows."
+                f"{examples.first_lacking(name)}: has no {name}, which the loss asks for, as {lacking} of {len(examples)} "
+                "examples. Add it, or filter the rows."
             )
 
 

@@ -294,7 +294,7 @@ def test_odpo_refuses_pairs_whose_chosen_answer_is_scored_below_the_other(tmp_pa
         (
             {"loss": [{"name": "dpo"}, {"name": "rationale"}]},
             {"rationale": "why"},
-            "b: has no rationale, .* as 1 of 2 examples",
+            r"rows\.jsonl:2: has no rationale, .* as 1 of 2 examples",
         ),
         ({"loss": "aot"}, {"prob": 0.8}, r"loss: the data have prob .* which aot would pass over"),
     ],

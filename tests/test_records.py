@@ -314,6 +314,25 @@ def test_examples_count_what_the_view_drops_and_read_media_late():
     assert [e.samples[0].completion.images[0].read() for e in examples[:]] == [png(1), png(0)]
 
 
+def test_examples_know_the_first_row_that_lacks_a_further_completion():
+    given = [{"rationale"}, {"gold", "rationale"}, {"gold"}]
+    rows = [
+        row(where=f"row {n + 1}", ranks=(1.0, 2.0), extras=dict.fromkeys(names, Content(text="x")))
+        for n, names in enumerate(given)
+    ]
+    examples = Examples(to_dataset(rows), pair)
+    assert examples.extras == {"rationale": 2, "gold": 2}
+    assert examples.first_lacking("rationale") == "row 3" and examples.first_lacking("gold") == "row 1"
+    assert examples.first_lacking("exploration") == "row 1"
+
+
+def test_examples_count_pairs_scored_against_their_order_and_keep_the_first_place_alone():
+    given = [(2.0, 1.0), (1.0, 2.0), (0.0, 3.0)]
+    rows = [row(where=f"row {n + 1}", ranks=(1.0, 2.0), scores={"s": scores}) for n, scores in enumerate(given)]
+    examples = Examples(to_dataset(rows), functools.partial(pair, with_scores=True))
+    assert (examples.against, examples.first_against) == (2, "row 2")
+
+
 def test_examples_of_nothing_usable_say_why():
     with pytest.raises(UserError, match=r"no usable row.*tie: 1"):
         Examples(to_dataset([row(ranks=(1.0, 1.0))]), functools.partial(pair, ties="drop"))

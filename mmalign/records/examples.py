@@ -20,10 +20,10 @@ class Examples(Sequence[Example]):
 
     Building it reads no media. Item i reads the one row it comes from. `kinds` tells (number of samples, numbers of images in a
     sample) of the examples there are, each with its first row, `sources` the numbers of images in a prompt; `labels` are those
-    of all examples where the view gives side data of that name; `against` are the rows of examples whose best candidate is
-    scored below the worst; `extras` counts the examples that have a further completion of that name; `side` has the side data
-    that need not be there of any example that has them; `widest` is the most candidates of a row that made an example;
-    `fingerprint` is a hash of all that was read.
+    of all examples where the view gives side data of that name; `against` counts the examples whose best candidate is scored
+    below the worst, and `first_against` is the row of the first; `extras` counts the examples that have a further completion of
+    that name; `side` has the side data that need not be there of any example that has them; `widest` is the most candidates of
+    a row that made an example; `fingerprint` is a hash of all that was read.
 
     Args:
         dataset: a table of our schema.
@@ -41,11 +41,13 @@ class Examples(Sequence[Example]):
         self.kinds: dict[tuple[int, tuple[int, ...]], str] = {}
         self.sources: dict[int, str] = {}
         self.labels = array("d")
-        self.against: list[str] = []
+        self.against = 0
+        self.first_against = ""
         self.extras: Counter[str] = Counter()
         self.side: dict[str, Any] = {}
         self.widest = 0
         self._places: list[tuple[int, int]] = []
+        self._lacking: dict[str, str] = {}
         digest = hashlib.sha256()
         for index, row in enumerate(outlines(dataset)):
             outcome = view(row)
@@ -56,26 +58,45 @@ class Examples(Sequence[Example]):
             if isinstance(outcome, Dropped):
                 self.dropped[outcome.reason] += 1
             else:
-                self.sources.setdefault(len(row.prompt.images), row.where or f"row {index + 1}")
+                where = row.where or f"row {index + 1}"
+                self.sources.setdefault(len(row.prompt.images), where)
                 self._places += [(index, n) for n in range(len(outcome))]
                 self.widest = max(self.widest, len(row.candidates))
                 for example in outcome:
-                    self.extras.update(example.extras.keys())
-                    self.side |= {name: value for name, value in example.side.items() if name in SIDE_DEFAULTS}
-                    scores = example.side.get("scores")
-                    if isinstance(scores, tuple) and "margin" not in example.side and scores[0] < scores[-1]:
-                        self.against.append(row.where or f"row {index + 1}")
-                    label = example.side.get("labels")
-                    if isinstance(label, float):
-                        self.labels.append(label)
-                    images = tuple(sorted({len(sample.completion.media()) for sample in example.samples}))
-                    self.kinds.setdefault((len(example.samples), images), row.where or f"row {index + 1}")
+                    self._note(example, where)
         self.fingerprint = digest.hexdigest()
         if not self._places:
             remedy = (
                 "Check the view's settings." if len(dataset) else "The data are empty: check their path, or what made them."
             )
             raise UserError(f"data: got no usable row, want at least one: {self.summary()}. {remedy}")
+
+    def _note(self, example: Example, where: str) -> None:
+        """Count what the checks of a run ask of an example, and keep the row that stands first for it."""
+        if example.extras or self.extras:
+            for name in self.extras.keys() - example.extras.keys():
+                self._lacking.setdefault(name, where)
+            for name in example.extras.keys() - self.extras.keys():
+                if self.kinds:
+                    self._lacking[name] = self._first()
+            self.extras.update(example.extras.keys())
+        self.side |= {name: value for name, value in example.side.items() if name in SIDE_DEFAULTS}
+        scores = example.side.get("scores")
+        if isinstance(scores, tuple) and "margin" not in example.side and scores[0] < scores[-1]:
+            self.against += 1
+            self.first_against = self.first_against or where
+        label = example.side.get("labels")
+        if isinstance(label, float):
+            self.labels.append(label)
+        images = tuple(sorted({len(sample.completion.media()) for sample in example.samples}))
+        self.kinds.setdefault((len(example.samples), images), where)
+
+    def _first(self) -> str:
+        return next(iter(self.kinds.values()))
+
+    def first_lacking(self, name: str) -> str:
+        """Return the row of the first example without a further completion of that name; of all, where no example has one."""
+        return self._lacking[name] if name in self.extras else self._first()
 
     def __len__(self) -> int:
         """Return the number of examples."""
