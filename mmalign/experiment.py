@@ -127,8 +127,11 @@ def read_examples(data: Data) -> tuple[Examples, str]:
             "filter the rows."
         )
     faults = f"; {len(imported.faults)} faulty rows left out, first: {imported.faults[0]}" if imported.faults else ""
-    worst_alone = examples.widest > 2 and data.view.settings.get("pairs") == "best_worst"
-    passed = "; of more than 2 candidates the best and the worst alone (data.view.pairs: best_vs_rest)" if worst_alone else ""
+    passed, pairs = "", data.view.settings.get("pairs")
+    if pairs == "best_worst" and examples.widest > 2:
+        passed = "; of more than 2 candidates the best and the worst alone (data.view.pairs: best_vs_rest, or all)"
+    if pairs == "best_vs_rest" and examples.undecided:
+        passed = f"; in {examples.undecided} rows others are as good as the best, and above none (data.view.pairs: all)"
     return examples, examples.summary() + passed + faults + imported.rules()
 
 

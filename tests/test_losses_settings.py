@@ -365,6 +365,24 @@ def test_what_a_pair_of_each_list_leaves_out_is_told(tmp_path: Path) -> None:
     assert summary(pairs="best_vs_rest") == "1 rows: 2 examples"
 
 
+@pytest.mark.parametrize("ties", ["drop", "soft"])
+def test_what_stays_unused_of_several_best_answers_is_told(ties: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": chosen, "rejected": ["bad", "worse"]} for chosen in (["good", "fine"], "good")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    importer = {"name": "trl", "path": str(tmp_path / "rows.jsonl")}
+
+    def read(pairs: str) -> tuple[set[str | None], str]:
+        data = {"importer": importer, "view": {"name": "pair", "pairs": pairs, "ties": ties}}
+        examples, told = read_examples(read_config(TrainConfig, config_file(tmp_path, data=data)).data)
+        return {e.samples[0].completion.text for e in examples if e.side.get("prob") != 0.5}, told
+
+    best, told = read("best_vs_rest")
+    assert best == {"good"}
+    assert told.endswith("examples; in 1 rows others are as good as the best, and above none (data.view.pairs: all)")
+    every, told = read("all")
+    assert every == {"good", "fine"} and told.endswith("examples")
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

@@ -50,8 +50,8 @@ def trl(
     Stepwise: prompt, completions, labels: one row a step, whose prefix is the steps before it. Also prompt, completion;
     messages or conversations, whose last answer is the completion; prompt alone. Beyond TRL: prompt, completions with scores
     or ranks; `chosen` and `rejected` that are objects of prompt and completion (joint pairs); a `prefix` of both answers;
-    `rejected` (or `chosen`) that is a list of texts or of conversations, all ranked alike: view `pair` with `pairs:
-    best_vs_rest` makes a pair of each, view `ranked` one list.
+    `rejected` (or `chosen`) that is a list of texts or of conversations, all ranked alike: view `pair` makes a pair of each
+    with `pairs: all` (or, of one chosen answer, `best_vs_rest`), view `ranked` one list.
 
     An answer may also be an image, `{bytes, path}`, as pairs of generated images have them.
 

@@ -23,7 +23,8 @@ class Examples(Sequence[Example]):
     of all examples where the view gives side data of that name; `against` counts the examples whose best candidate is scored
     below the worst, and `first_against` is the row of the first; `extras` counts the examples that have a further completion of
     that name; `side` has the side data that need not be there of any example that has them; `widest` is the most candidates of
-    a row that made an example; `fingerprint` is a hash of all that was read.
+    a row that made an example; `undecided` counts the rows of more than two candidates of which fewer examples are decided than
+    there are candidates beside the best; `fingerprint` is a hash of all that was read.
 
     Args:
         dataset: a table of our schema.
@@ -46,6 +47,7 @@ class Examples(Sequence[Example]):
         self.extras: Counter[str] = Counter()
         self.side: dict[str, Any] = {}
         self.widest = 0
+        self.undecided = 0
         self._places: list[tuple[int, int]] = []
         self._lacking: dict[str, str] = {}
         digest = hashlib.sha256()
@@ -61,7 +63,8 @@ class Examples(Sequence[Example]):
                 where = row.where or f"row {index + 1}"
                 self.sources.setdefault(len(row.prompt.images), where)
                 self._places += [(index, n) for n in range(len(outcome))]
-                self.widest = max(self.widest, len(row.candidates))
+                self.widest = max(self.widest, k := len(row.candidates))
+                self.undecided += k > 2 and sum(example.side.get("prob") != 0.5 for example in outcome) < k - 1
                 for example in outcome:
                     self._note(example, where)
         self.fingerprint = digest.hexdigest()
