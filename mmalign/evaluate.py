@@ -61,8 +61,7 @@ class EvaluateConfig:
         checkpoints: comparisons from `mmalign generate` with lora (or model), or `mmalign answer` with tuned, set to a run's
             checkpoint-N, on the same prompts and seeds: shown side by side in checkpoints.png, their scores as curves.
         output: folder for results.json, report.html, evaluation.yaml and, of images, grid.png; it may be the run's, whose files
-            stay. Killed, the same command goes on with what was judged of images (`OUTPUT.scores.jsonl`); after an error it
-            judges anew.
+            stay. Killed, not refused, the same command goes on with what was judged of images (`OUTPUT.scores.jsonl`).
         interval: of the win rates; see statistics.win_rate.
         tie_eps: pairs whose scores differ by no more are ties; in standard deviations of that judge's scores before.
         run: output folder of the training run, for its implicit-reward accuracy and error drift.
@@ -143,7 +142,7 @@ def _compared_images(config: EvaluateConfig, base: Rows, tuned: Rows, found: dic
     between = checkpoint_images(base, found)
     told = _judged(config, tuned, "images")
     output = Path(config.output).expanduser()
-    with KeptScores(output.with_name(f"{output.name}.scores.jsonl"), told.settings) as kept:
+    with KeptScores(output, told.settings) as kept:
         evaluation = evaluate_pairs(
             prompts,
             OpenedLate(before),

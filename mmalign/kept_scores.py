@@ -28,14 +28,17 @@ class KeptScores:
     judges anew, as it does after one that is done.
     """
 
-    def __init__(self, journal: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
         """Read what a killed run has left.
 
         Args:
-            journal: the file; it is written from the first scores on.
+            output: what the evaluation writes in the end; the file `OUTPUT.scores.jsonl` beside it is written from the first
+                scores on.
             settings: of each judge, by its name, as JSON values: other settings are another judge; see `identity`.
         """
-        self.journal, self.settings = journal, settings
+        place = Path(os.path.abspath(output))
+        self.journal = journal = place.parent / f"{place.name}.scores.jsonl"
+        self.settings = settings
         gather_parts(journal)
         lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
         self.known: dict[str, list[float]] = {entry["group"]: entry["scores"] for entry in map(json.loads, lines)}

@@ -128,6 +128,23 @@ def test_nothing_that_a_refused_judge_said_is_kept(sides, tmp_path, monkeypatch)
     assert (change.mean_before, change.mean_after) == (100, 100)
 
 
+@pytest.mark.parametrize("output", [".", "..", "../"])
+def test_the_folder_one_is_in_may_be_the_output(sides, tmp_path, monkeypatch, output):
+    folder = tmp_path / "here" / "there"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Mended, "broken", False)
+    evaluate(*sides, tmp_path, f"scorers={{name: '{__name__}:mended'}}", f"output={output}")
+    assert (folder / output / "results.json").exists()
+    monkeypatch.setattr("mmalign.evaluate.IMAGES_AT_ONCE", 5)
+    monkeypatch.setattr(Failing, "last", 10)
+    monkeypatch.setattr(Failing, "seen", 0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*sides, tmp_path, f"scorers={{name: '{__name__}:failing'}}", f"output={output}")
+    place = (folder / output).resolve()
+    assert place.with_name(f"{place.name}.scores.jsonl").exists()
+
+
 OWN = """
 import torch
 
