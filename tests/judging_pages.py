@@ -39,6 +39,8 @@ BROWSER = [
 QUICK: dict[str, Any] = {"min_dwell_ms": 0, "gold_share": 0, "repeat_share": 0, "order": "data", "overlap_share": 0}
 WAIT_MS = 60_000  # of a machine that does other things
 SHARED_MEMORY = Path("/dev/shm")
+STATE = """() => ({toasts: window.toasts, asked: window.asked, shown: document.body.dataset.shown, kept: {...localStorage},
+    live: document.querySelector("#live")?.textContent, focus: document.hasFocus(), at: document.activeElement?.outerHTML})"""
 STILL = """() => Promise.allSettled(document.getAnimations().filter(
     one => Number.isFinite(one.effect.getComputedTiming().endTime)).map(one => one.finished))"""
 
@@ -157,7 +159,10 @@ def settled(page: Any) -> None:
 
 def toasted(page: Any, words: str) -> None:
     """Wait until the toast has said it, though it may be gone since."""
-    page.wait_for_function("words => window.toasts.some(toast => toast.includes(words))", arg=words, polling=20)
+    try:
+        page.wait_for_function("words => window.toasts.some(toast => toast.includes(words))", arg=words, polling=20)
+    except Exception as fault:
+        raise AssertionError(f"{words!r} was not told; instead: {page.evaluate(STATE)}") from fault
 
 
 def pixels(page: Any, selector: str) -> np.ndarray:
