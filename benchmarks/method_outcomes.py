@@ -310,14 +310,15 @@ METHODS = {
             **{"training.batch_size": 32},
         )
     ),
+    # At a constant rate of 1e-4 four draws of noise gained .065 to .11; now four others gain .11 to .14.
     "flow_dpo": Method(
         kind="flow",
         settings=_recipe(
             "pair",
             {"name": "dpo", "beta": 500.0},
-            rate=1e-4,
+            rate=2e-4,
             steps=80,
-            **{"adapter.timesteps": {"name": "logit_normal"}, "training.batch_size": 8},
+            **{"adapter.timesteps": {"name": "logit_normal"}, "training.batch_size": 8, "training.schedule": "cosine"},
         ),
     ),
 }
